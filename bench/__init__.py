@@ -1,0 +1,1 @@
+"""What a served draft is worth."""

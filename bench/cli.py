@@ -1,0 +1,55 @@
+"""`bench`: what a served draft is worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from contracts.cli import OverridesOption, RecipeOption, make_app
+from contracts.errors import run_app
+
+app = make_app("Measure a served draft, and gather a pipeline's figures.")
+
+
+@app.command(
+    epilog="Example: bench acceptance -r recipes/Tiny-DFlash/recipe.yaml --conversations runs/held-out "
+    "--draft runs/export --output runs/bench"
+)
+def acceptance(
+    recipe: RecipeOption,
+    conversations: Annotated[Path, typer.Option(help="Held-out conversations (`synth generate`).")],
+    draft: Annotated[Path, typer.Option(help="An exported draft (`train export`).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the answers and figures.")],
+    set_: OverridesOption = None,
+) -> None:
+    """Serve held-out prompts with and without the draft: acceptance, tokens/s, identical greedy output."""
+    from bench.acceptance import measure
+    from contracts.recipe import load_recipe
+
+    measure(load_recipe(recipe, set_ or []), conversations, draft, output)
+
+
+@app.command(epilog="Example: see the last command of recipes/Tiny-DFlash/run.sh")
+def report(
+    target: Annotated[Path, typer.Option(help="The target's folder.")],
+    synth_train: Annotated[Path, typer.Option(help="Conversations to train on.")],
+    synth_held_out: Annotated[Path, typer.Option(help="Held-out conversations.")],
+    store_train: Annotated[Path, typer.Option(help="Store of the former.")],
+    store_held_out: Annotated[Path, typer.Option(help="Store of the latter.")],
+    run: Annotated[Path, typer.Option(help="Folder of `train offline`.")],
+    evaluation: Annotated[Path, typer.Option("--eval", help="Output of `train eval`.")],
+    served: Annotated[Path, typer.Option(help="Folder of `bench acceptance`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="report.json; a plot goes beside it.")],
+) -> None:
+    """Gather the figures of a whole pipeline into one report, with a table and a plot."""
+    from bench.report import Folders, write_report
+
+    write_report(
+        Folders(target, synth_train, synth_held_out, store_train, store_held_out, run, evaluation, served), output
+    )
+
+
+def main() -> None:
+    run_app(app)

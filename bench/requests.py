@@ -1,0 +1,145 @@
+"""Send held-out prompts, as token ids, to a running server and count what comes back.
+
+The prompt of a turn is the recorded tokens up to its reply, so that server and trainer see the very same context.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import urllib.request
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import openai
+from tqdm import tqdm
+
+from contracts.conversation import Conversation
+from contracts.errors import UserError
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One reply to be generated again: `prompt` token ids, and the `reply` that the target gave without a draft."""
+
+    id: str
+    thinking_mode: str
+    category: str
+    prompt: list[int]
+    reply: list[int]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A server's reply; `accepted` draft tokens of each verify step where the server drafts."""
+
+    id: str
+    token_ids: list[int]
+    finish_reason: str
+    accepted: list[int]
+    latency_s: float
+
+
+def read_turns(conversations: Iterable[Conversation]) -> list[Turn]:
+    """Every reply of the conversations that ended by themselves, in order of id."""
+    turns = []
+    for conversation in sorted(conversations, key=lambda conversation: conversation.id):
+        if conversation.finish_reason != "stop":
+            continue
+        for number, sample in enumerate(conversation.samples):
+            for start, end in sample.loss_spans:
+                turns.append(
+                    Turn(
+                        id=f"{conversation.id}-{number}-{start}",
+                        thinking_mode=conversation.thinking_mode,
+                        category=conversation.category,
+                        prompt=sample.token_ids[:start],
+                        reply=sample.token_ids[start:end],
+                    )
+                )
+    return turns
+
+
+async def send_all(
+    base_url: str, model: str, turns: Sequence[Turn], *, concurrency: int, max_tokens: int, title: str
+) -> tuple[list[Answer], float]:
+    """`(answers in the order of the turns, seconds from the first request to the last answer)`, greedy."""
+    client = openai.AsyncOpenAI(base_url=base_url, api_key="EMPTY", timeout=600, max_retries=0)
+    answers: dict[str, Answer] = {}
+    waiting = iter(turns)
+    started = time.perf_counter()
+    with tqdm(total=len(turns), desc=title, unit="turn", mininterval=2) as bar:
+
+        async def work() -> None:
+            for turn in waiting:
+                answers[turn.id] = await _send(client, model, turn, max_tokens)
+                bar.update()
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(concurrency):
+                group.create_task(work())
+    seconds = time.perf_counter() - started
+    await client.close()
+    return [answers[turn.id] for turn in turns], seconds
+
+
+async def _send(client: openai.AsyncOpenAI, model: str, turn: Turn, max_tokens: int) -> Answer:
+    started = time.perf_counter()
+    response = await client.completions.with_raw_response.create(
+        model=model,
+        prompt=turn.prompt,
+        max_tokens=max_tokens,
+        temperature=0.0,
+        extra_body={"return_token_ids": True},
+    )
+    body: dict[str, Any] = json.loads(response.content)
+    choice = body["choices"][0]
+    drafting = (body.get("metrics") or {}).get("speculative_decoding") or {}
+    return Answer(
+        id=turn.id,
+        token_ids=choice["token_ids"],
+        finish_reason=choice["finish_reason"],
+        accepted=drafting.get("per_step_accepted") or [],
+        latency_s=round(time.perf_counter() - started, 4),
+    )
+
+
+def read_counters(url: str) -> dict[str, float]:
+    """vLLM's speculative counters, summed over engines: drafts, draft tokens, accepted tokens, and each position's.
+
+    Raises UserError when /metrics does not answer.
+    """
+    try:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:  # noqa: S310 (our own server)
+            text = response.read().decode()
+    except OSError as error:
+        raise UserError(
+            f"{url}/metrics", found=str(error), expected="vLLM's metrics", fix="Look at the server's log."
+        ) from None
+    return parse_counters(text)
+
+
+def parse_counters(text: str) -> dict[str, float]:
+    """The counters of a Prometheus text; positions as `accepted_at_<i>`, i from 0."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found = dict.fromkeys(("num_drafts", "num_draft_tokens", "num_accepted_tokens"), 0.0)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            name = sample.name.removesuffix("_total").removeprefix("vllm:spec_decode_")
+            if name in found:
+                found[name] += sample.value
+            elif name == "num_accepted_tokens_per_pos":
+                key = f"accepted_at_{sample.labels['position']}"
+                found[key] = found.get(key, 0.0) + sample.value
+    return found
+
+
+def answers_to_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    return [asdict(answer) for answer in answers]
+
+
+def answers_from_json(rows: Sequence[dict[str, Any]]) -> list[Answer]:
+    return [Answer(**row) for row in rows]

@@ -1,0 +1,67 @@
+"""Acceptance of drafts: counters first, ratios from their sums.
+
+With K draft tokens a step and n_a the number of steps that accepted exactly a of them: steps S = sum n_a, accepted
+A = sum a*n_a; acceptance length = 1 + A/S (the bonus token counts); per position i: sum_{a>=i} n_a / S. These are the
+definitions of vLLM's `vllm:spec_decode_*` counters. Pool by adding counters, never by averaging ratios.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """`histogram[a]`: how many steps accepted exactly a draft tokens, a = 0..K."""
+
+    histogram: tuple[int, ...]
+
+    @classmethod
+    def from_steps(cls, accepted: Iterable[int], num_draft_tokens: int) -> Acceptance:
+        """From each step's number of accepted tokens."""
+        histogram = [0] * (num_draft_tokens + 1)
+        for count in accepted:
+            histogram[count] += 1
+        return cls(tuple(histogram))
+
+    @classmethod
+    def pool(cls, parts: Iterable[Acceptance]) -> Acceptance:
+        """The sum of the parts. Raises ValueError for none, or for different K."""
+        return cls(tuple(map(sum, zip(*(part.histogram for part in parts), strict=True))))
+
+    @property
+    def steps(self) -> int:
+        return sum(self.histogram)
+
+    @property
+    def accepted(self) -> int:
+        return sum(count * steps for count, steps in enumerate(self.histogram))
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens a step, the bonus token included; 1.0 where no step was taken."""
+        return 1.0 + self.accepted / self.steps if self.steps else 1.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted share of the drafted tokens."""
+        drafted = self.steps * (len(self.histogram) - 1)
+        return self.accepted / drafted if drafted else 0.0
+
+    @property
+    def per_position(self) -> list[float]:
+        """Share of steps that accepted at least i tokens, i = 1..K; non-increasing, sums to the length minus 1."""
+        return [sum(self.histogram[i:]) / max(1, self.steps) for i in range(1, len(self.histogram))]
+
+    def summary(self) -> dict[str, Any]:
+        """The figures as they go into reports."""
+        return {
+            "acceptance_length": round(self.acceptance_length, 4),
+            "acceptance_rate": round(self.acceptance_rate, 4),
+            "per_position": [round(share, 4) for share in self.per_position],
+            "steps": self.steps,
+            "accepted": self.accepted,
+            "histogram": list(self.histogram),
+        }

@@ -1,0 +1,56 @@
+"""`recipe`: check a recipe and show it resolved. Also the options that every command line shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from contracts.errors import run_app
+
+RecipeOption = Annotated[Path, typer.Option("--recipe", "-r", help="The pipeline's recipe (YAML).")]
+OverridesOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, as in train.num_steps=50. Repeatable."),
+]
+
+
+def make_app(help_text: str) -> typer.Typer:
+    """A typer app in the house's manner: help without arguments, errors by contracts.errors."""
+    return typer.Typer(
+        help=help_text,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+
+
+app = make_app("Check recipes and show them resolved.")
+
+
+@app.callback()
+def _callback() -> None:
+    """Check recipes and show them resolved."""
+
+
+@app.command(epilog="Example: recipe show --recipe recipes/Tiny-DFlash/recipe.yaml --set train.num_steps=50")
+def show(recipe: RecipeOption, set_: OverridesOption = None) -> None:
+    """Print every key of the recipe, defaults filled in."""
+    from contracts.recipe import load_recipe
+
+    typer.echo(load_recipe(recipe, set_ or []).to_yaml(), nl=False)
+
+
+@app.command(epilog="Example: recipe check --recipe recipes/Tiny-DFlash/recipe.yaml")
+def check(recipe: RecipeOption, set_: OverridesOption = None) -> None:
+    """Check the recipe; say so, or name the first thing wrong and exit 2."""
+    from contracts.recipe import load_recipe
+
+    load_recipe(recipe, set_ or [])
+    typer.echo(f"{recipe}: ok")
+
+
+def main() -> None:
+    run_app(app)

@@ -1,0 +1,85 @@
+"""The conversation record: what `synth` writes and `dump` and `bench` read, one JSON object a line.
+
+A *sample* is a run of token ids as the target's server reported them, with the spans that the target generated:
+`token_ids[start:end]` for each `[start, end)` in `loss_spans` is supervised, in exactly the context in which it was
+generated. A template that only appends gives one sample a conversation; one that rewrites history gives one more for
+each rewritten turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from contracts.errors import UserError
+from contracts.files import hash_json, read_jsonl
+
+CONVERSATIONS_FILE = "conversations.jsonl"
+
+
+class Sample(BaseModel):
+    """Token ids with the half-open spans among them that the target generated."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    token_ids: list[int]
+    loss_spans: list[tuple[int, int]]
+
+    @model_validator(mode="after")
+    def _spans_are_inside_and_in_order(self) -> Sample:
+        previous = 0
+        for start, end in self.loss_spans:
+            if not previous <= start < end <= len(self.token_ids):
+                raise ValueError(f"loss span [{start}, {end}) is empty, out of order or outside the tokens")
+            previous = end
+        return self
+
+
+class Conversation(BaseModel):
+    """One conversation of the target's own making. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    source_id: str
+    index: int
+    category: str = ""
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    thinking_mode: str = ""
+    samples: list[Sample]
+    finish_reason: Literal["stop", "length"]
+    sampling: dict[str, Any]
+    target: dict[str, str]
+    template: str
+    usage: dict[str, int]
+
+
+def make_conversation_id(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    thinking_mode: str,
+    sample_number: int = 0,
+) -> str:
+    """Content hash of the prompt side: the same on every machine and every resume. 32 hex digits."""
+    return hash_json([list(messages), list(tools) if tools else None, thinking_mode, sample_number])[:32]
+
+
+def read_conversations(folder_or_file: Path) -> Iterator[Conversation]:
+    """Yield the records of a `synth` output folder, or of one JSONL file. A bad line is a UserError that names it."""
+    path = folder_or_file / CONVERSATIONS_FILE if folder_or_file.is_dir() else folder_or_file
+    for number, value in read_jsonl(path, "conversations written by `synth generate`"):
+        try:
+            yield Conversation.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the record"
+            raise UserError(
+                f"{path}:{number}",
+                found=f"{place}: {first['msg']}",
+                expected="a conversation record",
+                fix="See docs/formats.md, or write the conversations again with `synth generate`.",
+            ) from None

@@ -1,0 +1,86 @@
+"""The draft's files: training checkpoints and the exported directory that a server loads.
+
+run folder    step-000500/{weights.safetensors, state.pt, position.json}   (a checkpoint; two are kept)
+              draft.json       what was trained: dimensions, layers, mask token, target, store
+              metrics.jsonl    one line every few steps
+export        config.json, model.safetensors, draftline.json               (nothing but what a server loads)
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from contracts.errors import UserError
+from contracts.files import read_json, write_json
+from contracts.recipe import YarnSection
+
+STEP_FOLDER = re.compile(r"step-(\d{6,})")
+
+
+class DraftConfig(BaseModel):
+    """Everything that a DFlash draft's weights mean; all sizes are counts of elements.
+
+    `layer_ids` are 0-based outputs of the target's layers; `block_size` includes the anchor.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str = "dflash"
+    hidden_size: int
+    vocab_size: int
+    num_target_layers: int
+    layer_ids: list[int]
+    block_size: int
+    mask_token_id: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    yarn: YarnSection | None
+    target_fingerprint: str
+    store: str
+
+
+class DraftRun:
+    """Paths of a training run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def config_path(self) -> Path:
+        return self.folder / "draft.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def step_folder(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def steps(self) -> list[int]:
+        """Steps with a whole checkpoint, ascending (a checkpoint is renamed into place when it is whole)."""
+        found = (STEP_FOLDER.fullmatch(path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def write_config(self, config: DraftConfig) -> None:
+        write_json(self.config_path, config.model_dump(mode="json"))
+
+    def read_config(self) -> DraftConfig:
+        return DraftConfig.model_validate(read_json(self.config_path, "a training run's draft.json"))
+
+    def latest_weights(self) -> Path:
+        """Weights of the last checkpoint. Raises UserError when there is none."""
+        steps = self.steps()
+        if not steps:
+            raise UserError(
+                self.folder, found="no checkpoint", expected="a step-* folder", fix="Run `train offline` first."
+            )
+        return self.step_folder(steps[-1]) / "weights.safetensors"

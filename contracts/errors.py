@@ -1,0 +1,45 @@
+"""Draftline's one exception tree, and the door through which every command leaves.
+
+A user's mistake is told in one line, *where: found, expected. What to do.*, with exit code 2 and no traceback.
+A run that cannot account for its rows exits 1. Anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class DraftlineError(Exception):
+    """The root of the tree; never raised itself."""
+
+    exit_code = 1
+
+
+class UserError(DraftlineError):
+    """Something that the user can mend: a recipe, a path, a port, a wrong store."""
+
+    exit_code = 2
+
+    def __init__(self, where: object, *, found: str, expected: str, fix: str) -> None:
+        super().__init__(f"{where}: found {found}, expected {expected}. {fix}")
+
+
+class IncompleteError(DraftlineError):
+    """A stage ended with rows unaccounted for, or with too many failures; what was finished is kept."""
+
+
+def run_app(app: Callable[[], object]) -> None:
+    """Run a typer app; known errors become one line on stderr and their exit code."""
+    # Without a terminal, rich falls back to 80 columns and breaks paths in the middle.
+    if not sys.stdout.isatty():
+        os.environ.setdefault("COLUMNS", "120")
+    try:
+        app()
+    except DraftlineError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,214 @@
+"""The recipe: one YAML that says everything about a pipeline, checked before anything starts.
+
+Sections `target, serve, synth, dump, train, export, bench`; facts that several stages share live only in `target`.
+Precedence: flag > `--set a.b=c` > recipe > default. Unknown keys are errors that name the nearest key. Relative paths
+are taken from the folder the command runs in.
+
+Fields marked operational (ports, time-outs, concurrency) may differ when a run goes on; all others may not.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from contracts.errors import UserError
+
+
+def _operational(*, default: Any, **kwargs: Any) -> Any:
+    return Field(default=default, json_schema_extra={"operational": True}, **kwargs)
+
+
+class Section(BaseModel):
+    """A part of a recipe; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that decide what comes out, as plain values."""
+        operational = {
+            name
+            for name, field in type(self).model_fields.items()
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational")
+        }
+        return self.model_dump(mode="json", exclude=operational)
+
+
+class TargetSection(Section):
+    path: Path = Field(description="folder of the target: config, safetensors, tokenizer, chat template")
+    max_model_len: int = Field(default=8192, gt=0, description="tokens of prompt and reply together, in every stage")
+    thinking_mode_name: str = Field(default="thinking_mode", description="the chat template's variable for the mode")
+    thinking_tags: tuple[str, str] = Field(
+        default=("<mm:think>", "</mm:think>"), description="around a thought, in the text"
+    )
+    num_aux_layers: int = Field(default=5, gt=0, description="captured layers, spread by DFlash's rule")
+    aux_layers: list[int] | None = Field(default=None, description="captured layers, 0-based, instead of the rule's")
+    mask_token_id: int | None = Field(
+        default=None, description="default: the first row above the tokenizer's highest id"
+    )
+
+
+class ServeSection(Section):
+    host: str = _operational(default="127.0.0.1")
+    port: int | None = _operational(default=None, ge=1, le=65535, description="default: a free one")
+    startup_timeout_s: float = _operational(default=600.0, gt=0)
+    env: dict[str, str] = _operational(default={}, description="environment of every vLLM process")
+    args: dict[str, str | int | float | bool] = Field(default={}, description="vLLM's flags without the dashes")
+
+
+class SynthSection(Section):
+    thinking_modes: list[str] = Field(
+        default=[], description="row i takes mode i modulo their number; []: none is sent"
+    )
+    temperature: float = Field(ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=1)
+    max_tokens: int = Field(default=2048, gt=0, description="tokens of one reply at most")
+    seed: int = Field(default=0, description="each row's seed follows from this and its id")
+    concurrency: int = _operational(default=32, gt=0, description="conversations in flight")
+    max_attempts: int = _operational(default=4, gt=0, description="tries of one request")
+    request_timeout_s: float = _operational(default=600.0, gt=0)
+    max_failed_fraction: float = _operational(default=0.05, ge=0, le=1, description="above it the stage exits 1")
+
+
+class DumpSection(Section):
+    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of the stored states")
+    batch_samples: int = _operational(default=64, gt=0, description="samples handed to the engine at a time")
+    max_reject_fraction: float = _operational(default=0.01, ge=0, le=1, description="above it the stage exits 1")
+    args: dict[str, str | int | float | bool] = Field(
+        default={}, description="vLLM's engine arguments, over serve.args"
+    )
+
+
+class TrainSection(Section):
+    method: Literal["dflash"] = "dflash"
+    block_size: int = Field(default=8, ge=2, description="anchor included: 8 drafts 7 tokens")
+    num_layers: int = Field(default=5, gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    head_dim: int = Field(default=128, gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_anchors: int = Field(default=512, gt=0, description="blocks drawn in each sample at a step, at most")
+    batch_samples: int = Field(default=2, gt=0, description="samples of one step")
+    num_steps: int = Field(gt=0)
+    learning_rate: float = Field(default=1.2e-3, gt=0)
+    warmup_steps: int = Field(default=100, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    loss_decay: float = Field(default=4.0, gt=0, description="gamma: slot k weighs exp(-(k-1)/gamma)")
+    yarn: bool = Field(default=True, description="train with the rope scaling that export writes")
+    seed: int = 0
+    checkpoint_every: int = _operational(default=100, gt=0)
+    keep_checkpoints: int = _operational(default=2, gt=0)
+    threads: int | None = _operational(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TrainSection:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+        return self
+
+
+class YarnSection(Section):
+    """YaRN: `factor * original_max_position_embeddings` positions (arXiv 2309.00071, as transformers computes it)."""
+
+    factor: float = Field(gt=1)
+    original_max_position_embeddings: int = Field(gt=0, description="the training length")
+
+
+class ExportSection(Section):
+    yarn: YarnSection | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class BenchSection(Section):
+    concurrency: list[int] = Field(default=[1, 8], min_length=1)
+    num_prompts: dict[int, int] = Field(default={}, description="by concurrency: only the first n prompts")
+
+
+class Recipe(Section):
+    target: TargetSection
+    serve: ServeSection = ServeSection()
+    synth: SynthSection
+    dump: DumpSection = DumpSection()
+    train: TrainSection
+    export: ExportSection = ExportSection()
+    bench: BenchSection = BenchSection()
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every field, defaults filled in."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe, lay `--set` overrides ("a.b=c", YAML values) and flags ({"a.b": value}) over it, check it.
+
+    Raises UserError for a missing file, broken YAML, an unknown key or a value that does not fit. Flags that are None
+    were not given.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(path, found=error.strerror or "no file", expected="a recipe", fix="Correct --recipe.") from None
+    except yaml.YAMLError as error:
+        raise UserError(
+            path, found=f"broken YAML ({error})", expected="a recipe", fix="Mend the indentation or the quotes there."
+        ) from None
+    if not isinstance(values, dict):
+        raise UserError(path, found=type(values).__name__, expected="sections", fix="See recipes/Tiny-DFlash.")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise UserError(f"--set {override}", found="no '='", expected="section.key=value", fix="Write it so.")
+        _put(values, key.strip(), yaml.safe_load(text), f"--set {override}")
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _put(values, key, value, key)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise _explain(path, error) from None
+
+
+def _put(values: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    *parents, last = dotted.split(".")
+    place: Any = values
+    for part in parents:
+        place = place.setdefault(part, {}) if isinstance(place, dict) else None
+    if not isinstance(place, dict):
+        raise UserError(where, found=f"no section at {dotted!r}", expected="section.key=value", fix="Correct the key.")
+    place[last] = value
+
+
+def _explain(path: Path, error: ValidationError) -> UserError:
+    """The first thing wrong with a recipe, told with the nearest known key where a key is unknown."""
+    first = error.errors()[0]
+    keys = [str(part) for part in first["loc"]]
+    where = f"{path} ({'.'.join(keys) or 'recipe'})"
+    more = f" ({error.error_count() - 1} more after this.)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(keys[:-1])
+        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.0)
+        return UserError(
+            where,
+            found=f"unknown key {keys[-1]!r}",
+            expected=f"one of {', '.join(known)}",
+            fix=f"Did you mean {near[0]!r}? Rename or remove it.{more}" if near else f"Remove it.{more}",
+        )
+    found = "nothing" if first["type"] == "missing" else repr(first["input"])
+    message = "a value" if first["type"] == "missing" else first["msg"]
+    return UserError(where, found=found, expected=message, fix=f"Correct the recipe or pass --set.{more}")
+
+
+def _keys_at(keys: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for key in keys:
+        annotation = model.model_fields[key].annotation
+        options = [annotation, *get_args(annotation)]
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(model.model_fields)

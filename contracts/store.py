@@ -1,0 +1,169 @@
+"""The hidden-state store: what `dump` writes and `train` reads. A folder that a person can open:
+
+    manifest.json                     what these states are (target, layers, dtype, checksums)
+    ledger.jsonl                      one line a sample: size and sha256 of its file
+    samples/3f/3f9c...-0.safetensors  one sample: conversation id, dash, number of the sample in it
+
+Tensors of a sample of T tokens, hidden size H and n captured layers:
+    input_ids (T,) int32; loss_mask (T,) bool, true where the target generated the token;
+    hidden_states (T, H), the final state BEFORE the final norm; aux_hidden_states (T, n*H), outputs of the layers in
+    the manifest's order. Metadata: conversation_id, category, thinking_mode, finish_reason, temperature.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import safe_open
+from safetensors.torch import save
+
+from contracts.errors import UserError
+from contracts.files import hash_bytes, hash_file, read_json, write_atomic, write_json
+from contracts.ledger import Ledger
+from contracts.run import read_run
+from contracts.target import Target
+
+SAMPLE_ID = re.compile(r"[0-9a-f]{32}-[0-9]+")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Manifest(BaseModel):
+    """What the states in a store are."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: int = 1
+    target: str
+    target_fingerprint: str
+    quantization: str
+    layer_ids: list[int]
+    num_layers: int
+    hidden_size: int
+    final_norm: str
+    final_state: str = "pre-norm"
+    tokenizer: str
+    template: str
+    engine: str
+    engine_version: str
+    dtype: str
+    conversations: str
+
+
+@dataclass
+class StoredSample:
+    """One sample in memory. Shapes: (T,) int32; (T,) bool; (T, H); (T, n*H); metadata: str -> str."""
+
+    input_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    hidden_states: torch.Tensor
+    aux_hidden_states: torch.Tensor
+    metadata: dict[str, str]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[0]
+
+
+class Store:
+    """A store's folder; file names are decided here and nowhere else."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.folder / "manifest.json"
+
+    @property
+    def ledger_path(self) -> Path:
+        return self.folder / "ledger.jsonl"
+
+    def sample_path(self, sample_id: str) -> Path:
+        """Where a sample lies. Raises ValueError for an id that `dump` did not make (it could leave the folder)."""
+        if not SAMPLE_ID.fullmatch(sample_id):
+            raise ValueError(f"sample id {sample_id!r} is not <32 hex digits>-<number>")
+        return self.folder / "samples" / sample_id[:2] / f"{sample_id}.safetensors"
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        write_json(self.manifest_path, manifest.model_dump())
+
+    def read_manifest(self) -> Manifest:
+        """Raises UserError when the folder is no store."""
+        value = read_json(self.manifest_path, "a hidden-state store's manifest, as `dump run` writes it")
+        try:
+            return Manifest.model_validate(value)
+        except ValidationError as error:
+            raise UserError(
+                self.manifest_path,
+                found=f"{error.error_count()} fields that do not fit",
+                expected="a manifest of this version",
+                fix="Dump again with this version of Draftline.",
+            ) from None
+
+    def write_sample(self, sample_id: str, sample: StoredSample) -> dict[str, Any]:
+        """Write one sample for good (temporary name, sync, rename); `{size, sha256}` for its ledger line."""
+        tensors = {
+            "input_ids": sample.input_ids.to(torch.int32).contiguous(),
+            "loss_mask": sample.loss_mask.contiguous(),
+            "hidden_states": sample.hidden_states.contiguous(),
+            "aux_hidden_states": sample.aux_hidden_states.contiguous(),
+        }
+        data = save(tensors, metadata=sample.metadata)
+        write_atomic(self.sample_path(sample_id), data)
+        return {"size": len(data), "sha256": hash_bytes(data)}
+
+    def read_sample(self, sample_id: str) -> StoredSample:
+        """Read one sample. Raises UserError when its file is missing or broken."""
+        path = self.sample_path(sample_id)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                return StoredSample(**tensors, metadata=file.metadata() or {})
+        except Exception as error:  # safetensors raises several kinds; all of them mean: not a sample
+            raise UserError(
+                path,
+                found=f"an unreadable sample ({error})",
+                expected="a sample written by `dump run`",
+                fix="Delete the file and run `dump run` again.",
+            ) from None
+
+    def sample_ids(self) -> list[str]:
+        """Ids of all finished samples, sorted: an order that no resume changes."""
+        ledger = Ledger(self.ledger_path)
+        ledger.close()
+        return sorted(ledger.ids("done"))
+
+    def check_file(self, sample_id: str, entry: dict[str, Any]) -> None:
+        """Raise UserError unless the file has the size and sha256 of its ledger entry."""
+        path = self.sample_path(sample_id)
+        found = (path.stat().st_size, hash_file(path)) if path.exists() else (0, "no file")
+        if found != (entry["size"], entry["sha256"]):
+            raise UserError(
+                path,
+                found=f"{found[0]} bytes, sha256 {found[1][:12]}",
+                expected=f"{entry['size']} bytes, sha256 {entry['sha256'][:12]} as in the ledger",
+                fix="Delete the store and dump again; look for a failing disk.",
+            )
+
+
+def open_store(folder: Path, target: Target) -> tuple[Store, Manifest, dict[str, Any]]:
+    """A finished store made from `target`: `(store, manifest, run state)`.
+
+    Raises UserError when the dump is unfinished, or when the states came out of another target.
+    """
+    store = Store(folder)
+    manifest = store.read_manifest()
+    state = read_run(folder, "dump run")
+    if manifest.target_fingerprint != target.fingerprint:
+        raise UserError(
+            folder,
+            found=f"states of target {manifest.target_fingerprint[:12]} ({manifest.target})",
+            expected=f"states of {target.fingerprint[:12]} ({target.path})",
+            fix="Give the store that was dumped from this target, or dump again.",
+        )
+    return store, manifest, state

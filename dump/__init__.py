@@ -1,0 +1,1 @@
+"""Conversations to hidden states, aux states and loss masks."""

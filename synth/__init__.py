@@ -1,0 +1,1 @@
+"""Prompts to conversations written by the target."""

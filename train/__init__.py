@@ -1,0 +1,1 @@
+"""Hidden states to a draft; its offline evaluation; its export."""

@@ -1,0 +1,69 @@
+"""`train`: hidden states to a draft, its predicted worth, and its export."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from contracts.cli import OverridesOption, RecipeOption, make_app
+from contracts.errors import run_app
+
+app = make_app("Train a draft from a store, evaluate it, export it.")
+
+RunOption = Annotated[Path, typer.Option("--run", help="Folder of `train offline`.")]
+
+
+@app.command(epilog="Example: train offline -r recipes/Tiny-DFlash/recipe.yaml --store runs/store --output runs/draft")
+def offline(
+    recipe: RecipeOption,
+    store: Annotated[Path, typer.Option(help="A store that `dump run` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.")],
+    set_: OverridesOption = None,
+) -> None:
+    """Train to the recipe's number of steps; goes on from the last checkpoint by itself."""
+    from contracts.recipe import load_recipe
+    from train.offline import train_offline
+
+    train_offline(load_recipe(recipe, set_ or []), store, output)
+
+
+@app.command(
+    name="eval",
+    epilog="Example: train eval -r recipes/Tiny-DFlash/recipe.yaml --run runs/draft --store runs/store-held-out "
+    "--output runs/eval.json",
+)
+def eval_(
+    recipe: RecipeOption,
+    run: RunOption,
+    store: Annotated[Path, typer.Option(help="A store of held-out conversations.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The report (JSON).")],
+    set_: OverridesOption = None,
+) -> None:
+    """Predict the acceptance length by walking held-out conversations as serving does."""
+    from contracts.recipe import load_recipe
+    from train.evaluate import evaluate
+
+    evaluate(load_recipe(recipe, set_ or []), run, store, output)
+
+
+@app.command(epilog="Example: train export -r recipes/Tiny-DFlash/recipe.yaml --run runs/draft --output runs/export")
+def export(
+    recipe: RecipeOption,
+    run: RunOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory that a server loads.")],
+    set_: OverridesOption = None,
+) -> None:
+    """Write the directory that vLLM and SGLang load."""
+    from contracts.recipe import load_recipe
+    from train.export import export as export_draft
+
+    export_draft(load_recipe(recipe, set_ or []), run, output)
+
+
+def main() -> None:
+    # Waiting threads that spin would fight the working ones; read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    run_app(app)

@@ -1,0 +1,88 @@
+"""Read training samples from a store, in an order that follows from the seed alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from contracts.errors import UserError
+from contracts.store import Store, StoredSample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples packed one after another. Shapes: token_ids (T,) int64, loss_mask (T,), aux_hidden_states (T, n*H)."""
+
+    token_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    aux_hidden_states: torch.Tensor
+    lengths: list[int]
+    anchors: list[torch.Tensor]
+
+
+class Samples:
+    """A store's samples with anchors to train on; reads are lazy and whole samples are kept while memory allows."""
+
+    def __init__(self, store: Store, cache_bytes: int = 4 << 30) -> None:
+        """Raises UserError when the store holds no sample at all."""
+        self.store = store
+        self.ids = store.sample_ids()
+        if not self.ids:
+            raise UserError(
+                store.folder, found="no sample", expected="at least one", fix="Dump conversations that were finished."
+            )
+        self._cache: dict[str, StoredSample] = {}
+        self._room = cache_bytes
+
+    def read(self, sample_id: str) -> StoredSample:
+        if sample_id in self._cache:
+            return self._cache[sample_id]
+        sample = self.store.read_sample(sample_id)
+        size = sample.aux_hidden_states.nbytes
+        if size <= self._room:
+            self._room -= size
+            self._cache[sample_id] = sample
+        return sample
+
+    def batch(self, step: int, batch_samples: int, num_anchors: int, seed: int) -> Batch:
+        """The batch of a step: the same for a seed whatever ran before, so that a resumed run needs no position.
+
+        Raises UserError for a sample in which no anchor can be drawn.
+        """
+        picked = [self._pick(step * batch_samples + i, seed) for i in range(batch_samples)]
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        samples = [self.read(sample_id) for sample_id in picked]
+        anchors = []
+        for sample_id, sample in zip(picked, samples, strict=True):
+            places = anchor_places(sample.loss_mask)
+            if not len(places):
+                raise UserError(
+                    self.store.sample_path(sample_id),
+                    found="no place for an anchor",
+                    expected="two generated tokens in a row",
+                    fix="Dump again: such samples are worth nothing.",
+                )
+            chosen = torch.randperm(len(places), generator=generator)[:num_anchors]
+            anchors.append(places[chosen].sort().values)
+        return Batch(
+            token_ids=torch.cat([sample.input_ids for sample in samples]).long(),
+            loss_mask=torch.cat([sample.loss_mask for sample in samples]),
+            aux_hidden_states=torch.cat([sample.aux_hidden_states for sample in samples]).float(),
+            lengths=[sample.num_tokens for sample in samples],
+            anchors=anchors,
+        )
+
+    def _pick(self, number: int, seed: int) -> str:
+        """The sample at place `number` of the endless sequence of shuffled epochs."""
+        epoch, place = divmod(number, len(self.ids))
+        if getattr(self, "_epoch", None) != (epoch, seed):
+            generator = torch.Generator().manual_seed(seed * 7_919 + epoch)
+            self._order = torch.randperm(len(self.ids), generator=generator).tolist()
+            self._epoch = (epoch, seed)
+        return self.ids[self._order[place]]
+
+
+def anchor_places(loss_mask: torch.Tensor) -> torch.Tensor:
+    """Positions that serving can draft from: a generated token followed by another. Ascending, (N,)."""
+    return (loss_mask[:-1] & loss_mask[1:]).nonzero()[:, 0]

@@ -1,0 +1,120 @@
+"""Export a trained draft to the directory that vLLM and SGLang load: z-lab's DFlash layout.
+
+Reads:  a training run's last checkpoint.
+Writes: OUTPUT/config.json (Qwen3 names, `dflash_config` with mask token and layers, rope in both schemas),
+        OUTPUT/model.safetensors (no embedding, no lm_head: the server shares the target's),
+        OUTPUT/draftline.json (where it came from). Made under a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from contracts.draft import DraftConfig, DraftRun
+from contracts.errors import UserError
+from contracts.files import hash_file, read_json, write_json
+from contracts.recipe import Recipe
+from contracts.run import read_run
+from contracts.store import DTYPES
+from contracts.target import Target
+from train.dflash import rope_parameters
+
+ORIGIN_FILE = "draftline.json"
+
+
+def export(recipe: Recipe, run_folder: Path, output: Path) -> None:
+    """Write the draft of a finished run to `output`; an export of the same weights is kept.
+
+    Raises UserError when `output` holds something else, or when YaRN's window is not the context length.
+    """
+    read_run(run_folder, "train offline")
+    run = DraftRun(run_folder)
+    config = run.read_config()
+    weights = run.latest_weights()
+    if recipe.export.yarn and not config.yarn:
+        config = config.model_copy(update={"yarn": recipe.export.yarn})
+    _check_yarn(config)
+    origin = {
+        "target_fingerprint": config.target_fingerprint,
+        "store": config.store,
+        "weights": f"{weights.parent.name}/{weights.name}",
+        "sha256": hash_file(weights),
+        "dtype": recipe.export.dtype,
+        "recipe": recipe.model_dump(mode="json"),
+    }
+    if output.exists():
+        _refuse_foreign(output, origin)
+        print(f"export: {output} is finished, skipped")
+        return
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    dtype = DTYPES[recipe.export.dtype]
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in load_file(weights).items()}
+    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    write_json(temporary / "config.json", make_config(config, recipe.export.dtype, Target.read(recipe.target.path)))
+    write_json(temporary / ORIGIN_FILE, origin)
+    temporary.rename(output)
+    print(f"export: {weights.parent.name} -> {output}")
+
+
+def make_config(config: DraftConfig, dtype: str, target: Target) -> dict[str, Any]:
+    """The exported config.json. `rope_parameters` is transformers 5's schema, `rope_scaling` the one before."""
+    rope = rope_parameters(config)
+    return {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "dtype": dtype,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": rope,
+        "rope_scaling": rope if config.yarn else None,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "layer_types": ["full_attention"] * config.num_layers,
+        "bos_token_id": target.config.get("bos_token_id"),
+        "eos_token_id": target.config.get("eos_token_id"),
+        "block_size": config.block_size,
+        "num_target_layers": config.num_target_layers,
+        "dflash_config": {"mask_token_id": config.mask_token_id, "target_layer_ids": config.layer_ids},
+    }
+
+
+def _check_yarn(config: DraftConfig) -> None:
+    if config.yarn is None:
+        return
+    window = config.yarn.factor * config.yarn.original_max_position_embeddings
+    if window != config.max_position_embeddings:
+        raise UserError(
+            "export.yarn",
+            found=f"{config.yarn.original_max_position_embeddings} x {config.yarn.factor:g} = {window:g} positions",
+            expected=f"target.max_model_len = {config.max_position_embeddings}",
+            fix="Choose a factor or a length that give it.",
+        )
+
+
+def _refuse_foreign(output: Path, origin: dict[str, Any]) -> None:
+    found = read_json(output / ORIGIN_FILE, "an export of `train export`")
+    for key in ("sha256", "dtype", "target_fingerprint"):
+        if found.get(key) != origin[key]:
+            raise UserError(
+                output,
+                found=f"an export with {key} {str(found.get(key))[:12]}",
+                expected=f"{origin[key][:12]}, or an empty place",
+                fix="Delete it or choose another --output.",
+            )
