@@ -17,7 +17,7 @@ import openai
 from tqdm import tqdm
 
 from contracts.conversation import Conversation
-from contracts.errors import UserError
+from contracts.errors import IncompleteError, UserError, raise_known
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,12 @@ async def send_all(
                 answers[turn.id] = await _send(client, model, turn, max_tokens)
                 bar.update()
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(work())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(concurrency):
+                    group.create_task(work())
+        except BaseExceptionGroup as errors:
+            raise_known(errors)
     seconds = time.perf_counter() - started
     await client.close()
     return [answers[turn.id] for turn in turns], seconds
@@ -87,13 +90,19 @@ async def send_all(
 
 async def _send(client: openai.AsyncOpenAI, model: str, turn: Turn, max_tokens: int) -> Answer:
     started = time.perf_counter()
-    response = await client.completions.with_raw_response.create(
-        model=model,
-        prompt=turn.prompt,
-        max_tokens=max_tokens,
-        temperature=0.0,
-        extra_body={"return_token_ids": True},
-    )
+    try:
+        response = await client.completions.with_raw_response.create(
+            model=model,
+            prompt=turn.prompt,
+            max_tokens=max_tokens,
+            temperature=0.0,
+            extra_body={"return_token_ids": True},
+        )
+    except openai.APIError as error:
+        raise IncompleteError(
+            f"{client.base_url} ({turn.id}): found {type(error).__name__} {error}, expected an answer. "
+            "Look at the server's log beside the answers, then run again: finished servers are kept."
+        ) from None
     body: dict[str, Any] = json.loads(response.content)
     choice = body["choices"][0]
     drafting = (body.get("metrics") or {}).get("speculative_decoding") or {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class DraftlineError(Exception):
@@ -28,6 +29,14 @@ class UserError(DraftlineError):
 
 class IncompleteError(DraftlineError):
     """A stage ended with rows unaccounted for, or with too many failures; what was finished is kept."""
+
+
+def raise_known(group: BaseExceptionGroup[BaseException]) -> NoReturn:
+    """Raise the first error of ours in a task group's errors, or the whole group where none is."""
+    known = group.subgroup(DraftlineError)
+    while isinstance(known, BaseExceptionGroup):
+        known = known.exceptions[0]  # type: ignore[assignment]
+    raise known or group from None
 
 
 def run_app(app: Callable[[], object]) -> None:

@@ -22,7 +22,7 @@ import openai
 from tqdm import tqdm
 
 from contracts.conversation import CONVERSATIONS_FILE, Conversation
-from contracts.errors import IncompleteError, UserError
+from contracts.errors import IncompleteError, UserError, raise_known
 from contracts.files import hash_file, read_jsonl
 from contracts.ledger import STATUSES, Ledger, check_counts
 from contracts.recipe import Recipe
@@ -147,9 +147,12 @@ async def _write_all(writer: Writer, prompts: Sequence[Prompt], out: Output, run
                 bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-3):.0f} tok/s", refresh=False)
                 run.tick()
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(writer.recipe.synth.concurrency, len(prompts))):
-                group.create_task(work())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(writer.recipe.synth.concurrency, len(prompts))):
+                    group.create_task(work())
+        except BaseExceptionGroup as errors:
+            raise_known(errors)
     await writer.client.close()
 
 

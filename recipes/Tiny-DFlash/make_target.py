@@ -64,7 +64,7 @@ def main() -> None:
     partial.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(subjects)
     tokenizer.save_pretrained(partial)
-    model, loss, earlier_seconds = train(subjects, tokenizer, partial, args.steps)
+    model, loss, earlier_seconds = train(subjects, tokenizer, partial, args.steps, args.checkpoint_every)
     model.save_pretrained(partial)
     (partial / "checkpoint.pt").unlink(missing_ok=True)
     summary = {
@@ -86,6 +86,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=560, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--num-train", type=int, default=768, help="training prompts (default: %(default)s)")
     parser.add_argument("--num-held-out", type=int, default=96, help="held-out prompts (default: %(default)s)")
+    parser.add_argument("--checkpoint-every", type=int, default=50, help="steps (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     return parser.parse_args()
 
@@ -193,7 +194,11 @@ def make_batches(
 
 
 def train(
-    subjects: list[Subject], tokenizer: PreTrainedTokenizerFast, folder: Path, num_steps: int
+    subjects: list[Subject],
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    num_steps: int,
+    checkpoint_every: int,
 ) -> tuple[Qwen3ForCausalLM, float, float]:
     """Train the target; `(model, last loss, seconds of earlier runs)`. Goes on from folder/checkpoint.pt."""
     config = Qwen3Config(
@@ -241,7 +246,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         loss_value = loss.item()
-        if (step + 1) % 100 == 0 and step + 1 < num_steps:
+        if (step + 1) % checkpoint_every == 0 and step + 1 < num_steps:
             spent = seconds + time.time() - started
             save_checkpoint(checkpoint, model, optimizer, step + 1, fingerprint, spent)
     model.config.use_cache = True

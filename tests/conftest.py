@@ -1,0 +1,165 @@
+"""Fixtures: a tiny random target with a real tokenizer and template, a recipe for it, and runs of our commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+sys.path.insert(0, str(ROOT / "recipes/Tiny-DFlash"))
+sys.path.insert(0, str(Path(__file__).parent))
+
+RECIPE_TEXT = """
+target:
+  path: {target}
+  max_model_len: 256
+  num_aux_layers: 2
+serve:
+  args: {{dtype: float32, enforce-eager: true, max-num-seqs: 16, max-num-batched-tokens: 512}}
+synth:
+  thinking_modes: [enabled, disabled, adaptive]
+  temperature: 0.0
+  max_tokens: 24
+  concurrency: 8
+dump:
+  dtype: float32
+  batch_samples: 8
+train:
+  block_size: 4
+  num_layers: 1
+  num_attention_heads: 2
+  num_key_value_heads: 1
+  head_dim: 32
+  intermediate_size: 64
+  num_anchors: 8
+  batch_samples: 4
+  num_steps: 12
+  warmup_steps: 2
+  checkpoint_every: 4
+export:
+  dtype: float32
+  yarn: {{factor: 2.0, original_max_position_embeddings: 128}}
+bench:
+  concurrency: [1, 4]
+  num_prompts: {{1: 4}}
+"""
+
+
+def build_target(folder: Path, seed: int) -> Path:
+    """A Qwen3 of random weights under the tiny recipe's own tokenizer and chat template."""
+    import make_target
+    import torch
+    from stdlib_corpus import read_subjects
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = make_target.make_tokenizer(read_subjects()[:300])
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=make_target.EMBEDDING_ROWS,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=5,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.15,  # far from uniform, so that no two logits are near
+        dtype="float32",
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_target(tmp_path_factory.mktemp("target"), seed=1)
+
+
+@pytest.fixture(scope="session")
+def other_target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_target(tmp_path_factory.mktemp("other-target"), seed=2)
+
+
+@pytest.fixture(scope="session")
+def recipe_path(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(RECIPE_TEXT.format(target=target_folder))
+    return path
+
+
+@pytest.fixture(scope="session")
+def prompts_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 prompts; every fourth has two user turns."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = []
+    for number in range(24):
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Explain item {number}."}]
+        if number % 4 == 3:
+            messages.append({"role": "user", "content": "And why?"})
+        rows.append({"id": f"row-{number}", "category": f"kind{number % 2}", "messages": messages})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(*args: object) -> list[str]:
+    """Our console command, as a person in this environment would start it."""
+    name, *rest = map(str, args)
+    return [str(Path(sys.executable).with_name(name)), *rest]
+
+
+def run(*args: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run one of our commands to its end."""
+    result = subprocess.run(command(*args), capture_output=True, text=True, cwd=ROOT, check=False)
+    if check and result.returncode != 0:
+        raise AssertionError(f"{args} exited {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
+    return result
+
+
+def kill_when(condition: Callable[[], bool], *args: object, timeout_s: float = 240.0) -> int:
+    """Start one of our commands and SIGKILL it once `condition` holds; its exit code (-9 if it was killed)."""
+    process = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    deadline = time.monotonic() + timeout_s
+    try:
+        while process.poll() is None:
+            if condition():
+                process.send_signal(signal.SIGKILL)
+                break
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{args}: the moment to kill it never came")
+            time.sleep(0.005)
+    finally:
+        process.kill()
+    return process.wait()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file, parsed."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+@pytest.fixture(scope="session")
+def scripted_server() -> Iterator[str]:
+    """The URL of a server with the answers' form of vLLM's and an instant, deterministic reply (see scripted.py)."""
+    import scripted
+
+    with scripted.serve() as url:
+        yield url

@@ -1,0 +1,89 @@
+"""Start a vLLM engine in this process and provoke one of the CPU failures: `engine_probe.py CASE TARGET FOLDER`.
+
+Prints "fine" when nothing failed. Run as a process of its own, as a dead engine takes its process along.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def seeded_request_in_chunks(target: str, folder: str) -> None:
+    llm, sampling = make_llm(target, max_num_batched_tokens=64, max_num_seqs=4, enable_chunked_prefill=True)
+    prompts = [{"prompt_token_ids": list(range(10, 200))} for _ in range(3)]
+    llm.generate(prompts, sampling(temperature=1.0, seed=7, max_tokens=4), use_tqdm=False)
+
+
+def sampling_parameters_a_token(target: str, folder: str) -> None:
+    import torch
+    import vllm._C  # noqa: F401 (the CPU kernels)
+    from vllm.platforms import current_platform
+    from vllm.plugins import load_general_plugins
+
+    current_platform.register_triton_kernel_overrides()  # as the CPU worker does
+    load_general_plugins()
+    from vllm.v1.sample import rejection_sampler
+
+    values = torch.tensor([0.5, 0.0, 0.25])
+    ends = torch.tensor([2, 3, 7], dtype=torch.int32)
+    spread = rejection_sampler.expand_batch_to_tokens(values, ends, 7, replace_from=0, replace_to=1)
+    expected = torch.tensor([0.5, 0.5, 1.0, 0.25, 0.25, 0.25, 0.25])
+    assert torch.equal(spread, expected), f"sampling parameters are garbage: {spread.tolist()}"
+
+
+def top_k_without_rows(target: str, folder: str) -> None:
+    import torch
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    logits = topk_topp_sampler.apply_top_k_only(torch.empty(0, 50), torch.empty(0, dtype=torch.int64))
+    assert logits.shape == (0, 50)
+
+
+def stock_connector(target: str, folder: str) -> None:
+    capture(target, folder, {"kv_connector": "ExampleHiddenStatesConnector"})
+
+
+def our_connector(target: str, folder: str) -> None:
+    module = "serve.vllm_cpu.hidden_states_connector"
+    capture(target, folder, {"kv_connector": "CPUHiddenStatesConnector", "kv_connector_module_path": module})
+
+
+def capture(target: str, folder: str, connector: dict[str, Any]) -> None:
+    llm, sampling = make_llm(
+        target,
+        enable_prefix_caching=False,
+        speculative_config={
+            "method": "extract_hidden_states",
+            "num_speculative_tokens": 1,
+            "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": [1, 5]}},
+        },
+        kv_transfer_config={
+            **connector,
+            "kv_role": "kv_producer",
+            "kv_connector_extra_config": {"shared_storage_path": folder},
+        },
+    )
+    for _ in range(2):
+        llm.generate([{"prompt_token_ids": [5, 6, 7]}], sampling(max_tokens=1), use_tqdm=False)
+
+
+def make_llm(target: str, **arguments: Any) -> Any:
+    import os
+
+    from serve.engine import engine_env
+
+    os.environ.update(engine_env({}))
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=target, dtype="float32", enforce_eager=True, max_model_len=256, **arguments)
+    return llm, SamplingParams
+
+
+if __name__ == "__main__":
+    case, target, folder = sys.argv[1:]
+    globals()[case](target, folder)
+    print("fine")

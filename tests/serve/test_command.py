@@ -1,0 +1,73 @@
+"""Claims about the vLLM command: what it says, and which drafts it refuses."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import run
+
+from contracts.errors import UserError
+from contracts.recipe import load_recipe
+from contracts.target import Target
+from serve.command import build_command, to_flags
+
+
+def write_draft(folder: Path, target: Target, **changes: object) -> Path:
+    folder.mkdir()
+    config = {
+        "hidden_size": target.hidden_size,
+        "vocab_size": target.vocab_size,
+        "num_target_layers": target.num_layers,
+        "block_size": 8,
+        **changes,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_draft_is_served_with_one_token_less_than_its_block(recipe_path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_path)
+    target = Target.read(recipe.target.path)
+    command = build_command(recipe, target, port=8123, draft=write_draft(tmp_path / "draft", target))
+    config = json.loads(command.args[command.args.index("--speculative-config") + 1])
+    assert config == {"method": "dflash", "model": str(tmp_path / "draft"), "num_speculative_tokens": 7}
+    assert command.args[command.args.index("--host") + 1] == "127.0.0.1"
+    assert command.args[command.args.index("--max-model-len") + 1] == "256"
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "num_target_layers"])
+def test_a_draft_that_does_not_match_the_target_is_refused(recipe_path: Path, tmp_path: Path, key: str) -> None:
+    recipe = load_recipe(recipe_path)
+    target = Target.read(recipe.target.path)
+    draft = write_draft(tmp_path / "draft", target, **{key: 1})
+    with pytest.raises(UserError, match=rf"{key} = 1, expected"):
+        build_command(recipe, target, port=8123, draft=draft)
+
+
+def test_a_draft_trained_for_other_weights_is_refused(recipe_path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_path)
+    target = Target.read(recipe.target.path)
+    draft = write_draft(tmp_path / "draft", target)
+    (draft / "draftline.json").write_text(json.dumps({"target_fingerprint": "0" * 64}))
+    with pytest.raises(UserError, match="a draft for target 000000000000"):
+        build_command(recipe, target, port=8123, draft=draft)
+
+
+def test_booleans_become_flags_and_their_negations() -> None:
+    assert to_flags({"enforce-eager": True, "async-scheduling": False, "block-size": 128}) == [
+        "--enforce-eager",
+        "--no-async-scheduling",
+        "--block-size",
+        "128",
+    ]
+
+
+def test_the_printed_command_survives_a_shell(recipe_path: Path) -> None:
+    override = "serve.args.hf-overrides='{\"a b\": 1}'"
+    printed = run("serve", "command", "--recipe", recipe_path, "--port", "8001", "--set", override).stdout
+    words = shlex.split(printed)
+    assert words[words.index("--port") + 1] == "8001"
+    assert words[words.index("--hf-overrides") + 1] == '{"a b": 1}'

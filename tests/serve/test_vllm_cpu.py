@@ -1,0 +1,70 @@
+"""Claims about the CPU fixes: each failure is there without its fix and gone with it; nothing happens off CPUs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import serve.vllm_cpu
+from serve.engine import is_cpu_engine
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not is_cpu_engine(), reason="the fixes are for the CPU build of vLLM"),
+]
+
+
+def probe(case: str, target: Path, folder: Path, *, fixed: bool) -> str:
+    # VLLM_PLUGINS names the plugins that vLLM may load; empty means none.
+    env = {**os.environ, **({} if fixed else {"VLLM_PLUGINS": ""})}
+    script = Path(__file__).with_name("engine_probe.py")
+    result = subprocess.run(
+        [sys.executable, str(script), case, str(target), str(folder)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=300,
+        check=False,
+    )
+    return result.stderr + result.stdout
+
+
+@pytest.mark.parametrize(
+    ("case", "failure"),
+    [
+        ("seeded_request_in_chunks", "CPU Generator does not use offset"),
+        ("sampling_parameters_a_token", "sampling parameters are garbage"),
+        ("top_k_without_rows", "numel() == 0"),
+    ],
+)
+def test_each_failure_is_there_without_the_plugin_and_gone_with_it(
+    case: str, failure: str, target_folder: Path, tmp_path: Path
+) -> None:
+    assert failure in probe(case, target_folder, tmp_path, fixed=False)
+    assert probe(case, target_folder, tmp_path, fixed=True).rstrip().endswith("fine")
+
+
+def test_the_stock_connector_fails_on_a_cpu_and_ours_writes(target_folder: Path, tmp_path: Path) -> None:
+    assert "pin_memory" in probe("stock_connector", target_folder, tmp_path / "stock", fixed=True)
+    assert probe("our_connector", target_folder, tmp_path / "ours", fixed=True).rstrip().endswith("fine")
+    assert list((tmp_path / "ours").glob("*.safetensors"))
+
+
+def test_the_plugin_touches_nothing_off_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.platforms
+
+    class Gpu:
+        def is_cpu(self) -> bool:
+            return False
+
+    def refuse() -> None:
+        raise AssertionError("a fix was applied")
+
+    for fix in ("keep_seeded_generators_usable", "expand_sampling_parameters", "accept_empty_top_k"):
+        monkeypatch.setattr(serve.vllm_cpu, fix, refuse)
+    monkeypatch.setattr(vllm.platforms, "current_platform", Gpu())
+    serve.vllm_cpu.register()

@@ -1,0 +1,164 @@
+"""Claims about training: killed and resumed equals uninterrupted, bit for bit; wrong stores are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import kill_when, read_lines, run
+from safetensors.torch import load_file
+
+from contracts.conversation import Conversation, Sample
+from contracts.draft import DraftRun
+from contracts.errors import UserError
+from contracts.ledger import Ledger
+from contracts.run import Run
+from contracts.store import Manifest, Store
+from contracts.target import Target
+from dump.run import make_stored
+from train.mask_token import choose_mask_token
+
+
+def write_store(folder: Path, target: Target, num_samples: int = 10) -> Path:
+    """A finished store of random states, made with the store's own writer."""
+    opened = Run.open(
+        folder,
+        "dump run",
+        settings={},
+        inputs={"conversations": "c" * 64, "target": target.fingerprint},
+        recipe_yaml="",
+    )
+    store = Store(folder)
+    store.write_manifest(
+        Manifest(
+            target=str(target.path),
+            target_fingerprint=target.fingerprint,
+            quantization="none",
+            layer_ids=[1, 2],
+            num_layers=target.num_layers,
+            hidden_size=target.hidden_size,
+            final_norm="rms",
+            tokenizer="",
+            template="",
+            engine="none",
+            engine_version="",
+            dtype="float32",
+            conversations="c" * 64,
+        )
+    )
+    ledger = Ledger(store.ledger_path)
+    generator = torch.Generator().manual_seed(4)
+    for number in range(num_samples):
+        ids = torch.randint(0, 500, (60,), generator=generator).tolist()
+        conversation = Conversation(
+            id=f"{number:032x}",
+            source_id="",
+            index=number,
+            messages=[],
+            samples=[Sample(token_ids=ids, loss_spans=[(10, 30), (40, 60)])],
+            finish_reason="stop",
+            sampling={"temperature": 0.0},
+            target={},
+            template="",
+            usage={},
+        )
+        layers = torch.randn(60, 2, target.hidden_size, generator=generator)
+        final = torch.randn(60, target.hidden_size, generator=generator)
+        fields = store.write_sample(
+            f"{conversation.id}-0", make_stored(conversation, conversation.samples[0], layers, final)
+        )
+        ledger.append(f"{conversation.id}-0", "done", tokens=60, **fields)
+    ledger.close()
+    opened.finish({"samples": num_samples})
+    opened._lock.close()
+    return folder
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
+    recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    store = write_store(tmp_path / "store", Target.read(target_folder))
+    args = ["--recipe", recipe_path, "--store", store, "--set", "train.num_steps=60"]
+    run("train", "offline", *args, "--output", tmp_path / "whole")
+    killed = DraftRun(tmp_path / "killed")
+    kills = 0
+    for step in (4, 28):
+        kills += kill_when(
+            lambda step=step: bool(killed.steps()) and killed.steps()[-1] >= step,
+            "train", "offline", *args, "--output", killed.folder,
+        ) == -9  # fmt: skip
+    assert kills >= 1
+    result = run("train", "offline", *args, "--output", killed.folder)
+    assert "going on from step" in result.stdout
+    whole = DraftRun(tmp_path / "whole")
+    expected, found = load_file(whole.latest_weights()), load_file(killed.latest_weights())
+    assert whole.latest_weights().parent.name == killed.latest_weights().parent.name == "step-000060"
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert read_lines(killed.metrics_path) == read_lines(whole.metrics_path)
+    assert [line["step"] for line in read_lines(killed.metrics_path)] == [10, 20, 30, 40, 50, 60]
+    assert "is finished, skipped" in run("train", "offline", *args, "--output", killed.folder).stdout
+
+
+def test_a_store_of_another_target_is_refused_in_one_line(
+    recipe_path: Path, other_target_folder: Path, tmp_path: Path
+) -> None:
+    store = write_store(tmp_path / "store", Target.read(other_target_folder))
+    result = run("train", "offline", "--recipe", recipe_path, "--store", store, "--output", tmp_path / "d", check=False)
+    assert result.returncode == 2
+    assert "found states of target" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_changed_recipe_is_refused_for_a_run_that_was_begun(
+    recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    store = write_store(tmp_path / "store", Target.read(target_folder))
+    args = ["--recipe", recipe_path, "--store", store, "--output", tmp_path / "draft"]
+    run("train", "offline", *args)
+    result = run("train", "offline", *args, "--set", "train.learning_rate=0.5", check=False)
+    assert result.returncode == 2
+    assert "settings.train" in result.stderr
+
+
+def test_an_export_holds_what_vllm_reads_and_neither_embedding_nor_head(
+    recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    target = Target.read(target_folder)
+    store = write_store(tmp_path / "store", target)
+    run("train", "offline", "--recipe", recipe_path, "--store", store, "--output", tmp_path / "draft")
+    export = ["train", "export", "--recipe", recipe_path, "--run", tmp_path / "draft", "--output", tmp_path / "export"]
+    run(*export)
+    config = json.loads((tmp_path / "export/config.json").read_text())
+    assert config["architectures"] == ["DFlashDraftModel"]
+    assert config["block_size"] == 4
+    assert config["dflash_config"] == {"mask_token_id": choose_mask_token(target, None), "target_layer_ids": [1, 2]}
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 128}
+    assert config["rope_parameters"] == config["rope_scaling"] == yarn
+    assert config["max_position_embeddings"] == 256
+    names = set(load_file(tmp_path / "export/model.safetensors"))
+    assert {"fc.weight", "hidden_norm.weight", "norm.weight", "layers.0.self_attn.q_norm.weight"} <= names
+    assert not any("embed" in name or "lm_head" in name or "rope" in name for name in names)
+    assert "is finished, skipped" in run(*export).stdout
+
+
+def test_a_yarn_window_that_is_not_the_context_length_is_refused(
+    recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    store = write_store(tmp_path / "store", Target.read(target_folder))
+    yarn = ["--recipe", recipe_path, "--set", "export.yarn.factor=3"]
+    run("train", "offline", *yarn, "--store", store, "--output", tmp_path / "draft")
+    result = run("train", "export", *yarn, "--run", tmp_path / "draft", "--output", tmp_path / "export", check=False)
+    assert result.returncode == 2
+    assert "found 128 x 3 = 384 positions, expected target.max_model_len = 256" in result.stderr
+
+
+def test_the_mask_token_is_a_row_that_the_tokenizer_never_produces(target_folder: Path) -> None:
+    target = Target.read(target_folder)
+    free = choose_mask_token(target, None)
+    assert choose_mask_token(target, free + 1) == free + 1
+    with pytest.raises(UserError, match="a token of the tokenizer"):
+        choose_mask_token(target, free - 1)
+    with pytest.raises(UserError, match="no row in"):
+        choose_mask_token(target, target.vocab_size)
