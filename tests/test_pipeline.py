@@ -1,0 +1,231 @@
+"""Claims about the whole pipeline, on real vLLM: recipes/Tiny-DFlash/run.sh as it ships, with a target trained briefly."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, kill_when, read_lines, run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from contracts.conversation import read_conversations
+from contracts.recipe import load_recipe
+from contracts.store import Store
+from contracts.target import Target
+from dump.verify import logit_gaps
+from contracts.target_weights import read_head
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+NUM_TRAIN, NUM_HELD_OUT = 60, 12
+RECIPE = ROOT / "recipes/Tiny-DFlash/recipe.yaml"
+OVERRIDES = ["train.num_steps=80", "train.checkpoint_every=20", "synth.max_tokens=128", "bench.num_prompts={1: 4}"]
+
+
+def overrides(folder: Path) -> list[str]:
+    return [word for value in [f"target.path={folder}/target", *OVERRIDES] for word in ("--set", value)]
+
+
+def run_script(folder: Path) -> str:
+    """run.sh on `folder`; what it printed."""
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    words = [word for value in OVERRIDES for word in ("--set", value)]
+    script = [str(ROOT / "recipes/Tiny-DFlash/run.sh"), str(folder), *words]
+    result = subprocess.run(script, capture_output=True, text=True, env=env, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    script = [sys.executable, str(ROOT / "recipes/Tiny-DFlash/make_target.py"), "--output", str(folder)]
+    sizes = ["--steps", "130", "--num-train", str(NUM_TRAIN), "--num-held-out", str(NUM_HELD_OUT)]
+    subprocess.run([*script, *sizes], check=True, cwd=ROOT)
+    run_script(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(pipeline: Path) -> dict[str, Any]:
+    return dict(json.loads((pipeline / "report.json").read_text()))
+
+
+def test_the_report_accounts_for_every_row(report: dict[str, Any]) -> None:
+    assert report["prompts"] == {"train": NUM_TRAIN, "held_out": NUM_HELD_OUT}
+    synth = report["synth"]
+    assert sum(synth[key] for key in ("done", "truncated", "filtered", "failed")) == NUM_TRAIN + NUM_HELD_OUT
+    assert synth["failed"] == synth["filtered"] == 0
+    assert report["dump"]["samples"] >= synth["done"]
+    assert report["train"]["steps"] == 80
+    assert set(report["seconds"]) == {"target", "synth", "dump", "train", "serve"}
+    assert all(value > 0 for value in report["seconds"].values())
+
+
+def test_the_draft_helps_and_is_served_as_well_as_predicted(report: dict[str, Any]) -> None:
+    assert report["served"]["acceptance_length"] > 1.5
+    assert abs(report["agreement"]["relative_difference"]) <= 0.01
+    assert report["agreement"]["identical_walks"] == report["agreement"]["walks"] > 0
+    assert set(report["served"]["by_mode"]) == set(report["eval"]["by_mode"])
+
+
+def test_greedy_output_with_the_draft_is_the_output_without_it(report: dict[str, Any]) -> None:
+    assert report["served"]["greedy_identical"] == report["served"]["greedy_total"] > 0
+
+
+def test_the_plot_is_there(pipeline: Path) -> None:
+    assert (pipeline / "acceptance_by_position.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_skips_everything_and_says_so(pipeline: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in pipeline.rglob("*.safetensors")}
+    printed = run_script(pipeline)
+    # target; synth, dump twice each; verify; train; eval; export; bench
+    assert printed.count("skipped") == 10
+    assert {path: path.stat().st_mtime_ns for path in pipeline.rglob("*.safetensors")} == before
+
+
+def test_prompt_ids_are_the_template_in_the_rows_own_mode_and_replies_are_its_text(pipeline: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pipeline / "target")
+    modes = set()
+    for record in read_conversations(pipeline / "synth/train"):
+        modes.add(record.thinking_mode)
+        first_reply = next(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
+        rendered = tokenizer.apply_chat_template(
+            record.messages[:first_reply],
+            thinking_mode=record.thinking_mode,
+            add_generation_prompt=True,
+            return_dict=True,
+        )["input_ids"]
+        sample = record.samples[0]
+        start, end = sample.loss_spans[0]
+        assert sample.token_ids[:start] == rendered
+        reply = record.messages[first_reply]
+        thought = reply.get("reasoning_content")
+        text = tokenizer.decode(sample.token_ids[start:end]).removesuffix("[e~[")
+        if record.thinking_mode == "adaptive":
+            text = text.removeprefix("<mm:think>" if thought else "</mm:think>")
+        assert text == (f"{thought}</mm:think>" if thought else "") + reply["content"]
+    assert modes == {"enabled", "disabled", "adaptive"}
+
+
+def test_generated_tokens_are_supervised_to_the_stop_token_and_nothing_else(pipeline: Path) -> None:
+    store, stop = Store(pipeline / "store/train"), Target.read(pipeline / "target").config["eos_token_id"]
+    by_id = {record.id: record for record in read_conversations(pipeline / "synth/train")}
+    for sample_id in store.sample_ids():
+        sample = store.read_sample(sample_id)
+        conversation_id, number = sample_id.split("-")
+        recorded = by_id[conversation_id].samples[int(number)]
+        assert sample.input_ids.tolist() == recorded.token_ids
+        assert int(sample.loss_mask.sum()) == sum(end - start for start, end in recorded.loss_spans)
+        for _, end in recorded.loss_spans:
+            assert sample.input_ids[end - 1] == stop
+
+
+def test_states_equal_a_transformers_forward_and_predict_the_generated_tokens(pipeline: Path) -> None:
+    store = Store(pipeline / "store/train")
+    manifest = store.read_manifest()
+    model = AutoModelForCausalLM.from_pretrained(pipeline / "target", dtype=torch.float32).eval()
+    final: list[torch.Tensor] = []
+    model.model.norm.register_forward_pre_hook(lambda module, args: final.append(args[0][0]))
+    head = read_head(Target.read(pipeline / "target"))
+    for sample_id in store.sample_ids()[:5]:
+        sample = store.read_sample(sample_id)
+        with torch.no_grad():
+            layers = model(sample.input_ids.long()[None], output_hidden_states=True).hidden_states
+        expected = torch.cat([layers[i + 1][0] for i in manifest.layer_ids], dim=-1)
+        torch.testing.assert_close(sample.aux_hidden_states, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sample.hidden_states, final.pop(), rtol=1e-4, atol=1e-4)
+        assert float(logit_gaps(head, sample).max()) < 1e-3
+
+
+def test_a_store_with_a_shifted_layer_or_a_flipped_byte_does_not_verify(pipeline: Path, tmp_path: Path) -> None:
+    args = ["--recipe", RECIPE, *overrides(pipeline)]
+    flipped = shutil.copytree(pipeline / "store/held_out", tmp_path / "flipped")
+    path = sorted(flipped.glob("samples/*/*.safetensors"))[0]
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    result = run("dump", "verify", *args, "--store", flipped, check=False)
+    assert result.returncode == 2
+    assert f"{path}: found" in result.stderr
+
+    shifted = shutil.copytree(pipeline / "store/held_out", tmp_path / "shifted")
+    store = Store(shifted)
+    entries = read_lines(store.ledger_path)
+    sample = store.read_sample(entries[0]["id"])
+    sample.hidden_states = sample.aux_hidden_states[:, -sample.hidden_states.shape[1] :]
+    entries[0].update(store.write_sample(entries[0]["id"], sample))
+    store.ledger_path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    result = run("dump", "verify", *args, "--store", shifted, check=False)
+    assert result.returncode == 1
+    assert "that its states do not predict" in result.stderr
+
+
+def test_a_killed_dump_resumes_without_loss(pipeline: Path, tmp_path: Path) -> None:
+    output = tmp_path / "store"
+    args = ["dump", "run", "--recipe", RECIPE, *overrides(pipeline), "--set", "dump.batch_samples=4"]
+    args += ["--conversations", pipeline / "synth/train", "--output", output]
+    kills = 0
+    for count in (1, 25):
+        kills += kill_when(lambda count=count: len(read_lines(output / "ledger.jsonl")) >= count, *args) == -9
+    assert kills == 2
+    run(*args)
+    whole, killed = Store(pipeline / "store/train"), Store(output)
+    assert killed.sample_ids() == whole.sample_ids()
+    lines = read_lines(killed.ledger_path)
+    assert len(lines) == len({line["id"] for line in lines}) == len(read_lines(whole.ledger_path))
+    assert len(list(output.glob("samples/*/*"))) == len(killed.sample_ids())
+    assert not list(output.glob("staging*"))
+    for line in lines:
+        if line["status"] == "done":
+            killed.check_file(line["id"], line)
+            a, b = killed.read_sample(line["id"]), whole.read_sample(line["id"])
+            assert torch.equal(a.input_ids, b.input_ids)
+            assert torch.equal(a.loss_mask, b.loss_mask)
+            torch.testing.assert_close(a.aux_hidden_states, b.aux_hidden_states, rtol=1e-4, atol=1e-4)
+
+
+def test_a_killed_synthesis_with_its_own_server_resumes_without_loss(pipeline: Path, tmp_path: Path) -> None:
+    output = tmp_path / "synth"
+    args = ["synth", "generate", "--recipe", RECIPE, *overrides(pipeline), "--set", "synth.concurrency=4"]
+    args += ["--prompts", pipeline / "prompts/train.jsonl", "--output", output]
+    assert kill_when(lambda: len(read_lines(output / "ledger.jsonl")) >= 10, *args) == -9
+    run(*args)
+    whole, killed = read_lines(pipeline / "synth/train/conversations.jsonl"), read_lines(output / "conversations.jsonl")
+    assert len(killed) == NUM_TRAIN
+    by_index = {row["index"]: row for row in killed}
+    assert sorted(by_index) == list(range(NUM_TRAIN))
+    assert all(by_index[row["index"]]["id"] == row["id"] for row in whole)
+
+
+def test_a_killed_benchmark_keeps_the_server_that_was_finished(pipeline: Path, tmp_path: Path) -> None:
+    output = tmp_path / "bench"
+    args = ["bench", "acceptance", "--recipe", RECIPE, *overrides(pipeline)]
+    args += ["--conversations", pipeline / "synth/held_out", "--draft", pipeline / "export", "--output", output]
+    assert kill_when((output / "baseline.json").exists, *args) == -9
+    finished = (output / "baseline.json").stat().st_mtime_ns
+    assert "baseline.json is there already" in run(*args).stdout
+    assert (output / "baseline.json").stat().st_mtime_ns == finished
+    again = json.loads((output / "acceptance.json").read_text())
+    before = json.loads((pipeline / "bench/acceptance.json").read_text())
+    assert again["acceptance_length"] == before["acceptance_length"]
+    assert again["walks"] == before["walks"]
+
+
+def test_conversations_of_another_target_are_refused_in_one_line(
+    pipeline: Path, other_target_folder: Path, tmp_path: Path
+) -> None:
+    args = ["--recipe", RECIPE, "--set", f"target.path={other_target_folder}", "--output", tmp_path / "out"]
+    result = run("dump", "run", *args, "--conversations", pipeline / "synth/train", check=False)
+    assert result.returncode == 2
+    assert "found conversations of target" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert load_recipe(RECIPE).target.path != other_target_folder
