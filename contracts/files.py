@@ -16,9 +16,12 @@ from contracts.errors import UserError
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write `content` under a temporary name in the same folder, sync it and rename it to `path`."""
+    """Write `content` under a temporary name in the same folder, sync it and rename it to `path`.
+
+    The name is the same each time: what a killed process left is overwritten when its work is done again.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     data = content.encode() if isinstance(content, str) else content
     with temporary.open("wb") as file:
         file.write(data)

@@ -8,6 +8,7 @@ number of layers and tokens, finite values.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,10 @@ class CaptureEngine:
 
     def __init__(self, recipe: Recipe, target: Target, layer_ids: Sequence[int], staging: Path) -> None:
         """Load the target. `staging` is an empty folder of ours; files stay in it only until they are read."""
-        os.environ.update({**engine_env(recipe.serve.env), **os.environ})
+        # The engine works inside this process: its warnings about itself would bury what the stage says.
+        quiet = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
+        os.environ.update({**quiet, **engine_env(recipe.serve.env)})
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
         from vllm import LLM
 
         self._staging = staging
@@ -114,6 +118,7 @@ def _engine_args(recipe: Recipe, target: Target, vllm_layer_ids: list[int], stag
     return {
         "model": str(target.path),
         "max_model_len": longest_sample(recipe, target) + 1,
+        "use_tqdm_on_load": False,
         "enable_prefix_caching": False,  # states of cached tokens would never be computed
         "speculative_config": {
             "method": "extract_hidden_states",

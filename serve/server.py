@@ -21,7 +21,6 @@ from pathlib import Path
 
 from contracts.errors import UserError
 from serve.command import ServeCommand
-from serve.engine import full_env
 from serve.vllm_main import PARENT_ENV
 
 STOP_TIMEOUT_S = 20.0
@@ -69,7 +68,7 @@ def run_server(command: ServeCommand, *, log_path: Path, startup_timeout_s: floa
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=full_env({**command.env, PARENT_ENV: str(os.getpid())}),
+            env={**os.environ, **command.env, PARENT_ENV: str(os.getpid())},
             start_new_session=True,
         )
     try:

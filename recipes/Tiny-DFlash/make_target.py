@@ -80,15 +80,15 @@ def main() -> None:
     print(f"target: {summary['parameters'] / 1e6:.1f}M parameters, loss {loss:.3f}, {summary['seconds']:.0f} s")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the run's folder")
     parser.add_argument("--steps", type=int, default=560, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--num-train", type=int, default=768, help="training prompts (default: %(default)s)")
+    parser.add_argument("--num-train", type=int, default=1024, help="training prompts (default: %(default)s)")
     parser.add_argument("--num-held-out", type=int, default=96, help="held-out prompts (default: %(default)s)")
     parser.add_argument("--checkpoint-every", type=int, default=50, help="steps (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def write_prompts(subjects: list[Subject], folder: Path, num_train: int, num_held_out: int) -> dict[str, int]:

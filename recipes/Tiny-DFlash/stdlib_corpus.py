@@ -18,12 +18,65 @@ SYSTEM_PROMPT = "You explain the Python standard library."
 MODES = ("enabled", "disabled", "adaptive")
 # Well-known packages and modules: few enough that a tiny target can learn its way around them.
 MODULES = (
-    "argparse ast asyncio base64 bisect calendar codecs collections configparser contextlib csv ctypes dataclasses "
-    "datetime difflib email enum fractions functools graphlib gzip heapq html http inspect ipaddress json logging "
-    "mailbox multiprocessing operator os pathlib pickle platform queue random shutil smtplib socket ssl statistics "
-    "string subprocess tarfile tempfile textwrap threading timeit traceback typing unittest urllib uuid weakref xml "
-    "xmlrpc zipfile"
-).split()
+    "argparse",
+    "ast",
+    "asyncio",
+    "base64",
+    "bisect",
+    "calendar",
+    "codecs",
+    "collections",
+    "configparser",
+    "contextlib",
+    "csv",
+    "ctypes",
+    "dataclasses",
+    "datetime",
+    "difflib",
+    "email",
+    "enum",
+    "fractions",
+    "functools",
+    "graphlib",
+    "gzip",
+    "heapq",
+    "html",
+    "http",
+    "inspect",
+    "ipaddress",
+    "json",
+    "logging",
+    "mailbox",
+    "multiprocessing",
+    "operator",
+    "os",
+    "pathlib",
+    "pickle",
+    "platform",
+    "queue",
+    "random",
+    "shutil",
+    "smtplib",
+    "socket",
+    "ssl",
+    "statistics",
+    "string",
+    "subprocess",
+    "tarfile",
+    "tempfile",
+    "textwrap",
+    "threading",
+    "timeit",
+    "traceback",
+    "typing",
+    "unittest",
+    "urllib",
+    "uuid",
+    "weakref",
+    "xml",
+    "xmlrpc",
+    "zipfile",
+)
 MAX_SUMMARY_CHARS = 110
 MAX_PARAMETERS = 5
 

@@ -52,7 +52,7 @@ def test_an_unknown_status_is_refused(tmp_path: Path) -> None:
 
 def test_counts_that_do_not_add_up_are_an_error(tmp_path: Path) -> None:
     check_counts(tmp_path, {"done": 2, "failed": 1}, 3)
-    with pytest.raises(IncompleteError, match="found 3 rows.*expected 4"):
+    with pytest.raises(IncompleteError, match=r"found 3 rows.*expected 4"):
         check_counts(tmp_path, {"done": 2, "failed": 1}, 4)
 
 

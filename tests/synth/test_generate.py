@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ def generate(recipe: Path, prompts: Path, output: Path, endpoint: str, *more: st
     return run("synth", "generate", *args, check=check)
 
 
+def grown_by(path: Path, num_bytes: int) -> Callable[[], bool]:
+    """Whether a file has grown by so much since now."""
+    enough = num_bytes + (path.stat().st_size if path.exists() else 0)
+    return lambda: path.exists() and path.stat().st_size >= enough
+
+
 def test_killed_at_any_moment_and_run_again_it_equals_an_uninterrupted_run(
     recipe_path: Path, scripted_server: str, tmp_path: Path
 ) -> None:
@@ -37,12 +44,7 @@ def test_killed_at_any_moment_and_run_again_it_equals_an_uninterrupted_run(
     args = ["synth", "generate", "--recipe", recipe_path, "--prompts", prompts, "--output", output]
     args += ["--endpoint", scripted_server]
     rng = random.Random(0)
-    kills = 0
-    for _ in range(6):
-        target_size = (output / FILE).stat().st_size + rng.randrange(1, 12000) if (output / FILE).exists() else 1
-        kills += (
-            kill_when(lambda: (output / FILE).exists() and (output / FILE).stat().st_size >= target_size, *args) == -9
-        )
+    kills = sum(kill_when(grown_by(output / FILE, rng.randrange(1, 12000)), *args) == -9 for _ in range(6))
     assert kills >= 3
     generate(recipe_path, prompts, output, scripted_server)
 

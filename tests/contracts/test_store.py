@@ -1,0 +1,57 @@
+"""Claims about the store: what is written is read back, ids cannot leave the folder, broken files are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from contracts.errors import UserError
+from contracts.store import Store, StoredSample
+
+ID = "0123456789abcdef0123456789abcdef-0"
+
+
+def make_sample() -> StoredSample:
+    generator = torch.Generator().manual_seed(0)
+    return StoredSample(
+        input_ids=torch.tensor([5, 6, 7], dtype=torch.int32),
+        loss_mask=torch.tensor([False, True, True]),
+        hidden_states=torch.randn(3, 4, generator=generator),
+        aux_hidden_states=torch.randn(3, 8, generator=generator),
+        metadata={"conversation_id": ID[:-2], "thinking_mode": "enabled"},
+    )
+
+
+def test_a_sample_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    store, sample = Store(tmp_path), make_sample()
+    entry = store.write_sample(ID, sample)
+    found = store.read_sample(ID)
+    for name in ("input_ids", "loss_mask", "hidden_states", "aux_hidden_states"):
+        assert torch.equal(getattr(found, name), getattr(sample, name))
+    assert found.metadata == sample.metadata
+    assert store.sample_path(ID).parent.name == "01"
+    store.check_file(ID, entry)
+
+
+@pytest.mark.parametrize("sample_id", ["../../etc/passwd-0", "a/b-0", "0123-0", f"{ID}\x00", ID.upper(), f"{ID}/x"])
+def test_an_id_that_dump_did_not_make_never_becomes_a_path(tmp_path: Path, sample_id: str) -> None:
+    with pytest.raises(ValueError, match="sample id"):
+        Store(tmp_path).sample_path(sample_id)
+
+
+def test_a_torn_or_changed_file_is_named(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    entry = store.write_sample(ID, make_sample())
+    path = store.sample_path(ID)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match="unreadable sample"):
+        store.read_sample(ID)
+    with pytest.raises(UserError, match="as in the ledger"):
+        store.check_file(ID, entry)
+
+
+def test_a_folder_without_a_manifest_is_no_store(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"manifest\.json: found no such file"):
+        Store(tmp_path).read_manifest()
