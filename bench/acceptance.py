@@ -15,11 +15,11 @@ from typing import Any
 
 from bench.requests import Answer, Turn, answers_from_json, answers_to_json, read_counters, read_turns, send_all
 from contracts.acceptance import Acceptance
-from contracts.conversation import CONVERSATIONS_FILE, read_conversations
+from contracts.conversation import CONVERSATIONS_FILE, check_written_by, read_conversations
 from contracts.errors import IncompleteError, UserError
 from contracts.files import hash_file, hash_json, read_json, write_json
 from contracts.recipe import Recipe
-from contracts.run import Run, read_run
+from contracts.run import Run
 from contracts.target import Target
 from serve.command import MODEL_NAME, build_command, speculative_config
 from serve.server import find_port, run_server
@@ -33,14 +33,7 @@ def measure(recipe: Recipe, conversations: Path, draft: Path, output: Path) -> d
     Raises UserError for conversations or a draft of another target, IncompleteError when counts do not agree.
     """
     target = Target.read(recipe.target.path)
-    state = read_run(conversations, "synth generate")
-    if state["inputs"]["target"] != target.fingerprint:
-        raise UserError(
-            conversations,
-            found=f"conversations of target {state['inputs']['target'][:12]}",
-            expected=f"those of {target.fingerprint[:12]} ({target.path})",
-            fix="Give the held-out conversations that this target wrote.",
-        )
+    state = check_written_by(conversations, target)
     num_draft_tokens = int(speculative_config(draft, target)["num_speculative_tokens"])
     turns = read_turns(read_conversations(conversations))
     if not turns:
@@ -48,7 +41,11 @@ def measure(recipe: Recipe, conversations: Path, draft: Path, output: Path) -> d
     run = Run.open(
         output,
         "bench acceptance",
-        settings={"bench": recipe.bench.settings(), "max_tokens": recipe.synth.max_tokens},
+        settings={
+            "bench": recipe.bench.settings(),
+            "serve": recipe.serve.settings(),
+            "max_tokens": recipe.synth.max_tokens,
+        },
         inputs={
             "conversations": hash_file(conversations / CONVERSATIONS_FILE),
             "target": target.fingerprint,

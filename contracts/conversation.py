@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from contracts.errors import UserError
 from contracts.files import hash_json, read_jsonl
+from contracts.run import read_run
+from contracts.target import Target
 
 CONVERSATIONS_FILE = "conversations.jsonl"
 
@@ -66,6 +68,19 @@ def make_conversation_id(
 ) -> str:
     """Content hash of the prompt side: the same on every machine and every resume. 32 hex digits."""
     return hash_json([list(messages), list(tools) if tools else None, thinking_mode, sample_number])[:32]
+
+
+def check_written_by(folder: Path, target: Target) -> dict[str, Any]:
+    """The run state of a finished synthesis of `target`. Raises UserError when it is unfinished or another target's."""
+    state = read_run(folder, "synth generate")
+    if state["inputs"]["target"] != target.fingerprint:
+        raise UserError(
+            folder,
+            found=f"conversations of target {state['inputs']['target'][:12]}",
+            expected=f"those of {target.fingerprint[:12]} ({target.path})",
+            fix="Give the conversations that this target wrote, or write them again.",
+        )
+    return state
 
 
 def read_conversations(folder_or_file: Path) -> Iterator[Conversation]:

@@ -3,8 +3,7 @@
 Writes: `run.json` (stage, settings, inputs, seconds, whether complete), `resolved.yaml` (the whole recipe as used),
         `command.txt` (every command line that worked here), `run.lock` (held while a process is at work).
 
-A folder belongs to one set of settings and inputs: coming back with others is an error that names the difference,
-unless the user says `--force`, which the stage answers by starting afresh.
+A folder belongs to one set of settings and inputs: coming back with others is an error that names the difference.
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from contracts.errors import UserError
 from contracts.files import read_json, write_atomic, write_json
@@ -132,16 +129,19 @@ def _refuse_changes(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]
             fix="Choose another --output.",
         )
     for part in ("settings", "inputs"):
-        for key in sorted({*old[part], *new[part]}):
-            if old[part].get(key) != new[part].get(key):
+        before, now = _flatten(old[part], part), _flatten(new[part], part)
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key):
                 raise UserError(
-                    f"{folder} ({part}.{key})",
-                    found=_short(new[part].get(key)),
-                    expected=f"{_short(old[part].get(key))} as when this output was begun",
+                    f"{folder} ({key})",
+                    found=str(now.get(key)),
+                    expected=f"{before.get(key)} as when this output was begun",
                     fix="Go on with the old value, choose another --output, or delete this folder to start afresh.",
                 )
 
 
-def _short(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("\n...")
-    return text if len(text) <= 80 else text[:77] + "..."
+def _flatten(value: Any, name: str) -> dict[str, Any]:
+    """Nested dictionaries as one, keys joined by dots."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {key: leaf for inner, part in value.items() for key, leaf in _flatten(part, f"{name}.{inner}").items()}

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from contracts.conversation import CONVERSATIONS_FILE, Conversation, Sample, read_conversations
-from contracts.errors import IncompleteError, UserError
+from contracts.conversation import CONVERSATIONS_FILE, Conversation, Sample, check_written_by, read_conversations
+from contracts.errors import IncompleteError
 from contracts.files import hash_file
 from contracts.ledger import Ledger, check_counts
 from contracts.recipe import Recipe
-from contracts.run import Run, read_run
+from contracts.run import Run
 from contracts.store import DTYPES, Manifest, Store, StoredSample
 from contracts.target import Target, default_dflash_layers
 from dump.engine import CaptureEngine, CaptureError, longest_sample
@@ -34,13 +34,13 @@ def dump(recipe: Recipe, conversations: Path, output: Path) -> dict[str, Any]:
     Raises UserError for conversations of another target, IncompleteError when too many samples were rejected.
     """
     target = Target.read(recipe.target.path)
-    check_origin(conversations, target)
+    check_written_by(conversations, target)
     layer_ids = recipe.target.aux_layers or default_dflash_layers(target.num_layers, recipe.target.num_aux_layers)
     checksum = hash_file(conversations / CONVERSATIONS_FILE)
     run = Run.open(
         output,
         "dump run",
-        settings={"dump": recipe.dump.settings(), "layer_ids": layer_ids, "engine": recipe.serve.settings()},
+        settings={"dump": recipe.dump.settings(), "layer_ids": layer_ids, "serve": recipe.serve.settings()},
         inputs={"conversations": checksum, "target": target.fingerprint},
         recipe_yaml=recipe.to_yaml(),
     )
@@ -88,18 +88,6 @@ def dump(recipe: Recipe, conversations: Path, output: Path) -> dict[str, Any]:
             f"expected at most {recipe.dump.max_reject_fraction:.0%}. Look at the engine; delete the store; dump again."
         )
     return summary
-
-
-def check_origin(conversations: Path, target: Target) -> None:
-    """Raise UserError unless `conversations` is a finished synthesis of `target`."""
-    state = read_run(conversations, "synth generate")
-    if state["inputs"]["target"] != target.fingerprint:
-        raise UserError(
-            conversations,
-            found=f"conversations of target {state['inputs']['target'][:12]}",
-            expected=f"those of {target.fingerprint[:12]} ({target.path})",
-            fix="Give the conversations that this target wrote, or write them again.",
-        )
 
 
 Row = tuple[str, Conversation, Sample]

@@ -9,9 +9,7 @@ Writes: OUTPUT/conversations.jsonl, one record a line in order of completion, an
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +28,7 @@ from contracts.run import Run
 from contracts.target import Target
 from serve.command import MODEL_NAME, build_command
 from serve.server import find_port, is_healthy, run_server
-from synth.conversation import Writer, write_conversation
+from synth.conversation import Writer, api_key, write_conversation
 from synth.prompts import Prompt, Reject, read_prompts
 
 
@@ -72,7 +70,11 @@ def generate(
     run = Run.open(
         output,
         "synth generate",
-        settings={"synth": recipe.synth.settings(), "max_model_len": recipe.target.max_model_len},
+        settings={
+            "synth": recipe.synth.settings(),
+            "serve": recipe.serve.settings(),
+            "max_model_len": recipe.target.max_model_len,
+        },
         inputs={"prompts": hash_file(prompts), "target": target.fingerprint},
         recipe_yaml=recipe.to_yaml(),
     )
@@ -115,9 +117,9 @@ def _served(recipe: Recipe, target: Target, output: Path, endpoint: str | None) 
 
 def _served_model(endpoint: str) -> str:
     try:
-        with urllib.request.urlopen(f"{endpoint}/models", timeout=10) as response:  # noqa: S310 (the user's URL)
-            return str(json.load(response)["data"][0]["id"])
-    except (OSError, ValueError, LookupError) as error:
+        client = openai.OpenAI(base_url=endpoint, api_key=api_key(), timeout=10, max_retries=0)
+        return client.models.list().data[0].id
+    except (openai.OpenAIError, LookupError) as error:
         raise UserError(
             endpoint,
             found=f"no model list ({error})",

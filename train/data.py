@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from contracts.errors import UserError
+from contracts.recipe import TrainSection
 from contracts.store import Store, StoredSample
 
 
@@ -24,9 +25,10 @@ class Batch:
 class Samples:
     """A store's samples with anchors to train on; reads are lazy and whole samples are kept while memory allows."""
 
-    def __init__(self, store: Store, cache_bytes: int = 4 << 30) -> None:
+    def __init__(self, store: Store, mask_token_id: int, cache_bytes: int = 4 << 30) -> None:
         """Raises UserError when the store holds no sample at all."""
         self.store = store
+        self.mask_token_id = mask_token_id
         self.ids = store.sample_ids()
         if not self.ids:
             raise UserError(
@@ -34,24 +36,34 @@ class Samples:
             )
         self._cache: dict[str, StoredSample] = {}
         self._room = cache_bytes
+        self._epoch, self._order = -1, list[int]()
 
     def read(self, sample_id: str) -> StoredSample:
+        """A sample. Raises UserError when it holds the mask token, which must mean "unknown" and nothing else."""
         if sample_id in self._cache:
             return self._cache[sample_id]
         sample = self.store.read_sample(sample_id)
+        if bool((sample.input_ids == self.mask_token_id).any()):
+            raise UserError(
+                self.store.sample_path(sample_id),
+                found=f"the mask token {self.mask_token_id} among its tokens",
+                expected="a token that never occurs",
+                fix="Set target.mask_token_id to another free row.",
+            )
         size = sample.aux_hidden_states.nbytes
         if size <= self._room:
             self._room -= size
             self._cache[sample_id] = sample
         return sample
 
-    def batch(self, step: int, batch_samples: int, num_anchors: int, seed: int) -> Batch:
+    def batch(self, step: int, section: TrainSection) -> Batch:
         """The batch of a step: the same for a seed whatever ran before, so that a resumed run needs no position.
 
         Raises UserError for a sample in which no anchor can be drawn.
         """
-        picked = [self._pick(step * batch_samples + i, seed) for i in range(batch_samples)]
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        first = step * section.batch_samples
+        picked = [self._pick(first + i, section.seed) for i in range(section.batch_samples)]
+        generator = torch.Generator().manual_seed(section.seed * 1_000_003 + step)
         samples = [self.read(sample_id) for sample_id in picked]
         anchors = []
         for sample_id, sample in zip(picked, samples, strict=True):
@@ -63,7 +75,7 @@ class Samples:
                     expected="two generated tokens in a row",
                     fix="Dump again: such samples are worth nothing.",
                 )
-            chosen = torch.randperm(len(places), generator=generator)[:num_anchors]
+            chosen = torch.randperm(len(places), generator=generator)[: section.num_anchors]
             anchors.append(places[chosen].sort().values)
         return Batch(
             token_ids=torch.cat([sample.input_ids for sample in samples]).long(),
@@ -76,10 +88,10 @@ class Samples:
     def _pick(self, number: int, seed: int) -> str:
         """The sample at place `number` of the endless sequence of shuffled epochs."""
         epoch, place = divmod(number, len(self.ids))
-        if getattr(self, "_epoch", None) != (epoch, seed):
+        if self._epoch != epoch:
             generator = torch.Generator().manual_seed(seed * 7_919 + epoch)
             self._order = torch.randperm(len(self.ids), generator=generator).tolist()
-            self._epoch = (epoch, seed)
+            self._epoch = epoch
         return self.ids[self._order[place]]
 
 

@@ -60,7 +60,7 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path) -> dict[str,
     draft_run.write_config(config)
 
     head = read_head(target)
-    samples = Samples(store)
+    samples = Samples(store, config.mask_token_id)
     model = DFlash(config)
     init_weights(model, section.seed)
     parameters = list(model.parameters())
@@ -77,7 +77,7 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path) -> dict[str,
         draft_run.metrics_path.open("a") as metrics,
     ):
         for step in range(first_step, section.num_steps):
-            batch = samples.batch(step, section.batch_samples, section.num_anchors, section.seed)
+            batch = samples.batch(step, section)
             blocks = plan_blocks(batch.lengths, batch.anchors, config.block_size)
             labels, valid = block_targets(batch.token_ids, batch.loss_mask, blocks.anchor_rows, config.block_size)
 

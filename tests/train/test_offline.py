@@ -101,6 +101,18 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     assert "is finished, skipped" in run("train", "offline", *args, "--output", killed.folder).stdout
 
 
+def test_data_that_holds_the_mask_token_is_refused(recipe_path: Path, target_folder: Path, tmp_path: Path) -> None:
+    target = Target.read(target_folder)
+    store = Store(write_store(tmp_path / "store", target))
+    sample = store.read_sample(store.sample_ids()[0])
+    sample.input_ids[20] = choose_mask_token(target, None)
+    store.write_sample(store.sample_ids()[0], sample)
+    args = ["--recipe", recipe_path, "--store", store.folder, "--output", tmp_path / "draft"]
+    result = run("train", "offline", *args, check=False)
+    assert result.returncode == 2
+    assert "among its tokens" in result.stderr
+
+
 def test_a_store_of_another_target_is_refused_in_one_line(
     recipe_path: Path, other_target_folder: Path, tmp_path: Path
 ) -> None:
@@ -119,7 +131,7 @@ def test_a_changed_recipe_is_refused_for_a_run_that_was_begun(
     run("train", "offline", *args)
     result = run("train", "offline", *args, "--set", "train.learning_rate=0.5", check=False)
     assert result.returncode == 2
-    assert "settings.train" in result.stderr
+    assert "(settings.train.learning_rate): found 0.5, expected 0.0012" in result.stderr
 
 
 def test_an_export_holds_what_vllm_reads_and_neither_embedding_nor_head(
