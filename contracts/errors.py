@@ -7,9 +7,12 @@ A run that cannot account for its rows exits 1. Anything else is a bug and keeps
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+INTERRUPTED = 130  # typer's exit code after SIGINT, as shells have it
 
 
 class DraftlineError(Exception):
@@ -44,11 +47,20 @@ def run_app(app: Callable[[], object]) -> None:
     # Without a terminal, rich falls back to 80 columns and breaks paths in the middle.
     if not sys.stdout.isatty():
         os.environ.setdefault("COLUMNS", "120")
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
     except DraftlineError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("interrupted: what was finished is kept; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("stopped: what was finished is kept; run the same command again to go on", file=sys.stderr)
+        raise
+
+
+def _interrupt(*_: object) -> None:
+    """SIGTERM (a scheduler's) unwinds like Ctrl-C, so that servers are stopped and files closed."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background jobs
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.raise_signal(signal.SIGINT)

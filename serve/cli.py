@@ -41,8 +41,6 @@ def start(
     set_: OverridesOption = None,
 ) -> None:
     """Start the server, wait until it is healthy, and serve until Ctrl-C or SIGTERM."""
-    import signal
-
     from contracts.recipe import load_recipe
     from contracts.target import Target
     from serve.command import build_command
@@ -54,7 +52,7 @@ def start(
     built = build_command(loaded, target, port=free_port, draft=draft)
     with run_server(built, log_path=log, startup_timeout_s=loaded.serve.startup_timeout_s) as server:
         typer.echo(f"{server.url}/v1  (Ctrl-C stops it)")
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        server.wait()
 
 
 def main() -> None:

@@ -33,6 +33,17 @@ class Server:
     url: str
     log_path: Path
     startup_s: float
+    process: subprocess.Popen[bytes]
+
+    def wait(self) -> None:
+        """Wait until the server ends, which it should not. Raises UserError then."""
+        code = self.process.wait()
+        raise UserError(
+            self.log_path,
+            found=f"a server that ended with code {code}: {last_words(self.log_path)}",
+            expected="a server until it is stopped",
+            fix="Read the log and start it again.",
+        )
 
 
 def find_port(host: str, port: int | None) -> int:
@@ -76,7 +87,7 @@ def run_server(command: ServeCommand, *, log_path: Path, startup_timeout_s: floa
         _wait_until_healthy(process, url, log_path, started + startup_timeout_s)
         startup_s = time.monotonic() - started
         print(f"server: healthy after {startup_s:.0f} s at {url}, log {log_path}", file=sys.stderr)
-        yield Server(url, log_path, startup_s)
+        yield Server(url, log_path, startup_s, process)
     finally:
         _stop(process)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import kill_when, read_lines, run
+import pytest
+from conftest import command, kill_when, read_lines, run
 
 from contracts.conversation import read_conversations
 from synth.conversation import add_turn, make_reply
@@ -53,6 +56,24 @@ def test_killed_at_any_moment_and_run_again_it_equals_an_uninterrupted_run(
     assert sorted(killed, key=lambda row: row["index"]) == sorted(whole, key=lambda row: row["index"])
     assert json.loads((output / "run.json").read_text())["summary"]["done"] == 400
     assert "is finished, skipped" in generate(recipe_path, prompts, output, scripted_server).stdout
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_stop_it_cleanly_and_say_how_to_go_on(
+    recipe_path: Path, scripted_server: str, tmp_path: Path, signal_number: int
+) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl", [f"question {i}" for i in range(400)])
+    args = ("--recipe", recipe_path, "--prompts", prompts, "--output", tmp_path / "out", "--endpoint", scripted_server)
+    process = subprocess.Popen(command("synth", "generate", *args), stderr=subprocess.PIPE, text=True)
+    while len(read_lines(tmp_path / "out/ledger.jsonl")) < 20:
+        assert process.poll() is None
+    process.send_signal(signal_number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.rstrip().endswith("run the same command again to go on")
+    assert "Traceback" not in errors
+    generate(recipe_path, prompts, tmp_path / "out", scripted_server)
+    assert len({row["id"] for row in read_lines(tmp_path / "out" / FILE)}) == 400
 
 
 def test_a_record_that_was_written_but_not_accounted_for_is_written_again(
