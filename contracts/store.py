@@ -151,14 +151,14 @@ class Store:
             )
 
 
-def open_store(folder: Path, target: Target) -> tuple[Store, Manifest, dict[str, Any]]:
-    """A finished store made from `target`: `(store, manifest, run state)`.
+def open_store(folder: Path, target: Target) -> tuple[Store, Manifest]:
+    """A finished store made from `target`, and its manifest.
 
     Raises UserError when the dump is unfinished, or when the states came out of another target.
     """
     store = Store(folder)
     manifest = store.read_manifest()
-    state = read_run(folder, "dump run")
+    read_run(folder, "dump run")
     if manifest.target_fingerprint != target.fingerprint:
         raise UserError(
             folder,
@@ -166,4 +166,4 @@ def open_store(folder: Path, target: Target) -> tuple[Store, Manifest, dict[str,
             expected=f"states of {target.fingerprint[:12]} ({target.path})",
             fix="Give the store that was dumped from this target, or dump again.",
         )
-    return store, manifest, state
+    return store, manifest

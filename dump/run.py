@@ -78,7 +78,6 @@ def dump(recipe: Recipe, conversations: Path, output: Path) -> dict[str, Any]:
     summary = {**counts, "samples": counts["done"], "tokens": ledger.total("tokens"), "bytes": ledger.total("size")}
     ledger.close()
     check_counts(store.ledger_path, counts, len(rows))
-    run.finish(summary)
     print(f"dump: {_describe(summary)} in {run.seconds:.0f} s -> {output}")
     rejected = counts["failed"] / max(1, len(rows))
     if rejected > recipe.dump.max_reject_fraction:
@@ -87,6 +86,7 @@ def dump(recipe: Recipe, conversations: Path, output: Path) -> dict[str, Any]:
             f"{store.ledger_path}: found {counts['failed']} of {len(rows)} samples rejected (the first: {reason}), "
             f"expected at most {recipe.dump.max_reject_fraction:.0%}. Look at the engine; delete the store; dump again."
         )
+    run.finish(summary)
     return summary
 
 

@@ -31,7 +31,7 @@ TOKENS_A_CHUNK = 2048
 def verify(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Check every file and every greedy row; the counts. Raises on the first sample that does not hold."""
     target = Target.read(recipe.target.path)
-    store, manifest, _ = open_store(folder, target)
+    store, manifest = open_store(folder, target)
     checksum, report_path = hash_file(store.ledger_path), folder / "verified.json"
     if report_path.exists() and read_json(report_path, "a proof")["ledger"] == checksum:
         print(f"verify: {folder} is proven already, skipped")

@@ -97,9 +97,9 @@ def generate(
     summary = {**out.ledger.counts(), "input": num_rows, "tokens": out.ledger.total("tokens")}
     out.close()
     check_counts(output / "ledger.jsonl", out.ledger.counts(), num_rows)
-    run.finish(summary)
     print(f"synth: {_describe(summary)} in {run.seconds:.0f} s -> {output / CONVERSATIONS_FILE}")
     _refuse_many_failures(output, out.ledger, recipe.synth.max_failed_fraction, num_rows)
+    run.finish(summary)
     return summary
 
 

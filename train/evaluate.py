@@ -39,7 +39,7 @@ def evaluate(recipe: Recipe, run_folder: Path, store_folder: Path, output: Path)
     """
     torch.set_num_threads(recipe.train.threads or os.cpu_count() or 1)
     target = Target.read(recipe.target.path)
-    store, manifest, _ = open_store(store_folder, target)
+    store, manifest = open_store(store_folder, target)
     read_run(run_folder, "train offline")
     run = DraftRun(run_folder)
     config = run.read_config()
@@ -50,7 +50,7 @@ def evaluate(recipe: Recipe, run_folder: Path, store_folder: Path, output: Path)
             expected=f"layers {config.layer_ids} of target {config.target_fingerprint[:12]}, the draft's own",
             fix="Dump the held-out conversations with the recipe that the draft was trained with.",
         )
-    inputs = {"draft": hash_file(run.latest_weights()), "store": manifest.conversations}
+    inputs = {"draft": hash_file(run.latest_weights()), "store": hash_file(store.ledger_path)}
     if output.exists():
         report = read_json(output, "an evaluation")
         if report.get("inputs") == inputs:

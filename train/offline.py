@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from contracts.draft import DraftConfig, DraftRun
 from contracts.errors import UserError
-from contracts.files import read_json, write_json
+from contracts.files import hash_file, read_json, write_atomic, write_json
 from contracts.recipe import Recipe, TrainSection
 from contracts.run import Run
 from contracts.store import Manifest, open_store
@@ -43,13 +43,13 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path) -> dict[str,
     """
     section = recipe.train
     target = Target.read(recipe.target.path)
-    store, manifest, store_state = open_store(store_folder, target)
+    store, manifest = open_store(store_folder, target)
     config = make_draft_config(recipe, target, manifest)
     run = Run.open(
         output,
         "train offline",
         settings={"train": section.settings(), "draft": config.model_dump(mode="json")},
-        inputs={"target": target.fingerprint, "conversations": store_state["inputs"]["conversations"]},
+        inputs={"target": target.fingerprint, "store": hash_file(store.ledger_path)},
         recipe_yaml=recipe.to_yaml(),
     )
     if run.complete:
@@ -69,9 +69,8 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path) -> dict[str,
     )
     first_step = load_checkpoint(draft_run, model, optimizer)
     weights_by_slot = slot_weights(config.block_size, section.loss_decay)
-    _cut_metrics(draft_run.metrics_path, first_step)
+    loss_value = cut_metrics(draft_run.metrics_path, first_step)
 
-    loss_value = math.nan
     with (
         tqdm(total=section.num_steps, initial=first_step, desc="train", unit="step", mininterval=2) as bar,
         draft_run.metrics_path.open("a") as metrics,
@@ -207,12 +206,14 @@ def load_checkpoint(run: DraftRun, model: DFlash, optimizer: torch.optim.Optimiz
     return int(read_json(folder / "position.json", "a checkpoint's position")["step"])
 
 
-def _cut_metrics(path: Path, first_step: int) -> None:
-    """Drop lines of steps that will be done again, and a torn last line."""
+def cut_metrics(path: Path, first_step: int) -> float:
+    """Drop lines of steps that will be done again, and a torn last line; the last loss that is left (nan: none)."""
     if not path.exists():
-        return
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
+        return math.nan
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in whole if json.loads(line)["step"] <= first_step]
+    write_atomic(path, "".join(kept))
+    return float(json.loads(kept[-1])["loss"]) if kept else math.nan
 
 
 def _describe(summary: dict[str, Any]) -> str:

@@ -113,6 +113,8 @@ def test_too_many_failures_stop_with_exit_code_1_and_the_reason(
     result = generate(recipe_path, prompts, tmp_path / "out", scripted_server, check=False)
     assert result.returncode == 1
     assert "found 1 of 2 rows failed" in result.stderr
+    again = generate(recipe_path, prompts, tmp_path / "out", scripted_server, check=False)
+    assert again.returncode == 1  # it is not taken for finished
     assert len(read_lines(tmp_path / "out" / FILE)) == 1
 
 

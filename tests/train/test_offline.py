@@ -99,6 +99,10 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     assert read_lines(killed.metrics_path) == read_lines(whole.metrics_path)
     assert [line["step"] for line in read_lines(killed.metrics_path)] == [10, 20, 30, 40, 50, 60]
     assert "is finished, skipped" in run("train", "offline", *args, "--output", killed.folder).stdout
+    state = json.loads((killed.folder / "run.json").read_text())
+    (killed.folder / "run.json").write_text(json.dumps({**state, "complete": False}))  # killed after its last step
+    run("train", "offline", *args, "--output", killed.folder)
+    assert json.loads((killed.folder / "run.json").read_text())["summary"] == state["summary"]
 
 
 def test_data_that_holds_the_mask_token_is_refused(recipe_path: Path, target_folder: Path, tmp_path: Path) -> None:
