@@ -165,7 +165,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, A
         key, separator, text = override.partition("=")
         if not separator:
             raise UserError(f"--set {override}", found="no '='", expected="section.key=value", fix="Write it so.")
-        _put(values, key.strip(), yaml.safe_load(text), f"--set {override}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(
+                f"--set {override}", found=f"broken YAML {text!r}", expected="a YAML value", fix="Mend or quote it."
+            ) from None
+        _put(values, key.strip(), value, f"--set {override}")
     for key, value in (flags or {}).items():
         if value is not None:
             _put(values, key, value, key)

@@ -33,13 +33,14 @@ def run(
 def verify(
     recipe: RecipeOption,
     store: Annotated[Path, typer.Option(help="A store that `dump run` wrote.")],
+    once: Annotated[bool, typer.Option("--once", help="Skip a store that was proven before.")] = False,
     set_: OverridesOption = None,
 ) -> None:
     """Prove the store: checksums, and that its states predict the generated tokens."""
     from contracts.recipe import load_recipe
     from dump.verify import verify as verify_store
 
-    verify_store(load_recipe(recipe, set_ or []), store)
+    verify_store(load_recipe(recipe, set_ or []), store, once=once)
 
 
 def main() -> None:

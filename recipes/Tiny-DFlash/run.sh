@@ -24,7 +24,7 @@ done
 for split in train held_out; do
   dump run "${with[@]}" --conversations "$run/synth/$split" --output "$run/store/$split"
 done
-dump verify "${with[@]}" --store "$run/store/train"
+dump verify "${with[@]}" --store "$run/store/train" --once
 
 # 4. A draft that guesses 7 tokens at once; what it should be worth; the directory that vLLM loads.
 train offline "${with[@]}" --store "$run/store/train" --output "$run/draft"

@@ -57,6 +57,7 @@ def test_operational_keys_do_not_count_as_settings() -> None:
     [
         (["--recipe", "nowhere.yaml"], "nowhere.yaml: found No such file or directory"),
         (["--recipe", str(TINY), "--set", "train.num_stepz=5"], "Did you mean 'num_steps'"),
+        (["--recipe", str(TINY), "--set", "train.num_steps=["], "found broken YAML '['"),
     ],
 )
 def test_a_wrong_recipe_costs_one_line_and_exit_code_2(args: list[str], telling: str) -> None:
