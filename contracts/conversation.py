@@ -40,20 +40,40 @@ class Sample(BaseModel):
         return self
 
 
+class Loop(BaseModel):
+    """A reply that repeats itself: `num_tokens` tokens in turn `turn` (from 0) are copies `period` tokens apart."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    turn: int
+    period: int
+    num_tokens: int
+
+
 class Conversation(BaseModel):
-    """One conversation of the target's own making. Unknown keys are errors."""
+    """One conversation of the target's own making. Unknown keys are errors.
+
+    `finish_reason` is that of the last reply ("length": it was cut). `stopped` says why the conversation ended before
+    its source did. `rendered`: the token ids are a tokenizer's, since the server gave none. Turns are in `messages`
+    (OpenAI) or in `conversations` (ShareGPT).
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     id: str
     source_id: str
     index: int
+    sample: int = 0
     category: str = ""
-    messages: list[dict[str, Any]]
+    messages: list[dict[str, Any]] | None = None
+    conversations: list[dict[str, str]] | None = None
     tools: list[dict[str, Any]] | None = None
     thinking_mode: str = ""
     samples: list[Sample]
     finish_reason: Literal["stop", "length"]
+    stopped: str = ""
+    loop: Loop | None = None
+    rendered: bool = False
     sampling: dict[str, Any]
     target: dict[str, str]
     template: str

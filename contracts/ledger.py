@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +21,81 @@ from contracts.errors import IncompleteError, UserError
 STATUSES = ("done", "truncated", "filtered", "failed")
 
 
+class LedgerFile:
+    """The file alone: read once from the start, then appended to by one process (`contracts.run` guards the folder)."""
+
+    def __init__(self, path: Path) -> None:
+        """Open `path`, creating it if needed."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = path.open("a+b")
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield every entry in order, then cut off a torn last line. Read to the end before appending."""
+        good_end = 0
+        for entry, good_end in _read_lines(self.path):  # noqa: B007 (needed after the loop)
+            yield entry
+        self._file.truncate(good_end)
+
+    def append(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines and sync them together. Raises ValueError for an unknown status."""
+        lines = []
+        for entry in entries:
+            if entry["status"] not in STATUSES:
+                raise ValueError(f"status {entry['status']!r} is none of {STATUSES}")
+            lines.append(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        self._file.write(b"".join(lines))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_entries(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield every whole entry of a ledger that another process may be writing."""
+    return (entry for entry, _ in _read_lines(path))
+
+
+def _read_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Entries, each with the offset of its line's end."""
+    end = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break  # torn by a crash (the row it spoke of is done again), or being written
+            end += len(line)
+            yield parse_entry(line, f"{path}:{number}"), end
+
+
+def parse_entry(line: bytes, where: str) -> dict[str, Any]:
+    """One line of a ledger. Raises UserError when it is none."""
+    try:
+        entry: dict[str, Any] = json.loads(line)
+        if entry["status"] in STATUSES and isinstance(entry["id"], str):
+            return entry
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise UserError(
+        where,
+        found="a line that is no ledger entry",
+        expected='{"id": ..., "status": ...}',
+        fix="Restore the file from a copy, or delete the stage's output and run it again.",
+    )
+
+
 class Ledger:
-    """An append-only ledger held by one process (see `contracts.run`, whose lock guards the folder)."""
+    """A ledger whose entries are held in memory, by id."""
 
     def __init__(self, path: Path) -> None:
         """Open `path`, creating it if needed, cut off a torn last line and load what is there."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self.entries: dict[str, dict[str, Any]] = {}
-        self._file = path.open("a+b")
-        self._load()
-
-    def _load(self) -> None:
-        self._file.seek(0)
-        good_end = 0
-        for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                break  # torn by a crash: the row it spoke of is done again
-            try:
-                entry = json.loads(line)
-                self.entries[entry["id"]] = entry
-            except (ValueError, TypeError, KeyError):
-                raise UserError(
-                    f"{self.path}:{number}",
-                    found="a line that is no ledger entry",
-                    expected='{"id": ..., "status": ...}',
-                    fix="Restore the file from a copy, or delete the stage's output and run it again.",
-                ) from None
-            good_end += len(line)
-        self._file.truncate(good_end)
+        self._file = LedgerFile(path)
+        self.entries: dict[str, dict[str, Any]] = {entry["id"]: entry for entry in self._file.read()}
 
     def append(self, id_: str, status: str, reason: str = "", **fields: Any) -> None:
         """Add and sync one line. Raises ValueError for an unknown status."""
-        if status not in STATUSES:
-            raise ValueError(f"status {status!r} is none of {STATUSES}")
         entry = {"id": id_, "status": status, **({"reason": reason} if reason else {}), **fields}
-        self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.append([entry])
         self.entries[id_] = entry
 
     def __contains__(self, id_: str) -> bool:

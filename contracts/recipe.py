@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from contracts.errors import UserError
 
@@ -43,6 +43,9 @@ class TargetSection(Section):
     path: Path = Field(description="folder of the target: config, safetensors, tokenizer, chat template")
     max_model_len: int = Field(default=8192, gt=0, description="tokens of prompt and reply together, in every stage")
     thinking_mode_name: str = Field(default="thinking_mode", description="the chat template's variable for the mode")
+    thinking_mode_values: dict[str, str | int | bool | None] = Field(
+        default={}, description="what the template is told for each mode, if not its name; null: nothing"
+    )
     thinking_tags: tuple[str, str] = Field(
         default=("<mm:think>", "</mm:think>"), description="around a thought, in the text"
     )
@@ -63,21 +66,62 @@ class ServeSection(Section):
 
 class SynthSection(Section):
     thinking_modes: list[str] = Field(
-        default=[], description="row i takes mode i modulo their number; []: none is sent"
+        default=[], description='row i takes mode i modulo their number; "enabled:2" stands twice; []: none is sent'
     )
-    temperature: float = Field(ge=0)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=1)
+    temperature: float | list[float] | None = Field(
+        default=None, description="several: one conversation each; default: the target's generation_config"
+    )
+    top_p: float | None = Field(default=None, gt=0, le=1, description="default: the target's generation_config")
+    top_k: int | None = Field(default=None, ge=1, description="default: the target's generation_config")
     max_tokens: int = Field(default=2048, gt=0, description="tokens of one reply at most")
+    num_samples: int = Field(default=1, gt=0, description="conversations of each prompt and temperature")
     seed: int = Field(default=0, description="each row's seed follows from this and its id")
-    concurrency: int = _operational(default=32, gt=0, description="conversations in flight")
-    max_attempts: int = _operational(default=4, gt=0, description="tries of one request")
-    request_timeout_s: float = _operational(default=600.0, gt=0)
+    supervise_end: bool = Field(default=True, description="whether the end-of-turn token is in the loss spans")
+    output_format: Literal["oai", "sharegpt"] = Field(default="oai", description="of the turns beside the token ids")
+    loop_tokens: int = Field(default=128, gt=0, description="a stretch of so many repeating tokens marks a loop")
+    endpoints: list[str] = _operational(default=[], description="running servers' URLs; []: one is started")
+    concurrency: int | None = _operational(
+        default=None, gt=0, description="conversations in flight; default: as the server keeps up"
+    )
+    min_concurrency: int = _operational(default=16, gt=0, description="floor of the concurrency that follows")
+    max_concurrency: int = _operational(default=512, gt=0, description="its ceiling")
+    max_attempts: int = _operational(default=6, gt=0, description="tries of one request")
+    backoff_s: float = _operational(default=1.0, ge=0, description="wait before the second try; doubles, jittered")
+    request_timeout_s: float = _operational(default=1800.0, gt=0)
+    patience_s: float = _operational(default=600.0, ge=0, description="how long to wait for a server to come back")
+    drain_timeout_s: float = _operational(default=20.0, ge=0, description="for what is in flight at Ctrl-C or SIGTERM")
     max_failed_fraction: float = _operational(default=0.05, ge=0, le=1, description="above it the stage exits 1")
+    max_failures_in_row: int = _operational(default=50, gt=0, description="so many without a success exit 1")
+
+    @field_validator("thinking_modes")
+    @classmethod
+    def _expand_weights(cls, modes: list[str]) -> list[str]:
+        expanded = []
+        for mode in modes:
+            name, separator, weight = mode.partition(":")
+            if not name.strip() or (separator and not (weight.isdecimal() and int(weight) > 0)):
+                raise ValueError(f"{mode!r} is neither a mode nor mode:weight with a whole weight above 0")
+            expanded += [name.strip()] * (int(weight) if separator else 1)
+        return expanded
+
+    @field_validator("temperature")
+    @classmethod
+    def _temperatures_are_not_negative(cls, value: float | list[float] | None) -> float | list[float] | None:
+        if value == [] or any(t < 0 for t in (value if isinstance(value, list) else [value or 0])):
+            raise ValueError("temperature is a number from 0, or a list of such")
+        return value
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> SynthSection:
+        if self.min_concurrency > self.max_concurrency:
+            raise ValueError("min_concurrency is above max_concurrency")
+        return self
 
 
 class DumpSection(Section):
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of the stored states")
+    include_truncated: bool = Field(default=False, description="whether conversations with a cut reply are dumped")
+    include_loops: bool = Field(default=False, description="whether conversations that fell into a loop are dumped")
     batch_samples: int = _operational(default=64, gt=0, description="samples handed to the engine at a time")
     max_reject_fraction: float = _operational(default=0.01, ge=0, le=1, description="above it the stage exits 1")
     args: dict[str, str | int | float | bool] = Field(
@@ -134,7 +178,7 @@ class BenchSection(Section):
 class Recipe(Section):
     target: TargetSection
     serve: ServeSection = ServeSection()
-    synth: SynthSection
+    synth: SynthSection = SynthSection()
     dump: DumpSection = DumpSection()
     train: TrainSection
     export: ExportSection = ExportSection()

@@ -71,7 +71,7 @@ def dump(recipe: Recipe, conversations: Path, output: Path) -> dict[str, Any]:
     todo = [row for row in rows if row[0] not in ledger]
     if len(todo) < len(rows):
         print(f"dump: {len(rows) - len(todo)} of {len(rows)} samples are there already, going on with {len(todo)}")
-    captured = [row for row in todo if _accept(ledger, row, longest_sample(recipe, target))]
+    captured = [row for row in todo if _accept(recipe, ledger, row, longest_sample(recipe, target))]
     if captured:
         _capture_all(recipe, target, layer_ids, captured, store, ledger, run)
     counts = ledger.counts()
@@ -99,11 +99,13 @@ def _read_samples(conversations: Path) -> Iterator[Row]:
             yield f"{conversation.id}-{number}", conversation, sample
 
 
-def _accept(ledger: Ledger, row: Row, max_tokens: int) -> bool:
+def _accept(recipe: Recipe, ledger: Ledger, row: Row, max_tokens: int) -> bool:
     """Whether a sample is to be captured; if not, its ledger line says why."""
     sample_id, conversation, sample = row
-    if conversation.finish_reason == "length":
+    if conversation.finish_reason == "length" and not recipe.dump.include_truncated:
         ledger.append(sample_id, "truncated", "a reply reached max_tokens")
+    elif conversation.loop is not None and not recipe.dump.include_loops:
+        ledger.append(sample_id, "filtered", "a reply fell into a loop")
     elif not sample.loss_spans:
         ledger.append(sample_id, "filtered", "no supervised token")
     elif len(sample.token_ids) > max_tokens:

@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from contracts.cli import OverridesOption, RecipeOption, make_app
-from contracts.errors import run_app
+from contracts.errors import UserError, run_app
 
 app = make_app("Have the target write conversations, token ids and all.")
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The output folder of `synth generate`.")]
 
 
 @app.callback()
@@ -20,29 +22,105 @@ def _callback() -> None:
 
 @app.command(
     epilog="Example: synth generate -r recipes/Tiny-DFlash/recipe.yaml --prompts prompts.jsonl "
-    "--output runs/synth --thinking-modes enabled,disabled,adaptive"
+    "--output runs/synth --thinking-modes enabled:2,disabled:1"
 )
 def generate(
     recipe: RecipeOption,
-    prompts: Annotated[Path, typer.Option(help="JSONL; rows with `messages`, `prompt` or `turns`.")],
+    prompts: Annotated[
+        str, typer.Option(help="JSONL, JSON, Parquet, a directory of them, a saved `datasets` folder, or a hub name.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for conversations.jsonl and ledger.jsonl.")],
     thinking_modes: Annotated[
-        str | None, typer.Option(help="Comma-separated; row i takes mode i modulo their number. Empty: none is sent.")
+        str | None,
+        typer.Option(
+            help="Comma-separated, with weights if wanted; row i takes mode i modulo their number. Empty: none."
+        ),
     ] = None,
     endpoint: Annotated[
-        str | None, typer.Option(help="A running server's URL, ending in /v1.", show_default="start one")
+        list[str] | None,
+        typer.Option(help="A running server's URL, ending in /v1. Repeatable.", show_default="start one"),
     ] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Conversations in flight.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Conversations in flight.", show_default="as the server keeps up")
+    ] = None,
+    output_format: Annotated[str | None, typer.Option(help="oai or sharegpt, beside the token ids.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only rows I, I+N, I+2N, ...; I from 0. See `synth merge`.")
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try the failed rows again, too.")] = False,
     set_: OverridesOption = None,
 ) -> None:
-    """Answer every user turn of every prompt; resumes by itself, exactly once a row."""
+    """Let the target take every turn of every prompt; resumes by itself, exactly once a row."""
     from contracts.recipe import load_recipe
     from synth.generate import generate as generate_all
 
-    modes = None if thinking_modes is None else [mode for mode in thinking_modes.split(",") if mode]
-    loaded = load_recipe(recipe, set_ or [], {"synth.thinking_modes": modes, "synth.concurrency": concurrency})
-    generate_all(loaded, prompts, output, endpoint=endpoint, retry_failed=retry_failed)
+    flags = {
+        "synth.thinking_modes": None if thinking_modes is None else [m for m in thinking_modes.split(",") if m],
+        "synth.concurrency": concurrency,
+        "synth.output_format": output_format,
+        "synth.endpoints": endpoint or None,
+    }
+    loaded = load_recipe(recipe, set_ or [], flags)
+    generate_all(loaded, prompts, output, shard=_parse_shard(shard), retry_failed=retry_failed)
+
+
+@app.command(epilog="Example: synth merge runs/synth")
+def merge(run: RunArgument) -> None:
+    """Join the shards of a run, in the order of the input, when all are there and their counts add up."""
+    from synth.merge import merge as merge_shards
+
+    merge_shards(run)
+
+
+@app.command(epilog="Example: synth stats runs/synth --plot runs/synth/stats.png")
+def stats(
+    run: RunArgument,
+    plot: Annotated[Path | None, typer.Option(help="Picture to draw.", show_default="RUN/stats.png")] = None,
+) -> None:
+    """Print and plot statuses, thinking modes, finish reasons and lengths."""
+    from synth.stats import show_stats
+
+    show_stats(run, plot or run / "stats.png")
+
+
+@app.command(epilog="Example: synth inspect runs/synth 3f9c --html conversation.html")
+def inspect(
+    run: RunArgument,
+    id_: Annotated[
+        str, typer.Argument(metavar="ID", help="A conversation's id, its beginning, or the prompt's own id.")
+    ],
+    html: Annotated[Path | None, typer.Option(help="Write one HTML file instead.")] = None,
+) -> None:
+    """Show a conversation as the draft will learn it: the supervised tokens coloured."""
+    from synth.inspect import inspect_conversation
+
+    inspect_conversation(run, id_, html)
+
+
+@app.command(epilog="Example: synth verify runs/synth -r recipes/Tiny-DFlash/recipe.yaml")
+def verify(
+    run: RunArgument,
+    recipe: RecipeOption,
+    endpoint: Annotated[
+        str | None, typer.Option(help="A running server of the target, ending in /v1.", show_default="start one")
+    ] = None,
+    set_: OverridesOption = None,
+) -> None:
+    """Prove every turn: its tokens decode to its text, and its context is what the server renders in its mode."""
+    from contracts.recipe import load_recipe
+    from synth.verify import verify as verify_run
+
+    flags = {"synth.endpoints": [endpoint] if endpoint else None}
+    verify_run(load_recipe(recipe, set_ or [], flags), run)
+
+
+def _parse_shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    number, _, count = text.partition("/")
+    if number.isdecimal() and count.isdecimal() and int(number) < int(count):
+        return int(number), int(count)
+    raise UserError("--shard", found=text, expected="I/N with I from 0 to N-1, as in 3/64", fix="Correct it.")
 
 
 def main() -> None:

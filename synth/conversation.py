@@ -1,57 +1,117 @@
-"""Write one conversation with a served target: every user turn answered in order, token ids as the server has them."""
+"""Write one conversation with a served target: every turn in order, token ids as the server has them.
+
+The target's own replies, thoughts included, are the history of its later turns: turn k sees what serving would show.
+"""
 
 from __future__ import annotations
 
-import json
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import cached_property
+from typing import Any
 
-import openai
-
-from contracts.conversation import Conversation, Sample
+from contracts.conversation import Conversation, Loop, Sample
 from contracts.errors import UserError
-from contracts.files import hash_bytes
+from contracts.files import hash_bytes, read_json
 from contracts.recipe import Recipe
 from contracts.target import Target
+from synth.endpoints import Endpoint, Endpoints, PromptTooLongError
 from synth.prompts import Prompt
+from synth.quality import find_loop
+from synth.rendered import Renderer
 
-
-def api_key() -> str:
-    """The endpoint's key, from OPENAI_API_KEY; servers of our own ask for none. It goes into no log and no record."""
-    return os.environ.get("OPENAI_API_KEY", "EMPTY")
+WHOLE = ("stop", "tool_calls")
+"""Finish reasons of a reply that the target itself ended."""
 
 
 @dataclass(frozen=True)
 class Writer:
     """What is the same for all conversations of a run."""
 
-    client: openai.AsyncOpenAI
-    model: str
+    endpoints: Endpoints
     recipe: Recipe
-    target: dict[str, str]
-    template: str
+    target: Target
+    defaults: Mapping[str, Any]
+    """Sampling values that hold for every prompt."""
 
-    @classmethod
-    def make(cls, base_url: str, model: str, recipe: Recipe, target: Target) -> Writer:
-        client = openai.AsyncOpenAI(
-            base_url=base_url,
-            api_key=api_key(),
-            timeout=recipe.synth.request_timeout_s,
-            max_retries=recipe.synth.max_attempts - 1,
-        )
-        identity = {"path": str(target.path), "fingerprint": target.fingerprint}
-        return cls(client, model, recipe, identity, target.template_checksum)
+    @cached_property
+    def renderer(self) -> Renderer:
+        """Made at the first answer without token ids."""
+        return Renderer(self.target)
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        return {"path": str(self.target.path), "fingerprint": self.target.fingerprint}
+
+    @cached_property
+    def template(self) -> str:
+        return self.target.template_checksum
 
     def sampling(self, prompt: Prompt) -> dict[str, Any]:
         """Sampling parameters of one conversation; its seed follows from the recipe's seed and its id."""
-        synth = self.recipe.synth
-        values = {"temperature": synth.temperature, "top_p": synth.top_p, "top_k": synth.top_k}
-        sampling: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
-        sampling["max_tokens"] = synth.max_tokens
-        if synth.temperature > 0:
-            sampling["seed"] = int(hash_bytes(f"{synth.seed}/{prompt.id}".encode())[:8], 16) >> 1
-        return sampling
+        if prompt.temperature == 0:
+            return {"temperature": 0.0, "max_tokens": self.defaults["max_tokens"]}
+        seed = int(hash_bytes(f"{self.recipe.synth.seed}/{prompt.id}".encode())[:8], 16) >> 1
+        return {"temperature": prompt.temperature, **self.defaults, "seed": seed}
+
+    def template_values(self, thinking_mode: str) -> dict[str, Any]:
+        """What the chat template is told of the mode (`chat_template_kwargs`); nothing for no mode."""
+        section = self.recipe.target
+        value: Any = thinking_mode or None
+        if thinking_mode and section.thinking_mode_values:
+            value = section.thinking_mode_values[thinking_mode]
+        return {} if value is None else {section.thinking_mode_name: value}
+
+
+def resolve_sampling(recipe: Recipe) -> tuple[list[float], dict[str, Any]]:
+    """Temperatures, and the sampling values that all conversations share: the recipe's, else generation_config's.
+
+    Raises UserError when neither gives a temperature, or when the values contradict each other.
+    """
+    synth = recipe.synth
+    path = recipe.target.path / "generation_config.json"
+    of_target = read_json(path, "the target's generation_config.json") if path.exists() else {}
+    temperature = synth.temperature
+    if temperature is None:
+        temperature = 0.0 if of_target.get("do_sample") is False else of_target.get("temperature")
+    if temperature is None:
+        raise UserError(
+            "synth.temperature",
+            found=f"none in the recipe, none in {path}",
+            expected="a temperature, as the draft will be served with",
+            fix="Set synth.temperature (0: greedy).",
+        )
+    temperatures = [float(t) for t in (temperature if isinstance(temperature, list) else [temperature])]
+    if 0.0 in temperatures and synth.num_samples > 1:
+        raise UserError(
+            "synth.num_samples",
+            found=f"{synth.num_samples} samples at temperature 0",
+            expected="one: all would be the same",
+            fix="Raise the temperature, or ask for one sample.",
+        )
+    if synth.max_tokens >= recipe.target.max_model_len:
+        raise UserError(
+            "synth.max_tokens",
+            found=str(synth.max_tokens),
+            expected=f"fewer than target.max_model_len ({recipe.target.max_model_len}), which holds prompt and reply",
+            fix="Lower the one or raise the other.",
+        )
+    values = {"top_p": synth.top_p, "top_k": synth.top_k}
+    shared = {key: of_target.get(key) if value is None else value for key, value in values.items()}
+    return temperatures, {**{k: v for k, v in shared.items() if v is not None}, "max_tokens": synth.max_tokens}
+
+
+def check_modes(recipe: Recipe) -> None:
+    """Raise UserError when a thinking mode has no value for the template."""
+    values = recipe.target.thinking_mode_values
+    for mode in recipe.synth.thinking_modes:
+        if values and mode not in values:
+            raise UserError(
+                "synth.thinking_modes",
+                found=mode,
+                expected=f"one of {', '.join(values)}",
+                fix="Name a known mode, or give this one a value in target.thinking_mode_values.",
+            )
 
 
 @dataclass
@@ -59,99 +119,156 @@ class Draft:
     """A conversation while it is written."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
+    turns: list[dict[str, str]] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     finish_reason: str = "stop"
+    stopped: str = ""
+    loop: Loop | None = None
+    rendered: bool = False
+    num_replies: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
 
 async def write_conversation(writer: Writer, prompt: Prompt) -> Conversation:
-    """Answer every user turn of `prompt`, each with the target's own earlier replies as its history.
+    """Let the target take every turn of `prompt`.
 
-    A reply that is cut by max_tokens ends the conversation. Raises openai.APIError when the server refuses, and
-    UserError when it does not say its token ids or parses the thought away.
+    A reply that is cut by max_tokens ends the conversation; so does a tool call that the source has no results for,
+    and a history that fills the context. Raises PromptTooLongError when already the first prompt does not fit,
+    RequestError when a request failed for good, and UserError when the server parses thoughts away.
     """
     draft = Draft()
     sampling = writer.sampling(prompt)
-    for place, message in enumerate(prompt.messages):
-        draft.messages.append(message)
-        following = prompt.messages[place + 1]["role"] if place + 1 < len(prompt.messages) else "user"
-        if message["role"] != "user" or following != "user":
+    endpoint: Endpoint | None = None
+    calls: list[dict[str, Any]] = []  # the target's last tool calls, taken one by one by the source's results
+    for message in prompt.messages:
+        if message["role"] != "assistant":
+            _add_message(draft, message, calls)
             continue
-        answer = await _complete(writer, draft.messages, prompt, sampling)
-        choice = answer["choices"][0]
-        prompt_ids, reply_ids = answer["prompt_token_ids"], choice["token_ids"]
-        add_turn(draft.samples, prompt_ids, reply_ids)
-        draft.messages.append(make_reply(choice["message"]["content"] or "", writer.recipe.target.thinking_tags))
-        draft.prompt_tokens += len(prompt_ids)
-        draft.completion_tokens += len(reply_ids)
-        draft.finish_reason = choice["finish_reason"]
-        if draft.finish_reason != "stop":
+        body = _make_request(writer, prompt, draft.messages, sampling)
+        # The same server for all turns: it holds the history's KV cache.
+        try:
+            answer, endpoint = await writer.endpoints.complete(body, prefer=endpoint)
+        except PromptTooLongError as error:
+            if not draft.num_replies:
+                raise
+            draft.stopped = f"turn {draft.num_replies}: {error}"
             break
+        choice = answer["choices"][0]
+        _add_reply(writer, prompt, draft, answer, choice)
+        if draft.finish_reason not in WHOLE:
+            break
+        calls = choice["message"].get("tool_calls") or []
+        draft.stopped = _compare_calls(calls, message.get("tool_calls", []))
+        if draft.stopped:
+            break
+    sharegpt = writer.recipe.synth.output_format == "sharegpt"
     return Conversation(
         id=prompt.id,
         source_id=prompt.source_id,
         index=prompt.index,
+        sample=prompt.sample,
         category=prompt.category,
-        messages=draft.messages,
+        messages=None if sharegpt else draft.messages,
+        conversations=draft.turns if sharegpt else None,
         tools=prompt.tools,
         thinking_mode=prompt.thinking_mode,
         samples=draft.samples,
-        finish_reason="stop" if draft.finish_reason == "stop" else "length",
+        finish_reason="stop" if draft.finish_reason in WHOLE else "length",
+        stopped=draft.stopped,
+        loop=draft.loop,
+        rendered=draft.rendered,
         sampling=sampling,
-        target=writer.target,
+        target=writer.identity,
         template=writer.template,
         usage={"prompt_tokens": draft.prompt_tokens, "completion_tokens": draft.completion_tokens},
     )
 
 
-async def _complete(
-    writer: Writer, messages: list[dict[str, Any]], prompt: Prompt, sampling: dict[str, Any]
+def _add_message(draft: Draft, message: Mapping[str, Any], calls: list[dict[str, Any]]) -> None:
+    added = dict(message)
+    if message["role"] == "tool":
+        call = next(call for call in calls if call["function"]["name"] == message["name"])
+        calls.remove(call)
+        added["tool_call_id"] = call.get("id", "")
+    draft.messages.append(added)
+    content = message["content"]
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    draft.turns.append({"from": {"user": "human"}.get(message["role"], message["role"]), "value": text})
+
+
+def _make_request(
+    writer: Writer, prompt: Prompt, messages: list[dict[str, Any]], sampling: Mapping[str, Any]
 ) -> dict[str, Any]:
-    body: dict[str, Any] = {"return_token_ids": True}
-    if "top_k" in sampling:
-        body["top_k"] = sampling["top_k"]
-    if prompt.thinking_mode:
-        body["chat_template_kwargs"] = {writer.recipe.target.thinking_mode_name: prompt.thinking_mode}
+    body: dict[str, Any] = {"messages": messages, **sampling, "return_token_ids": True}
+    if values := writer.template_values(prompt.thinking_mode):
+        body["chat_template_kwargs"] = values
     if prompt.tools:
         body["tools"] = prompt.tools
-    response = await writer.client.chat.completions.with_raw_response.create(
-        model=writer.model,
-        messages=cast(Any, messages),  # plain dictionaries, as the recipe's prompts have them
-        extra_body=body,
-        **{key: value for key, value in sampling.items() if key != "top_k"},
-    )
-    answer: dict[str, Any] = json.loads(response.content)
-    choice = answer["choices"][0]
+    return body
+
+
+def _add_reply(
+    writer: Writer, prompt: Prompt, draft: Draft, answer: Mapping[str, Any], choice: Mapping[str, Any]
+) -> None:
+    """Add one reply's message and tokens."""
     message = choice["message"]
     if message.get("reasoning") or message.get("reasoning_content"):
         raise UserError(
             "the server's answer",
-            found="a thought apart from the text",
+            found="a thought apart from the text: it runs a reasoning parser",
             expected="both in the generated tokens",
             fix="Serve without --reasoning-parser.",
         )
-    if not answer.get("prompt_token_ids") or not choice.get("token_ids"):
-        raise UserError(
-            "the server's answer",
-            found="no token ids",
-            expected="prompt_token_ids and choices[0].token_ids",
-            fix="Serve the target with vLLM >= 0.10.2, which answers return_token_ids.",
-        )
-    return answer
+    draft.finish_reason = choice["finish_reason"]
+    text = message.get("content") or ""
+    ended = draft.finish_reason in WHOLE
+    prompt_ids, reply_ids = answer.get("prompt_token_ids"), choice.get("token_ids")
+    if not prompt_ids or reply_ids is None:
+        draft.rendered = True
+        values = writer.template_values(prompt.thinking_mode)
+        prompt_ids, reply_ids = writer.renderer.render(draft.messages, prompt.tools, values, text, ended=ended)
+    synth = writer.recipe.synth
+    add_turn(draft.samples, prompt_ids, reply_ids, unsupervised=int(ended and not synth.supervise_end))
+    if draft.loop is None and (found := find_loop(reply_ids, synth.loop_tokens)):
+        draft.loop = Loop(turn=draft.num_replies, period=found[0], num_tokens=found[1])
+    reply = make_reply(text, writer.recipe.target.thinking_tags)
+    if message.get("tool_calls"):
+        reply["tool_calls"] = message["tool_calls"]
+    draft.messages.append(reply)
+    draft.turns.append({"from": "gpt", "value": text})
+    draft.turns.extend({"from": "function_call", "value": _describe_call(c)} for c in message.get("tool_calls") or [])
+    draft.num_replies += 1
+    draft.prompt_tokens += len(prompt_ids)
+    draft.completion_tokens += len(reply_ids)
 
 
-def add_turn(samples: list[Sample], prompt_ids: list[int], reply_ids: list[int]) -> None:
-    """Add one generated turn to a conversation's samples.
+def _describe_call(call: Mapping[str, Any]) -> str:
+    return f'{{"name": "{call["function"]["name"]}", "arguments": {call["function"].get("arguments") or "{}"}}}'
+
+
+def _compare_calls(calls: list[dict[str, Any]], with_results: list[str]) -> str:
+    """Why the conversation cannot go on after a reply, or "": the source must hold results of these very tools."""
+    called = [str(call["function"]["name"]) for call in calls]
+    if sorted(called) == sorted(with_results):
+        return ""
+    return f"the target called {', '.join(called) or 'no tool'}, the source has results of " + (
+        ", ".join(name or "a tool that it does not name" for name in with_results) or "none"
+    )
+
+
+def add_turn(samples: list[Sample], prompt_ids: list[int], reply_ids: list[int], *, unsupervised: int = 0) -> None:
+    """Add one generated turn to a conversation's samples; its last `unsupervised` tokens stay out of the loss.
 
     Where the prompt starts with the last sample's tokens, the template only appended, and the sample grows by one
     span. Otherwise the template rewrote its history, and the turn is a sample of its own.
     """
-    span = (len(prompt_ids), len(prompt_ids) + len(reply_ids))
+    start, end = len(prompt_ids), len(prompt_ids) + len(reply_ids) - unsupervised
+    spans = [(start, end)] if end > start else []
     if samples and prompt_ids[: len(samples[-1].token_ids)] == samples[-1].token_ids:
-        samples[-1] = Sample(token_ids=prompt_ids + reply_ids, loss_spans=[*samples[-1].loss_spans, span])
+        samples[-1] = Sample(token_ids=prompt_ids + reply_ids, loss_spans=[*samples[-1].loss_spans, *spans])
     else:
-        samples.append(Sample(token_ids=prompt_ids + reply_ids, loss_spans=[span]))
+        samples.append(Sample(token_ids=prompt_ids + reply_ids, loss_spans=spans))
 
 
 def make_reply(text: str, thinking_tags: tuple[str, str]) -> dict[str, Any]:

@@ -1,32 +1,51 @@
-"""Read prompts: JSONL rows with `messages`, `prompt` or `turns`.
+"""Rows to prompts: what the target is asked, turn by turn, under an id and a thinking mode that never change.
 
-Each row becomes a Prompt or a reason why it cannot be one; every row is accounted for either way.
+A row holds `messages` (OpenAI), `conversations` (ShareGPT's `from`/`value`, or role/content), `turns` or `prompt`;
+`tools`, `system`, `id` and `category` are optional. Lists may be JSON in a string, as Parquet files have them. Every
+row becomes a Prompt for each sample asked for, or a Reject that says why not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from contracts.conversation import make_conversation_id
-from contracts.files import read_jsonl
+from contracts.files import hash_bytes
+from synth.sources import Row
 
-ROLES = {"system", "developer", "root", "user", "assistant", "tool"}
+ROLES = ("system", "developer", "root", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "function_response": "tool",
+    "observation": "tool",
+}
+ID_KEYS = ("id", "conversation_id", "question_id")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One conversation to be written: its place in the input, its messages (no assistant turn), its mode."""
+    """One conversation to be written.
+
+    `messages` has the source's messages, with `{"role": "assistant"}` where the target is to reply. Such a place names
+    in `tool_calls` the tools whose results follow it, if any.
+    """
 
     index: int
+    sample: int
     id: str
     source_id: str
     category: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     thinking_mode: str
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -34,52 +53,182 @@ class Reject:
     """A row that cannot be used, and why."""
 
     index: int
-    id: str
+    where: str
     reason: str
 
 
-def read_prompts(path: Path, thinking_modes: Sequence[str]) -> Iterator[Prompt | Reject]:
-    """Yield each row of a JSONL file; row i (its place in the whole input) takes mode i modulo their number.
+class Seen:
+    """Keys and the row that had each first, in a temporary database on disk: millions of them in little memory."""
 
-    Raises UserError for a missing file or a line that is not JSON. A repeated prompt is a Reject: its conversation
-    would have the same id and the same content.
+    def __init__(self) -> None:
+        self._db = sqlite3.connect("", check_same_thread=False, isolation_level=None)
+        self._db.execute("CREATE TABLE seen (key BLOB PRIMARY KEY, row INTEGER) WITHOUT ROWID")
+        self._db.execute("BEGIN")  # never committed: nobody reads it after us
+
+    def first_row(self, kind: str, key: str, row: int) -> int:
+        """The row that had `key` first; `row` itself if none had."""
+        digest = bytes.fromhex(hash_bytes(f"{kind}/{key}".encode())[:32])
+        if self._db.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (digest, row)).rowcount:
+            return row
+        return int(self._db.execute("SELECT row FROM seen WHERE key = ?", (digest,)).fetchone()[0])
+
+    def note(self, content_id: str, source_id: str, row: int) -> None:
+        """Enter a row that an earlier process read."""
+        self.first_row("content", content_id, row)
+        if source_id:
+            self.first_row("source", source_id, row)
+
+
+def read_prompts(
+    rows: Iterator[Row], thinking_modes: Sequence[str], temperatures: Sequence[float], num_samples: int, seen: Seen
+) -> Iterator[Prompt | Reject]:
+    """Yield every sample of every row: `num_samples` for each temperature, or one Reject for the row.
+
+    Row i takes mode i modulo their number. The row's own id is kept where no earlier row has it; a prompt that an
+    earlier row has in the same mode is a Reject, as its conversations would have the same ids.
     """
-    seen: set[str] = set()
-    for index, (number, row) in enumerate(read_jsonl(path, "prompts, one JSON object a line")):
-        mode = thinking_modes[index % len(thinking_modes)] if thinking_modes else ""
+    for row in rows:
+        mode = thinking_modes[row.index % len(thinking_modes)] if thinking_modes else ""
         try:
-            messages, tools = _messages_of(row), row.get("tools")
+            if row.error:
+                raise ValueError(row.error)
+            messages, tools = read_messages(row.value)
+            id_ = make_conversation_id(messages, tools, mode)
+            first = seen.first_row("content", id_, row.index)
+            if first != row.index:
+                raise ValueError(f"the same prompt and mode as row {first}; ask for more with synth.num_samples")
         except ValueError as error:
-            yield Reject(index, f"row-{index:07d}", f"line {number}: {error}")
+            yield Reject(row.index, row.where, str(error))
             continue
-        id_ = make_conversation_id(messages, tools, mode)
-        if id_ in seen:
-            yield Reject(index, f"row-{index:07d}", f"line {number}: the same prompt and mode as an earlier row, {id_}")
-            continue
-        seen.add(id_)
-        yield Prompt(index, id_, str(row.get("id", id_)), str(row.get("category", "")), messages, tools, mode)
+        own_id = next((str(row.value[key]) for key in ID_KEYS if row.value.get(key) not in (None, "")), "")
+        unique = own_id and seen.first_row("source", own_id, row.index) == row.index
+        for sample in range(num_samples * len(temperatures)):
+            yield Prompt(
+                index=row.index,
+                sample=sample,
+                id=make_conversation_id(messages, tools, mode, sample) if sample else id_,
+                source_id=own_id if unique else id_,
+                category=str(row.value.get("category", "")),
+                messages=messages,
+                tools=tools,
+                thinking_mode=mode,
+                temperature=temperatures[sample // num_samples],
+            )
 
 
-def _messages_of(row: Any) -> list[dict[str, Any]]:
-    """The row's messages without assistant turns, which the target writes anew. Raises ValueError with the reason."""
+def read_messages(row: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """The row's messages, the target's places marked, and its tools. Raises ValueError with the reason."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
-    if isinstance(row.get("messages"), list):
-        messages = row["messages"]
+    tools = _parse(row.get("tools")) or None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError("`tools` is no list of objects")
+    messages, prompt, turns = (_parse(row.get(key)) for key in ("messages", "prompt", "turns"))
+    messages = messages if isinstance(messages, list) else _parse(row.get("conversations"))
+    if isinstance(messages, list):
+        messages = [_from_sharegpt(message) for message in messages]
+    elif isinstance(turns, list):
+        messages = [{"role": "user", "content": turn} for turn in turns]
+    elif isinstance(prompt, list):  # preference sets hold messages under this name
+        messages = prompt
     elif isinstance(row.get("prompt"), str):
         messages = [{"role": "user", "content": row["prompt"]}]
-    elif isinstance(row.get("turns"), list):
-        messages = [{"role": "user", "content": turn} for turn in row["turns"]]
     else:
-        raise ValueError("none of `messages`, `prompt`, `turns`")
+        raise ValueError(f"none of `messages`, `conversations`, `turns`, `prompt`; its keys are {', '.join(row)}"[:300])
     for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise ValueError(f"a message whose role is none of {', '.join(sorted(ROLES))}")
-        if message["role"] == "tool":
-            raise ValueError("tool results cannot be replayed yet")
-        if not isinstance(message.get("content"), str) and message["role"] != "assistant":
-            raise ValueError("a message whose content is no text")
-    kept = [message for message in messages if message["role"] != "assistant"]
-    if not kept or kept[-1]["role"] != "user":
-        raise ValueError("no user message at the end")
-    return kept
+        _check(message)
+    if isinstance(row.get("system"), str) and row["system"] and messages and messages[0]["role"] == "user":
+        messages = [{"role": "system", "content": row["system"]}, *messages]
+    return _mark_places(messages), tools
+
+
+def _parse(value: Any) -> Any:
+    """JSON inside a string, if it is a list; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _from_sharegpt(message: Any) -> Any:
+    if not isinstance(message, dict) or "from" not in message or "role" in message:
+        return message
+    speaker, value = str(message["from"]), message.get("value")
+    role = SHAREGPT_ROLES.get(speaker, speaker)
+    if speaker != "function_call":
+        return {"role": role, "content": value}
+    try:
+        calls = json.loads(value) if isinstance(value, str) else value
+        calls = calls if isinstance(calls, list) else [calls]
+        return {"role": role, "tool_calls": [{"function": {"name": call["name"]}} for call in calls]}
+    except (ValueError, TypeError, KeyError):
+        raise ValueError("a function_call that names no function") from None
+
+
+def _check(message: Any) -> None:
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        role = message.get("role") if isinstance(message, dict) else type(message).__name__
+        raise ValueError(f"a message of role {role!r}, which is none of {', '.join(ROLES)}")
+    if message["role"] == "assistant":
+        return
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
+        raise ValueError(f"a {message['role']} message whose content is no text")
+
+
+def _mark_places(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with a place for each of the target's replies.
+
+    The places are the source's own assistant turns, and the end. A source without any is a list of user turns, each of
+    which is answered. Assistant turns before the first user turn greet nobody and are dropped.
+    """
+    answered = any(message["role"] == "assistant" for message in messages)
+    marked: list[dict[str, Any]] = []
+    pending: list[dict[str, str]] = []  # tool calls of the last assistant turn that still lack a result
+    for message in messages:
+        role = message["role"]
+        if role == "assistant":
+            if not any(m["role"] == "user" for m in marked):
+                continue
+            if marked[-1]["role"] != "assistant":  # two in a row are one reply
+                marked.append({"role": "assistant"})
+            pending = _read_calls(message)
+            continue
+        kept = {key: message[key] for key in ("role", "content", "name") if message.get(key) is not None}
+        if role == "tool":
+            place = next((m for m in reversed(marked) if m["role"] == "assistant"), None)
+            kept["name"] = _name_result(message, pending)
+            if place is None or marked[-1]["role"] not in ("assistant", "tool"):
+                raise ValueError("a tool result without a call before it")
+            place.setdefault("tool_calls", []).append(kept["name"])
+        elif role == "user" and not answered and marked and marked[-1]["role"] == "user":
+            marked.append({"role": "assistant"})
+        marked.append(kept)
+    if marked and marked[-1]["role"] in ("user", "tool"):
+        marked.append({"role": "assistant"})
+    while marked and marked[-1]["role"] != "assistant":
+        marked.pop()
+    if not any(message["role"] == "user" for message in marked):
+        raise ValueError("no user message that the target could answer")
+    return marked
+
+
+def _read_calls(message: Mapping[str, Any]) -> list[dict[str, str]]:
+    calls = _parse(message.get("tool_calls")) or []
+    try:
+        return [{"id": str(call.get("id", "")), "name": str(call["function"]["name"])} for call in calls]
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError("an assistant message whose tool_calls name no function") from None
+
+
+def _name_result(message: Mapping[str, Any], pending: list[dict[str, str]]) -> str:
+    """The tool that a result is of: by its call's id, its own name, or the order of the calls; taken from `pending`."""
+    id_, name = str(message.get("tool_call_id", "")), str(message.get("name", ""))
+    for call in pending:
+        if (id_ and call["id"] == id_) or (not id_ and name in ("", call["name"])):
+            pending.remove(call)
+            return call["name"]
+    return name  # "" where the source names its call nowhere: then no call of the target's is the same

@@ -1,0 +1,172 @@
+"""Join the shards of a run into one output, rows in the order of the input.
+
+Reads:  RUN/shards/<i>-of-<n>/ of every i, each finished.
+Writes: RUN/conversations.jsonl, ledger.jsonl, rejects.jsonl, run.json: as if one process had written it all.
+
+A prompt that two shards hold in the same mode is kept once, the other filtered, as a single run would have it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from array import array
+from collections import Counter
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from contracts.conversation import CONVERSATIONS_FILE
+from contracts.errors import UserError
+from contracts.ledger import STATUSES, check_counts, parse_entry
+from contracts.recipe import Recipe
+from contracts.run import Run, read_run
+from synth.generate import STAGE, describe
+from synth.output import FLAGS, LEDGER_FILE, write_rejects
+from synth.prompts import Seen
+
+SHARD_NAME = re.compile(r"(\d+)-of-(\d+)")
+
+
+def merge(folder: Path) -> dict[str, Any]:
+    """Merge the shards of `folder`; its summary.
+
+    Raises UserError when a shard is missing, unfinished, or of other settings or inputs, and IncompleteError when the
+    counts do not add up to the input.
+    """
+    shards = find_shards(folder)
+    states = [read_run(shard, STAGE) for shard in shards]
+    for shard, state in zip(shards, states, strict=True):
+        _check_same(shard, state, states[0])
+    num_expected = sum(state["summary"]["input"] for state in states)
+    settings = {key: value for key, value in states[0]["settings"].items() if key != "shard"}
+    recipe = Recipe.model_validate(yaml.safe_load((shards[0] / "resolved.yaml").read_text()))
+    run = Run.open(folder, STAGE, settings=settings, inputs=states[0]["inputs"], recipe_yaml=recipe.to_yaml())
+    if run.complete:
+        print(f"synth: {folder} is merged, skipped ({describe(run.state['summary'])})")
+        return dict(run.state["summary"])
+    counts, flags, tokens = _copy_all(shards, folder)
+    check_counts(folder / LEDGER_FILE, counts, num_expected)
+    summary = {
+        **counts,
+        "input": num_expected,
+        "rows": sum(state["summary"]["rows"] for state in states),
+        "tokens": tokens,
+        "shards": len(shards),
+        "shard_seconds": round(sum(state["seconds"] for state in states), 1),
+        **flags,
+    }
+    write_rejects(folder)
+    run.finish(summary)
+    print(f"synth: merged {len(shards)} shards, {describe(summary)} -> {folder / CONVERSATIONS_FILE}")
+    return summary
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The shard folders in order. Raises UserError unless every one of them is there."""
+    found = {path.name: path for path in (folder / "shards").glob("*-of-*") if SHARD_NAME.fullmatch(path.name)}
+    totals = {int(name.partition("-of-")[2]) for name in found}
+    if len(totals) != 1:
+        raise UserError(
+            folder / "shards",
+            found="no shards" if not totals else f"shards of runs of {', '.join(map(str, sorted(totals)))}",
+            expected="the shards of one run",
+            fix="Write them with `synth generate --shard I/N`, or remove those of the other run.",
+        )
+    total = totals.pop()
+    names = [f"{number:05d}-of-{total:05d}" for number in range(total)]
+    if missing := [name for name in names if name not in found]:
+        raise UserError(
+            folder / "shards",
+            found=f"{total - len(missing)} of {total} shards, {missing[0]} not among them",
+            expected="all of them",
+            fix=f"Run `synth generate --shard {int(missing[0][:5])}/{total}` with the others' flags.",
+        )
+    return [found[name] for name in names]
+
+
+def _check_same(shard: Path, state: dict[str, Any], first: dict[str, Any]) -> None:
+    for part in ("settings", "inputs"):
+        for key in sorted({*state[part], *first[part]} - {"shard"}):
+            if state[part].get(key) != first[part].get(key):
+                raise UserError(
+                    f"{shard} ({part}.{key})",
+                    found=str(state[part].get(key)),
+                    expected=f"{first[part].get(key)} as in the first shard",
+                    fix="Write all shards with the same recipe and prompts.",
+                )
+    if state["summary"]["failed"]:
+        print(f"synth: {shard.name} has {state['summary']['failed']} failed rows; --retry-failed tries them again")
+
+
+def _copy_all(shards: list[Path], folder: Path) -> tuple[dict[str, int], Counter[str], int]:
+    """Copy records and ledger lines by the place of their row; counts by status, flags and tokens."""
+    order = _index(shards)
+    records = [(shard / CONVERSATIONS_FILE).open("rb") for shard in shards]
+    ledgers = [(shard / LEDGER_FILE).open("rb") for shard in shards]
+    counts: Counter[str] = Counter()
+    flags: Counter[str] = Counter()
+    seen, end, tokens = Seen(), 0, 0
+    targets = [folder / CONVERSATIONS_FILE, folder / LEDGER_FILE]
+    temporaries = [path.with_name(f".{path.name}.tmp") for path in targets]
+    with temporaries[0].open("wb") as out, temporaries[1].open("wb") as ledger:
+        for index, sample, shard, offset in tqdm(order, desc="merge", unit="conv", disable=None):
+            ledgers[shard].seek(offset)
+            entry = parse_entry(ledgers[shard].readline(), f"{shards[shard] / LEDGER_FILE}, byte {offset}")
+            first = index
+            if entry["status"] in ("done", "truncated"):
+                first = seen.first_row("id", entry["id"], index)
+            if first != index:
+                reason = f"the same prompt and mode as row {first}; ask for more with synth.num_samples"
+                entry = {"id": f"row-{index:07d}-{sample}", "status": "filtered", "reason": reason}
+                entry |= {"index": int(index), "sample": int(sample)}
+            elif "end" in entry:
+                line = _read_record(records[shard], entry, seen)
+                out.write(line)
+                end += len(line)
+                entry |= {"size": len(line), "end": end}
+            ledger.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            counts[entry["status"]] += 1
+            flags.update(flag for flag in FLAGS if entry.get(flag))
+            tokens += entry.get("tokens", 0)
+        for file in (out, ledger):
+            file.flush()
+            os.fsync(file.fileno())
+    for source in (*records, *ledgers):
+        source.close()
+    for temporary, path in zip(temporaries, targets, strict=True):
+        temporary.rename(path)
+    return {status: counts[status] for status in STATUSES}, flags, tokens
+
+
+def _index(shards: list[Path]) -> np.ndarray:
+    """(rows, 4) int64: index, sample, shard, offset of the ledger line that counts; sorted by place."""
+    table = array("q")
+    for number, shard in enumerate(shards):
+        offset = 0
+        with (shard / LEDGER_FILE).open("rb") as file:
+            for line in file:
+                entry = parse_entry(line, f"{shard / LEDGER_FILE}, byte {offset}")
+                table.extend((entry["index"], entry["sample"], number, offset))
+                offset += len(line)
+    rows = np.frombuffer(table, dtype=np.int64).reshape(-1, 4)
+    rows = rows[np.lexsort((rows[:, 3], rows[:, 1], rows[:, 0]))]
+    last = np.append((np.diff(rows[:, :2], axis=0) != 0).any(axis=1), True)  # a retry's line wins
+    return rows[last]
+
+
+def _read_record(file: BinaryIO, entry: dict[str, Any], seen: Seen) -> bytes:
+    """A record's line; a row's own id that an earlier row has, too, gives way to the content's."""
+    file.seek(entry["end"] - entry["size"])
+    line = file.read(entry["size"])
+    source = entry.get("source")
+    if source is None or seen.first_row("source", source, entry["index"]) == entry["index"]:
+        return line
+    record = json.loads(line)
+    record["source_id"] = record["id"]
+    del entry["source"]
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"

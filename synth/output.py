@@ -1,0 +1,175 @@
+"""What a run has written so far, and its writing, off the event loop.
+
+Writes: conversations.jsonl, one record a line in order of completion, and ledger.jsonl, a line for every sample of
+        every row. A ledger line names the end of its record; what lies beyond the last one was not accounted for when
+        the process died, and is cut off and written again. rejects.jsonl: the filtered rows, drawn from the ledger.
+
+A thread takes what has come in, writes and syncs the records, then writes and syncs their ledger lines: one pair of
+syncs for many records when they come fast.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from contracts.conversation import CONVERSATIONS_FILE, Conversation
+from contracts.errors import UserError
+from contracts.ledger import STATUSES, LedgerFile, read_entries
+from synth.prompts import Reject
+
+REJECTS_FILE = "rejects.jsonl"
+LEDGER_FILE = "ledger.jsonl"
+FLAGS = ("loop", "stopped", "rendered")
+"""Marks of a ledger line that are counted beside the statuses."""
+
+Item = tuple[dict[str, Any], Conversation | None]
+
+
+class Output:
+    """The conversations of one folder; every place (row * samples + sample) is accounted for once.
+
+    Memory: one byte a place.
+    """
+
+    def __init__(
+        self, folder: Path, num_rows: int, samples_per_row: int, seen: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """Load what is there; `seen` is told of each row that was read. Raises UserError for lost records."""
+        self.folder = folder
+        self.counts: Counter[str] = Counter()
+        self.flags: Counter[str] = Counter()
+        self.tokens = 0
+        self._samples_per_row = samples_per_row
+        self._status = bytearray(num_rows * samples_per_row)  # 0: not yet; else 1 + its place in STATUSES
+        self._ledger = LedgerFile(folder / LEDGER_FILE)
+        committed = 0
+        for entry in self._ledger.read():
+            self._account(entry)
+            committed = max(committed, entry.get("end", 0))
+            if entry["status"] != "filtered":
+                seen(entry)
+        self._file = (folder / CONVERSATIONS_FILE).open("ab")
+        if self._file.tell() < committed:
+            raise UserError(
+                folder / CONVERSATIONS_FILE,
+                found=f"{self._file.tell()} bytes",
+                expected=f"at least {committed}, as the ledger has it",
+                fix="Restore the file from a copy, or delete this folder to start afresh.",
+            )
+        self._file.truncate(committed)
+        self._end = committed
+        self._error: Exception | None = None
+        self._queue: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write_all, name="output", daemon=True)
+        self._thread.start()
+
+    def status(self, index: int, sample: int = 0) -> str:
+        """How a sample of a row ended; "" where it has not yet."""
+        code = self._status[index * self._samples_per_row + sample]
+        return STATUSES[code - 1] if code else ""
+
+    def add(self, conversation: Conversation) -> None:
+        """Account for a conversation. It is durable when its ledger line is, soon after."""
+        whole = conversation.finish_reason == "stop"
+        entry: dict[str, Any] = {
+            "id": conversation.id,
+            "status": "done" if whole else "truncated",
+            **(
+                {"reason": reason}
+                if (reason := conversation.stopped if whole else "a reply reached max_tokens")
+                else {}
+            ),
+            "index": conversation.index,
+            "sample": conversation.sample,
+            **({"source": conversation.source_id} if conversation.source_id != conversation.id else {}),
+            "tokens": conversation.usage["completion_tokens"],
+        }
+        entry |= {flag: True for flag in FLAGS if getattr(conversation, flag)}
+        self._put(entry, conversation)
+
+    def add_failure(self, id_: str, index: int, sample: int, source_id: str, status: str, reason: str) -> None:
+        """Account for a sample that has no conversation: failed, or filtered."""
+        source = {"source": source_id} if source_id != id_ else {}
+        self._put({"id": id_, "status": status, "reason": reason, "index": index, "sample": sample, **source}, None)
+
+    def add_reject(self, reject: Reject) -> None:
+        """Account for all samples of a row that cannot be used."""
+        for sample in range(self._samples_per_row):
+            entry = {"id": f"row-{reject.index:07d}-{sample}", "status": "filtered", "reason": reject.reason}
+            self._put({**entry, "index": reject.index, "sample": sample, "where": reject.where}, None)
+
+    def close(self) -> None:
+        """Write what is still waiting, then rejects.jsonl. Raises UserError when the disk would not take it."""
+        self._queue.put(None)
+        self._thread.join()
+        self._file.close()
+        self._ledger.close()
+        self._raise_error()
+        write_rejects(self.folder)
+
+    def _put(self, entry: dict[str, Any], conversation: Conversation | None) -> None:
+        self._raise_error()
+        self._account(entry)
+        self._queue.put((entry, conversation))
+
+    def _account(self, entry: dict[str, Any]) -> None:
+        place = entry["index"] * self._samples_per_row + entry["sample"]
+        if self._status[place]:  # a retry: the last line wins
+            self.counts[STATUSES[self._status[place] - 1]] -= 1
+        self._status[place] = 1 + STATUSES.index(entry["status"])
+        self.counts[entry["status"]] += 1
+        self.flags.update(flag for flag in FLAGS if entry.get(flag))
+        self.tokens += entry.get("tokens", 0)
+
+    def _raise_error(self) -> None:
+        if isinstance(self._error, OSError):
+            raise UserError(
+                self.folder,
+                found=self._error.strerror or str(self._error),
+                expected="a disk that takes the output",
+                fix="Make room and run the same command again: what was finished is kept.",
+            ) from self._error
+        if self._error is not None:
+            raise self._error
+
+    def _write_all(self) -> None:
+        try:
+            going_on = True
+            while going_on:
+                batch = [self._queue.get()]
+                while not self._queue.empty():
+                    batch.append(self._queue.get())
+                going_on = batch[-1] is not None
+                self._write([item for item in batch if item is not None])
+        except Exception as error:  # told to the next add() and to close()
+            self._error = error
+
+    def _write(self, batch: list[Item]) -> None:
+        for entry, conversation in batch:
+            if conversation is not None:
+                unused = {"conversations" if conversation.conversations is None else "messages"}
+                line = conversation.model_dump_json(exclude=unused).encode() + b"\n"
+                self._file.write(line)
+                self._end += len(line)
+                entry["size"], entry["end"] = len(line), self._end
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._ledger.append(entry for entry, _ in batch)
+
+
+def write_rejects(folder: Path) -> None:
+    """Write rejects.jsonl: one line for each row that was filtered, with its reason."""
+    temporary = folder / f".{REJECTS_FILE}.tmp"
+    with temporary.open("w") as file:
+        for entry in read_entries(folder / LEDGER_FILE):
+            if entry["status"] == "filtered" and entry["sample"] == 0:
+                told = {key: entry[key] for key in ("index", "where", "id", "reason") if key in entry}
+                file.write(json.dumps(told, ensure_ascii=False) + "\n")
+    temporary.rename(folder / REJECTS_FILE)
