@@ -158,7 +158,7 @@ async def write_conversation(writer: Writer, prompt: Prompt) -> Conversation:
         _add_reply(writer, prompt, draft, answer, choice)
         if draft.finish_reason not in WHOLE:
             break
-        calls = choice["message"].get("tool_calls") or []
+        calls = list(choice["message"].get("tool_calls") or [])
         draft.stopped = _compare_calls(calls, message.get("tool_calls", []))
         if draft.stopped:
             break

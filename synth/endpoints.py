@@ -175,7 +175,7 @@ class Endpoints:
                 await asyncio.wait_for(self._returned.wait(), 1.0)
 
     def _refuse_lost_servers(self) -> None:
-        """Raise IncompleteError when there is nobody left to wait for: the rows have not failed, another run takes them."""
+        """Raise IncompleteError when nobody is left to wait for: the rows have not failed, another run takes them."""
         patience = self._settings.patience_s
         if self._is_gone() or time.monotonic() - self._all_gone_since > patience:
             urls = ", ".join(endpoint.url for endpoint in self.endpoints)

@@ -114,7 +114,8 @@ def _copy_all(shards: list[Path], folder: Path) -> tuple[dict[str, int], Counter
     targets = [folder / CONVERSATIONS_FILE, folder / LEDGER_FILE]
     temporaries = [path.with_name(f".{path.name}.tmp") for path in targets]
     with temporaries[0].open("wb") as out, temporaries[1].open("wb") as ledger:
-        for index, sample, shard, offset in tqdm(order, desc="merge", unit="conv", disable=None):
+        for place in tqdm(order, desc="merge", unit="conv", disable=None):
+            index, sample, shard, offset = map(int, place)
             ledgers[shard].seek(offset)
             entry = parse_entry(ledgers[shard].readline(), f"{shards[shard] / LEDGER_FILE}, byte {offset}")
             first = index
@@ -123,7 +124,7 @@ def _copy_all(shards: list[Path], folder: Path) -> tuple[dict[str, int], Counter
             if first != index:
                 reason = f"the same prompt and mode as row {first}; ask for more with synth.num_samples"
                 entry = {"id": f"row-{index:07d}-{sample}", "status": "filtered", "reason": reason}
-                entry |= {"index": int(index), "sample": int(sample)}
+                entry |= {"index": index, "sample": sample}
             elif "end" in entry:
                 line = _read_record(records[shard], entry, seen)
                 out.write(line)

@@ -67,8 +67,8 @@ def verify(recipe: Recipe, folder: Path) -> dict[str, Any]:
     )
     if wrong:
         raise IncompleteError(
-            f"{folder}: found {len(wrong)} of {counts['turns']} turns that do not hold ({', '.join(wrong[:MAX_TOLD])}), "
-            "expected all. Look at them with `synth inspect`; was it another server, template or mode?"
+            f"{folder}: found {len(wrong)} of {counts['turns']} turns that do not hold ({', '.join(wrong[:MAX_TOLD])}"
+            "), expected all. Look at them with `synth inspect`; was it another server, template or mode?"
         )
     return counts
 

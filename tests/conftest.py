@@ -33,6 +33,7 @@ synth:
   temperature: 0.0
   max_tokens: 24
   concurrency: 8
+  backoff_s: 0.05
 dump:
   dtype: float32
   batch_samples: 8
@@ -161,5 +162,5 @@ def scripted_server() -> Iterator[str]:
     """The URL of a server with the answers' form of vLLM's and an instant, deterministic reply (see scripted.py)."""
     import scripted
 
-    with scripted.serve() as url:
-        yield url
+    with scripted.serve() as server:
+        yield server.url

@@ -6,14 +6,20 @@ import json
 import random
 import signal
 import subprocess
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import scripted
 from conftest import command, kill_when, read_lines, run
+from tokenizers import Tokenizer
 
 from contracts.conversation import read_conversations
+from serve.server import find_port
 from synth.conversation import add_turn, make_reply
 
 FILE = "conversations.jsonl"
@@ -36,44 +42,89 @@ def grown_by(path: Path, num_bytes: int) -> Callable[[], bool]:
     return lambda: path.exists() and path.stat().st_size >= enough
 
 
-def test_killed_at_any_moment_and_run_again_it_equals_an_uninterrupted_run(
-    recipe_path: Path, scripted_server: str, tmp_path: Path
-) -> None:
-    questions: list[str | list[str]] = [f"question {i}" if i % 3 else [f"first {i}", f"second {i}"] for i in range(400)]
-    prompts = write_prompts(tmp_path / "prompts.jsonl", questions)
-    generate(recipe_path, prompts, tmp_path / "whole", scripted_server)
+@contextmanager
+def server_process(fail_fraction: float = 0.0, port: int | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The scripted server as a process of its own, and its URL."""
+    port = port or find_port("127.0.0.1", None)
+    script = [sys.executable, scripted.__file__, str(port), str(fail_fraction)]
+    process = subprocess.Popen(script, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield f"http://127.0.0.1:{port}/v1", process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_after_50_kills_over_a_failing_server_it_equals_an_uninterrupted_run(recipe_path: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    write_prompts(prompts, [[f"first {i}", f"second {i}", *([f"third {i}"] if i % 3 else [])] for i in range(2000)])
+    with prompts.open("a") as file:
+        file.write('{"no": "prompt"}\n{"turns": ["first 0", "second 0", "third 0", "endless"]}\nno json\n')
+    with server_process() as (url, _):
+        generate(recipe_path, prompts, tmp_path / "whole", url)
 
     output = tmp_path / "killed"
     args = ["synth", "generate", "--recipe", recipe_path, "--prompts", prompts, "--output", output]
-    args += ["--endpoint", scripted_server]
     rng = random.Random(0)
-    kills = sum(kill_when(grown_by(output / FILE, rng.randrange(1, 12000)), *args) == -9 for _ in range(6))
-    assert kills >= 3
-    generate(recipe_path, prompts, output, scripted_server)
+    with server_process(fail_fraction=0.05) as (url, _):
+        for _ in range(50):
+            # At any moment: before its first record, between records, inside of one.
+            assert kill_when(grown_by(output / FILE, rng.randrange(0, 80000)), *args, "--endpoint", url) == -9
+        generate(recipe_path, prompts, output, url)
+        assert "is finished, skipped" in generate(recipe_path, prompts, output, url).stdout
 
     whole, killed = read_lines(tmp_path / "whole" / FILE), read_lines(output / FILE)
-    assert len(killed) == len({row["id"] for row in killed}) == 400
+    assert len(killed) == len({row["id"] for row in killed}) == 2001
     assert sorted(killed, key=lambda row: row["index"]) == sorted(whole, key=lambda row: row["index"])
-    assert json.loads((output / "run.json").read_text())["summary"]["done"] == 400
-    assert "is finished, skipped" in generate(recipe_path, prompts, output, scripted_server).stdout
+    summary = json.loads((output / "run.json").read_text())["summary"]
+    assert {key: summary[key] for key in ("done", "truncated", "filtered", "failed", "input")} == {
+        "done": 2000, "truncated": 1, "filtered": 2, "failed": 0, "input": 2003,
+    }  # fmt: skip
+    assert [row["index"] for row in read_lines(output / "rejects.jsonl")] == [2000, 2002]
+    assert (output / FILE).read_bytes().count(b"\n") == 2001
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_stop_it_cleanly_and_say_how_to_go_on(
+def test_ctrl_c_and_sigterm_drain_what_is_in_flight_and_say_how_to_go_on(
     recipe_path: Path, scripted_server: str, tmp_path: Path, signal_number: int
 ) -> None:
-    prompts = write_prompts(tmp_path / "prompts.jsonl", [f"question {i}" for i in range(400)])
+    prompts = write_prompts(tmp_path / "prompts.jsonl", [f"slow {i}" for i in range(8)] + ["never begun"] * 1)
     args = ("--recipe", recipe_path, "--prompts", prompts, "--output", tmp_path / "out", "--endpoint", scripted_server)
     process = subprocess.Popen(command("synth", "generate", *args), stderr=subprocess.PIPE, text=True)
-    while len(read_lines(tmp_path / "out/ledger.jsonl")) < 20:
+    assert process.stderr is not None
+    while not (tmp_path / "out/run.json").exists():
         assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(1.0)
     process.send_signal(signal_number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
+    assert "stopping; 8 conversations have 20 s to end" in errors
     assert errors.rstrip().endswith("run the same command again to go on")
     assert "Traceback" not in errors
+    assert len(read_lines(tmp_path / "out" / FILE)) == 8
     generate(recipe_path, prompts, tmp_path / "out", scripted_server)
-    assert len({row["id"] for row in read_lines(tmp_path / "out" / FILE)}) == 400
+    assert len({row["id"] for row in read_lines(tmp_path / "out" / FILE)}) == 9
+
+
+def test_what_does_not_end_in_time_is_cut_off_and_written_by_the_next_run(
+    recipe_path: Path, scripted_server: str, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl", ["slow one"])
+    args = ("--recipe", recipe_path, "--prompts", prompts, "--output", tmp_path / "out", "--endpoint", scripted_server)
+    more = ("--set", "synth.drain_timeout_s=0.1")
+    process = subprocess.Popen(command("synth", "generate", *args, *more), stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out/run.json").exists():
+        time.sleep(0.01)
+    time.sleep(1.0)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert read_lines(tmp_path / "out" / FILE) == []
+    generate(recipe_path, prompts, tmp_path / "out", scripted_server)
+    assert len(read_lines(tmp_path / "out" / FILE)) == 1
 
 
 def test_a_record_that_was_written_but_not_accounted_for_is_written_again(
@@ -125,11 +176,23 @@ def test_a_server_that_parses_thoughts_away_is_refused(recipe_path: Path, script
     assert "--reasoning-parser" in result.stderr
 
 
-def test_a_server_without_token_ids_is_refused(recipe_path: Path, scripted_server: str, tmp_path: Path) -> None:
-    prompts = write_prompts(tmp_path / "prompts.jsonl", ["no ids"])
-    result = generate(recipe_path, prompts, tmp_path / "out", scripted_server, check=False)
-    assert result.returncode == 2
-    assert "no token ids" in result.stderr
+def test_rows_of_a_server_without_token_ids_are_rendered_in_their_mode_and_marked(
+    recipe_path: Path, target_folder: Path, scripted_server: str, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl", [["no ids one", "no ids two"], "with ids"])
+    result = generate(recipe_path, prompts, tmp_path / "out", scripted_server)
+    assert "1 rendered" in result.stdout
+    first, second = sorted(read_conversations(tmp_path / "out"), key=lambda record: record.index)
+    assert (first.rendered, second.rendered) == (True, False)
+    tokenizer = Tokenizer.from_file(str(target_folder / "tokenizer.json"))
+    spans = [(sample, span) for sample in first.samples for span in sample.loss_spans]
+    texts = [tokenizer.decode(sample.token_ids[a:b], skip_special_tokens=False) for sample, (a, b) in spans]
+    assert texts == ["reply to no ids one[e~[", "reply to no ids two[e~["]
+    context = tokenizer.decode(
+        first.samples[0].token_ids[: first.samples[0].loss_spans[0][0]], skip_special_tokens=False
+    )
+    assert "Thinking mode: enabled" in context
+    assert context.endswith("]~b]ai\n<mm:think>")
 
 
 def test_an_unreachable_endpoint_is_one_line(recipe_path: Path, tmp_path: Path) -> None:

@@ -1,0 +1,122 @@
+"""What `synth generate` itself costs, with a server that answers at once.
+
+    python benchmarks/synth_client.py [--rows 20000] [--memory]
+
+Prints conversations/s against 256 threads on the `openai` package that send the same requests (and keep nothing), both
+in one run. With --memory: peak memory over 1,000,000 rows against that over 10,000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from serve.server import find_port
+
+ROOT = Path(__file__).resolve().parent.parent
+THREADS = 256
+MAX_TOKENS = 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=20_000, help="conversations of each client")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured, in turn")
+    parser.add_argument("--memory", action="store_true", help="measure memory instead")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, serve_at_once() as url:
+        work = Path(folder)
+        write_recipe(work)
+        if args.memory:
+            peaks = {rows: run_synth(work, rows, url)[1] for rows in (10_000, 1_000_000)}
+            for rows, peak in peaks.items():
+                print(f"{rows:>9} rows: peak {peak / 2**20:.0f} MiB")
+            print(f"ratio {peaks[1_000_000] / peaks[10_000]:.2f} (limit 1.3)")
+            return
+        ratios = []
+        for _ in range(args.rounds):
+            ours, _ = run_synth(work, args.rows, url)
+            threads = run_threads(args.rows // 4, url)
+            ratios.append(ours / threads)
+            print(f"synth generate {ours:.0f}/s, {THREADS} threads on openai {threads:.0f}/s: {ratios[-1]:.2f}x")
+        print(f"ratio {sorted(ratios)[len(ratios) // 2]:.2f} (median of {args.rounds}; limit 3)")
+
+
+@contextmanager
+def serve_at_once() -> Iterator[str]:
+    """The URL of benchmarks/zero_latency.py, running."""
+    port = find_port("127.0.0.1", None)
+    command = [sys.executable, str(ROOT / "benchmarks/zero_latency.py"), str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def write_recipe(folder: Path) -> None:
+    """A recipe whose target has a config and a template, and next to no weights: nobody loads them here."""
+    target = folder / "target"
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps({"model_type": "qwen3", "hidden_size": 8, "num_hidden_layers": 4}))
+    (target / "chat_template.jinja").write_text("{{ messages }}")
+    save_file({"weight": np.zeros(8, np.float32)}, target / "model.safetensors")
+    (folder / "recipe.yaml").write_text(
+        f"target: {{path: {target}}}\n"
+        f"synth: {{temperature: 0, max_tokens: {MAX_TOKENS}, concurrency: {THREADS}}}\n"
+        "train: {num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 8, num_steps: 1}\n"
+    )
+
+
+def run_synth(folder: Path, num_rows: int, url: str) -> tuple[float, int]:
+    """Conversations/s of `synth generate` over that many rows, and its peak memory in bytes."""
+    prompts, output = folder / f"{num_rows}.jsonl", folder / f"out-{num_rows}-{time.time_ns()}"
+    with prompts.open("w") as file:
+        for number in range(num_rows):
+            file.write(json.dumps({"id": f"row-{number}", "prompt": f"What about number {number}?"}) + "\n")
+    command = [sys.executable, "-c", "from synth.cli import main; main()", "generate", "--endpoint", url]
+    command += ["-r", str(folder / "recipe.yaml"), "--prompts", str(prompts), "--output", str(output)]
+    log = (folder / "synth.log").open("wb")
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, (folder / "synth.log").read_text()[-2000:]
+    last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["done"] == num_rows
+    return num_rows / last["seconds"], usage.ru_maxrss * 1024
+
+
+def run_threads(num_rows: int, url: str) -> float:
+    """Conversations/s of a pool of threads on the `openai` package."""
+    script = f"""
+import time, openai
+from concurrent.futures import ThreadPoolExecutor
+client = openai.OpenAI(base_url={url!r}, api_key="EMPTY", max_retries=0)
+def ask(number):
+    client.chat.completions.create(
+        model="target", messages=[{{"role": "user", "content": f"What about number {{number}}?"}}],
+        max_tokens={MAX_TOKENS}, temperature=0, extra_body={{"return_token_ids": True}},
+    )
+started = time.monotonic()
+with ThreadPoolExecutor({THREADS}) as pool:
+    list(pool.map(ask, range({num_rows})))
+print({num_rows} / (time.monotonic() - started))
+"""
+    return float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
+
+
+if __name__ == "__main__":
+    main()

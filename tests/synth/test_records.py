@@ -1,0 +1,340 @@
+"""Claims about what a run records: modes, sampling, tools, loops, ends, formats; and about shards and their merging."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scripted
+from conftest import read_lines, run
+
+from contracts.conversation import Conversation, read_conversations
+from contracts.errors import UserError
+from contracts.recipe import load_recipe
+from synth.conversation import resolve_sampling
+from synth.inspect import find_conversation
+
+FILE = "conversations.jsonl"
+
+
+@pytest.fixture
+def server() -> Iterator[scripted.Server]:
+    with scripted.serve() as running:
+        yield running
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def generate(recipe: Path, tmp_path: Path, rows: list[Any], server: scripted.Server, *more: str) -> list[Conversation]:
+    """The records of a run, in the order of the input."""
+    prompts = write(tmp_path / "prompts.jsonl", rows)
+    args = ("-r", recipe, "--prompts", prompts, "--output", tmp_path / "out", "--endpoint", server.url, *more)
+    run("synth", "generate", *args)
+    return sorted(read_conversations(tmp_path / "out"), key=lambda record: (record.index, record.sample))
+
+
+def settings(*values: str) -> list[str]:
+    return [word for value in values for word in ("--set", value)]
+
+
+def test_modes_have_weights_and_go_into_request_and_record(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server
+) -> None:
+    rows = [{"prompt": f"q{i}"} for i in range(6)]
+    records = generate(recipe_path, tmp_path, rows, server, "--thinking-modes", "enabled:2,disabled:1")
+    assert [record.thinking_mode for record in records] == ["enabled", "enabled", "disabled"] * 2
+    sent = {body["messages"][0]["content"]: body["chat_template_kwargs"] for body in server.requests}
+    assert sent == {f"q{i}": {"thinking_mode": records[i].thinking_mode} for i in range(6)}
+
+
+def test_a_recipe_names_the_modes_variable_and_its_values(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server
+) -> None:
+    more = settings(
+        "target.thinking_mode_name=enable_thinking",
+        "target.thinking_mode_values={enabled: true, disabled: false, adaptive: null}",
+    )
+    generate(recipe_path, tmp_path, [{"prompt": f"q{i}"} for i in range(3)], server, *more)
+    sent = {body["messages"][0]["content"]: body.get("chat_template_kwargs") for body in server.requests}
+    assert sent == {"q0": {"enable_thinking": True}, "q1": {"enable_thinking": False}, "q2": None}
+
+
+def test_without_modes_nothing_is_sent(recipe_path: Path, tmp_path: Path, server: scripted.Server) -> None:
+    (record,) = generate(recipe_path, tmp_path, [{"prompt": "q"}], server, "--thinking-modes", "")
+    assert record.thinking_mode == ""
+    assert "chat_template_kwargs" not in server.requests[0]
+
+
+def test_a_mode_without_a_value_is_refused(recipe_path: Path, tmp_path: Path) -> None:
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": "q"}])
+    more = settings("target.thinking_mode_values={enabled: true}")
+    args = ("-r", recipe_path, "--prompts", prompts, "--output", tmp_path / "out", *more)
+    result = run("synth", "generate", *args, check=False)
+    assert result.returncode == 2
+    assert "found disabled, expected one of enabled" in result.stderr
+
+
+def test_system_messages_and_tools_reach_the_target_and_the_record(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server
+) -> None:
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    messages = [{"role": role, "content": f"as {role}"} for role in ("root", "developer", "system", "user")]
+    (record,) = generate(recipe_path, tmp_path, [{"messages": messages, "tools": tools}], server)
+    assert server.requests[0]["tools"] == record.tools == tools
+    assert server.requests[0]["messages"] == messages
+    assert record.messages == [*messages, {"role": "assistant", "content": "reply to as user"}]
+
+
+def test_a_later_turn_sees_the_targets_own_thought(recipe_path: Path, tmp_path: Path, server: scripted.Server) -> None:
+    generate(recipe_path, tmp_path, [{"turns": ["a</mm:think>b", "c"]}], server)
+    assert server.requests[1]["messages"][1] == {
+        "role": "assistant",
+        "reasoning_content": "reply to a",
+        "content": "b",
+    }
+
+
+def test_samples_and_temperatures_have_seeds_of_their_own_that_never_change(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server
+) -> None:
+    more = settings("synth.temperature=[0.7, 1.0]", "synth.num_samples=2", "synth.top_p=0.9")
+    rows = [{"prompt": "q0"}, {"no": "prompt"}]
+    records = generate(recipe_path, tmp_path, rows, server, *more)
+    assert [(record.index, record.sample) for record in records] == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert [record.sampling["temperature"] for record in records] == [0.7, 0.7, 1.0, 1.0]
+    assert len({record.sampling["seed"] for record in records}) == 4
+    assert {body["top_p"] for body in server.requests} == {0.9}
+    summary = json.loads((tmp_path / "out/run.json").read_text())["summary"]
+    assert (summary["done"], summary["filtered"], summary["input"], summary["rows"]) == (4, 4, 8, 2)
+    seeds = [record.sampling["seed"] for record in records]
+    (tmp_path / "again").mkdir()
+    assert [r.sampling["seed"] for r in generate(recipe_path, tmp_path / "again", rows, server, *more)] == seeds
+
+
+def test_sampling_comes_from_the_recipe_else_from_the_target_else_it_is_asked_for(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+
+    def resolve(*values: str) -> tuple[list[float], dict[str, Any]]:
+        return resolve_sampling(load_recipe(recipe_path, [f"target.path={target}", *values]))
+
+    with pytest.raises(UserError, match="found none in the recipe"):
+        resolve("synth.temperature=null")
+    (target / "generation_config.json").write_text('{"temperature": 1.0, "top_p": 0.95, "top_k": 40}')
+    assert resolve("synth.temperature=null") == ([1.0], {"top_p": 0.95, "top_k": 40, "max_tokens": 24})
+    assert resolve("synth.temperature=0.5", "synth.top_k=7") == ([0.5], {"top_p": 0.95, "top_k": 7, "max_tokens": 24})
+    (target / "generation_config.json").write_text('{"do_sample": false}')
+    assert resolve("synth.temperature=null") == ([0.0], {"max_tokens": 24})
+    with pytest.raises(UserError, match="all would be the same"):
+        resolve("synth.temperature=0", "synth.num_samples=2")
+    with pytest.raises(UserError, match="max_model_len"):
+        resolve("synth.max_tokens=256")
+
+
+def test_the_end_of_turn_token_is_supervised_unless_left_out(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server
+) -> None:
+    (record,) = generate(recipe_path, tmp_path, [{"turns": ["one", "two"]}], server)
+    (sample,) = record.samples
+    assert [sample.token_ids[end - 1] for _, end in sample.loss_spans] == [scripted.END] * 2
+    (tmp_path / "without").mkdir()
+    rows = [{"turns": ["one", "endless"]}]
+    (record,) = generate(recipe_path, tmp_path / "without", rows, server, *settings("synth.supervise_end=false"))
+    (sample,) = record.samples
+    assert [bytes(sample.token_ids[a:b]).decode() for a, b in sample.loss_spans] == ["reply to one", "reply to endless"]
+    assert sample.token_ids.count(scripted.END) == 3  # they stay in the context
+
+
+def tool_row(*names: str) -> dict[str, Any]:
+    """A source in which the assistant called these tools."""
+    calls = [{"id": f"src-{i}", "function": {"name": name, "arguments": "{}"}} for i, name in enumerate(names)]
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": f"result {call['id']}"} for call in calls]
+    return {
+        "messages": [
+            {"role": "user", "content": "call look please"},
+            {"role": "assistant", "content": "", "tool_calls": calls},
+            *results,
+            {"role": "assistant", "content": "source's answer"},
+            {"role": "user", "content": "thanks"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "look"}}],
+    }
+
+
+def test_tool_results_are_replayed_when_the_target_calls_the_same_tool(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server
+) -> None:
+    (record,) = generate(recipe_path, tmp_path, [tool_row("look")], server)
+    assert record.messages is not None
+    assert [message["role"] for message in record.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+        "user",
+        "assistant",
+    ]
+    call = record.messages[1]["tool_calls"][0]
+    assert call["function"]["name"] == "look"
+    assert record.messages[2] == {"role": "tool", "name": "look", "content": "result src-0", "tool_call_id": call["id"]}
+    assert (record.finish_reason, record.stopped) == ("stop", "")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (tool_row("add"), "the target called look, the source has results of add"),
+        (tool_row("look", "look"), "the target called look, the source has results of look, look"),
+        ({"turns": ["call look please", "thanks"]}, "the target called look, the source has results of none"),
+        ({"turns": ["hello", "too long"]}, "turn 1: the prompt does not fit into the context"),
+    ],
+)
+def test_where_a_conversation_cannot_go_on_it_stops_and_says_why(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server, row: Any, reason: str
+) -> None:
+    (record,) = generate(recipe_path, tmp_path, [row], server)
+    assert record.stopped.startswith(reason)
+    assert record.messages is not None
+    assert len([message for message in record.messages if message["role"] == "assistant"]) == 1
+    (line,) = read_lines(tmp_path / "out/ledger.jsonl")
+    assert (line["status"], line["stopped"]) == ("done", True)
+    assert line["reason"].startswith(reason)
+
+
+def test_a_prompt_that_does_not_fit_is_filtered_with_its_reason(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server
+) -> None:
+    assert len(generate(recipe_path, tmp_path, [{"prompt": "too long"}, {"prompt": "q"}], server)) == 1
+    (reject,) = read_lines(tmp_path / "out/rejects.jsonl")
+    assert reject["index"] == 0
+    assert "maximum context length" in reject["reason"]
+
+
+def test_loops_and_cut_replies_are_marked_and_counted(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server
+) -> None:
+    records = generate(
+        recipe_path, tmp_path, [{"turns": ["hi", "loop"]}, {"prompt": "endless"}, {"prompt": "q"}], server
+    )
+    assert records[0].loop is not None
+    assert records[0].loop.model_dump() == {"turn": 1, "period": 2, "num_tokens": 600}
+    assert [record.finish_reason for record in records] == ["stop", "length", "stop"]
+    assert [record.loop for record in records[1:]] == [None, None]
+    summary = json.loads((tmp_path / "out/run.json").read_text())["summary"]
+    assert (summary["done"], summary["truncated"], summary["loop"]) == (2, 1, 1)
+
+
+def test_sharegpt_output_has_the_replies_as_generated(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server
+) -> None:
+    row = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a</mm:think>b"}]}
+    (record,) = generate(recipe_path, tmp_path, [row], server, "--output-format", "sharegpt")
+    assert record.messages is None
+    assert record.conversations == [
+        {"from": "system", "value": "s"},
+        {"from": "human", "value": "a</mm:think>b"},
+        {"from": "gpt", "value": "reply to a</mm:think>b"},
+    ]
+    assert "messages" not in read_lines(tmp_path / "out" / FILE)[0]
+    assert record.samples[0].loss_spans
+
+
+def shard_rows() -> list[Any]:
+    rows: list[Any] = [{"id": f"row-{i % 17}", "prompt": f"q{i}"} for i in range(20)]
+    # Rows 20 and 5 have the same prompt and mode, in different shards of 4 but not in one of a single run.
+    return [*rows, {"prompt": "q5"}, {"no": "prompt"}, {"prompt": "endless"}]
+
+
+def test_merged_shards_are_what_one_run_writes(recipe_path: Path, tmp_path: Path, server: scripted.Server) -> None:
+    rows = shard_rows()
+    whole = generate(recipe_path, tmp_path, rows, server)
+    prompts = tmp_path / "prompts.jsonl"
+    output = tmp_path / "sharded"
+    args = ("-r", recipe_path, "--prompts", prompts, "--output", output, "--endpoint", server.url)
+    for number in (2, 0, 3):
+        run("synth", "generate", *args, "--shard", f"{number}/4")
+    early = run("synth", "merge", output, check=False)
+    assert early.returncode == 2
+    assert "found 3 of 4 shards, 00001-of-00004 not among them" in early.stderr
+    run("synth", "generate", *args, "--shard", "1/4")
+    printed = run("synth", "merge", output).stdout
+    assert "merged 4 shards, 23 rows: 20 done, 1 truncated, 2 filtered" in printed
+    merged = list(read_conversations(output))
+    assert merged == whole  # in the order of the input
+    one, many = (json.loads((folder / "run.json").read_text()) for folder in (tmp_path / "out", output))
+    assert one["settings"] == many["settings"]
+    assert one["inputs"] == many["inputs"]
+    assert {k: one["summary"][k] for k in one["summary"]} == {k: many["summary"][k] for k in one["summary"]}
+    assert [r["index"] for r in read_lines(output / "rejects.jsonl")] == [20, 21]
+    assert "is merged, skipped" in run("synth", "merge", output).stdout
+    found = find_conversation(output, whole[7].id)
+    assert found == whole[7]
+
+
+def test_shards_of_other_prompts_are_not_merged(recipe_path: Path, tmp_path: Path, server: scripted.Server) -> None:
+    for number in range(2):
+        prompts = write(tmp_path / f"{number}.jsonl", [{"prompt": f"q{i}"} for i in range(4 + number)])
+        args = ("-r", recipe_path, "--prompts", prompts, "--output", tmp_path / "out", "--endpoint", server.url)
+        run("synth", "generate", *args, "--shard", f"{number}/2")
+    result = run("synth", "merge", tmp_path / "out", check=False)
+    assert result.returncode == 2
+    assert "inputs.prompts" in result.stderr
+
+
+@pytest.mark.parametrize("shard", ["4/4", "1", "a/b", "-1/4"])
+def test_a_shard_that_is_none_is_refused(recipe_path: Path, tmp_path: Path, shard: str) -> None:
+    args = ("-r", recipe_path, "--prompts", "p.jsonl", "--output", tmp_path, f"--shard={shard}")
+    result = run("synth", "generate", *args, check=False)
+    assert result.returncode == 2
+    assert "I/N" in result.stderr
+
+
+def test_stats_count_and_plot_what_was_written(recipe_path: Path, tmp_path: Path, server: scripted.Server) -> None:
+    rows = [{"turns": [f"q{i}", "and"]} for i in range(6)] + [
+        {"prompt": "endless"},
+        {"no": "prompt"},
+        {"prompt": "loop"},
+    ]
+    generate(recipe_path, tmp_path, rows, server)
+    printed = run("synth", "stats", tmp_path / "out").stdout
+    assert "9 rows: 7 done, 1 truncated, 1 filtered, 0 failed" in printed
+    assert "1 loop" in printed
+    columns = {
+        line.split()[0]: line.split() for line in printed.splitlines() if line.startswith(("enabled", "disabled"))
+    }
+    # mode, conversations, turns, stop, length
+    assert columns["enabled"][1:5] == ["3", "5", "2", "1"]
+    assert columns["disabled"][1:5] == ["2", "4", "2", "0"]
+    assert (tmp_path / "out/stats.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_shows_the_supervised_tokens_in_the_terminal_and_as_html(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server
+) -> None:
+    rows = [{"id": "mine", "turns": ["no ids <b>", "and"]}, {"prompt": "fail 400"}]
+    prompts = write(tmp_path / "prompts.jsonl", rows)
+    args = ("-r", recipe_path, "--prompts", prompts, "--output", tmp_path / "out", "--endpoint", server.url)
+    run("synth", "generate", *args, *settings("synth.max_failed_fraction=1"))
+    (record,) = read_conversations(tmp_path / "out")
+    for name in ("mine", record.id, record.id[:6]):
+        printed = run("synth", "inspect", tmp_path / "out", name).stdout
+        assert "]~b]user\nno ids <b>[e~[" in printed
+        assert "«reply to no ids <b>[e~[»" in printed
+        assert "token ids: rendered, not the server's" in printed
+    run("synth", "inspect", tmp_path / "out", "mine", "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('class="supervised') > 5
+    assert "<b>" not in page.replace("&lt;b&gt;", "")
+    (failed,) = [line["id"] for line in read_lines(tmp_path / "out/ledger.jsonl") if line["status"] == "failed"]
+    for name, found in (("zzz", "0 conversations"), (failed, "a row that is failed (HTTP 400")):
+        result = run("synth", "inspect", tmp_path / "out", name, check=False)
+        assert result.returncode == 2
+        assert found in result.stderr
