@@ -28,6 +28,7 @@ from contracts.recipe import SynthSection
 MAX_BACKOFF_S = 60.0
 FAILURES_TO_SET_ASIDE = 3
 PROBE_TIMEOUT_S = 10.0
+LARGE_ANSWER_BYTES = 1 << 19  # parsing it would hold up the others for milliseconds
 CONNECTION_ERRORS = (httpx2.HTTPError, aiohttp.ClientError, TimeoutError, OSError)
 TOO_LONG = re.compile(r"maximum context length|context_length_exceeded", re.IGNORECASE)
 GAUGES = {"vllm:num_requests_running": "running", "vllm:num_requests_waiting": "waiting"}
@@ -195,7 +196,9 @@ class Endpoints:
             self._note_failure(endpoint, reason)
             raise _RetryError(reason) from None
         if response.status_code == 200:
-            return _parse_answer(response.content)
+            if len(response.content) < LARGE_ANSWER_BYTES:
+                return _parse_answer(response.content)
+            return await asyncio.to_thread(_parse_answer, response.content)
         reason = f"HTTP {response.status_code}: {_error_message(response.content)}"
         if response.status_code == 429:
             wait_s = _retry_after(response.headers.get("retry-after"))

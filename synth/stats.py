@@ -39,7 +39,7 @@ def show_stats(folder: Path, plot: Path) -> None:
         )
     counts: Counter[str] = Counter()
     marks: Counter[str] = Counter()
-    failed = set()
+    failed: set[tuple[int, int]] = set()
     for entry in read_entries(folder / LEDGER_FILE):
         place = (entry["index"], entry["sample"])
         if place in failed:  # a retry: its last line counts

@@ -58,7 +58,7 @@ bench:
 """
 
 
-def build_target(folder: Path, seed: int) -> Path:
+def build_target(folder: Path, seed: int, max_position_embeddings: int = 512) -> Path:
     """A Qwen3 of random weights under the tiny recipe's own tokenizer and chat template."""
     import make_target
     import torch
@@ -75,7 +75,7 @@ def build_target(folder: Path, seed: int) -> Path:
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
-        max_position_embeddings=512,
+        max_position_embeddings=max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=False,
         eos_token_id=tokenizer.eos_token_id,

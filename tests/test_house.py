@@ -59,7 +59,7 @@ def test_help_imports_nothing_heavy(name: str) -> None:
         cwd=ROOT,
         check=True,
     )
-    heavy = {"torch", "vllm", "transformers", "pydantic", "openai", "matplotlib", "numpy", "safetensors"}
+    heavy = {"torch", "vllm", "transformers", "pydantic", "openai", "matplotlib", "numpy", "safetensors", "datasets"}
     loaded = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
     assert "typer" in loaded
     assert not heavy & loaded
@@ -69,8 +69,9 @@ def test_help_imports_nothing_heavy(name: str) -> None:
 @pytest.mark.parametrize(
     "args",
     [
-        ("synth", "generate"), ("dump", "run"), ("dump", "verify"), ("train", "offline"), ("train", "eval"),
-        ("train", "export"), ("serve", "command"), ("serve", "start"), ("bench", "acceptance"), ("bench", "report"),
+        ("synth", "generate"), ("synth", "merge"), ("synth", "stats"), ("synth", "inspect"), ("synth", "verify"),
+        ("dump", "run"), ("dump", "verify"), ("train", "offline"), ("train", "eval"), ("train", "export"),
+        ("serve", "command"), ("serve", "start"), ("bench", "acceptance"), ("bench", "report"),
         ("recipe", "check"), ("recipe", "show"),
     ],
     ids=" ".join,
