@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 from tqdm import tqdm
 
 from contracts.conversation import Conversation, read_conversations
@@ -52,7 +54,7 @@ def verify(recipe: Recipe, folder: Path) -> dict[str, Any]:
             counts["conversations"] += 1
             for turn in read_turns(conversation):
                 counts["turns"] += 1
-                text = renderer.decode(turn.reply)
+                text = renderer.decode(turn.context, turn.reply)
                 expected = {k: v for k, v in turn.message.items() if k != "tool_calls"}
                 text_equal = "tool_calls" in turn.message or make_reply(text, recipe.target.thinking_tags) == expected
                 context_equal = renderer.render(conversation, turn.history) == turn.context
@@ -91,16 +93,27 @@ class ServerRenderer:
     """A server's rendering of messages in a mode, and the target's tokenizer."""
 
     def __init__(self, client: httpx2.Client, url: str, writer: Writer) -> None:
-        from tokenizers import Tokenizer
-
         self._client = client
         self._url = f"{url.rstrip('/').removesuffix('/v1')}/tokenize"
         self._writer = writer
         self._tokenizer = Tokenizer.from_file(str(writer.target.path / "tokenizer.json"))
 
-    def decode(self, token_ids: list[int]) -> str:
-        """The text, as the server tells it: without special tokens."""
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+    def decode(self, context: list[int], reply: list[int]) -> str:
+        """The reply's text as vLLM tells it: token by token after its context, special tokens left out.
+
+        A character whose last bytes never came is left out, too, which decoding all ids at once would show as U+FFFD.
+        """
+        stream = DecodeStream(ids=context, skip_special_tokens=True)
+        text = ""
+        for token_id in reply:
+            try:
+                text += stream.step(self._tokenizer, token_id) or ""
+            except Exception as error:
+                if not str(error).startswith("Invalid prefix"):
+                    raise
+                stream = DecodeStream(skip_special_tokens=True)  # bytes that are no UTF-8: vLLM begins afresh, too
+                text += stream.step(self._tokenizer, token_id) or ""
+        return text
 
     def render(self, conversation: Conversation, messages: list[dict[str, Any]]) -> list[int]:
         """The prompt's ids. Raises UserError when the server does not tell them."""
