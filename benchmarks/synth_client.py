@@ -1,9 +1,10 @@
 """What `synth generate` itself costs, with a server that answers at once.
 
-    python benchmarks/synth_client.py [--rows 20000] [--memory]
+    python benchmarks/synth_client.py [--rows 20000] [--memory | --layers]
 
 Prints conversations/s against 256 threads on the `openai` package that send the same requests (and keep nothing), both
-in one run. With --memory: peak memory over 1,000,000 rows against that over 10,000.
+in one run. With --memory: peak memory over 1,000,000 rows against that over 10,000. With --layers: requests/s of 256
+tasks on each layer of the async client, against its transport alone.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ from serve.server import find_port
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = 256
 MAX_TOKENS = 128
+LAYERS = {
+    "typed": "client.chat.completions.create(**ASK, extra_body=IDS)",
+    "low-level": "client.post('/chat/completions', body={**ASK, **IDS}, cast_to=httpx2.Response)",
+    "transport": "http.post(str(client.base_url) + 'chat/completions', content=orjson.dumps({**ASK, **IDS}))",
+}
 
 
 def main() -> None:
@@ -34,6 +40,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000, help="conversations of each client")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured, in turn")
     parser.add_argument("--memory", action="store_true", help="measure memory instead")
+    parser.add_argument("--layers", action="store_true", help="measure the layers of the async client instead")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, serve_at_once() as url:
         work = Path(folder)
@@ -43,6 +50,11 @@ def main() -> None:
             for rows, peak in peaks.items():
                 print(f"{rows:>9} rows: peak {peak / 2**20:.0f} MiB")
             print(f"ratio {peaks[1_000_000] / peaks[10_000]:.2f} (limit 1.3)")
+            return
+        if args.layers:
+            rates = {layer: run_layer(layer, args.rows, url) for layer in LAYERS}
+            for layer, rate in rates.items():
+                print(f"{layer:<10} {rate:.0f}/s: {rate / rates['transport']:.2f} of the transport")
             return
         ratios = []
         for _ in range(args.rounds):
@@ -114,6 +126,29 @@ started = time.monotonic()
 with ThreadPoolExecutor({THREADS}) as pool:
     list(pool.map(ask, range({num_rows})))
 print({num_rows} / (time.monotonic() - started))
+"""
+    return float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
+
+
+def run_layer(layer: str, num_rows: int, url: str) -> float:
+    """Requests/s of the async client, called at that layer."""
+    script = f"""
+import asyncio, time, httpx2, openai, orjson
+ASK = {{"model": "target", "messages": [{{"role": "user", "content": "What about number 1?"}}],
+       "max_tokens": {MAX_TOKENS}, "temperature": 0}}
+IDS = {{"return_token_ids": True}}
+async def main():
+    http = openai.DefaultAioHttpClient(limits=httpx2.Limits(max_connections={THREADS}))
+    client = openai.AsyncOpenAI(base_url={url!r}, api_key="EMPTY", max_retries=0, http_client=http)
+    todo = iter(range({num_rows}))
+    async def work():
+        for _ in todo:
+            await ({LAYERS[layer]})
+    started = time.monotonic()
+    await asyncio.gather(*(work() for _ in range({THREADS})))
+    print({num_rows} / (time.monotonic() - started))
+    await http.aclose()
+asyncio.run(main())
 """
     return float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
 

@@ -5,6 +5,7 @@ The target's own replies, thoughts included, are the history of its later turns:
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,15 +14,12 @@ from typing import Any
 from contracts.conversation import Conversation, Loop, Sample
 from contracts.errors import UserError
 from contracts.files import hash_bytes, read_json
-from contracts.recipe import Recipe
+from contracts.recipe import Recipe, TargetSection
 from contracts.target import Target
 from synth.endpoints import Endpoint, Endpoints, PromptTooLongError
 from synth.prompts import Prompt
 from synth.quality import find_loop
-from synth.rendered import Renderer
-
-WHOLE = ("stop", "tool_calls")
-"""Finish reasons of a reply that the target itself ended."""
+from synth.rendered import WHOLE, Renderer
 
 
 @dataclass(frozen=True)
@@ -33,11 +31,7 @@ class Writer:
     target: Target
     defaults: Mapping[str, Any]
     """Sampling values that hold for every prompt."""
-
-    @cached_property
-    def renderer(self) -> Renderer:
-        """Made at the first answer without token ids."""
-        return Renderer(self.target)
+    renderer: Renderer
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -54,13 +48,13 @@ class Writer:
         seed = int(hash_bytes(f"{self.recipe.synth.seed}/{prompt.id}".encode())[:8], 16) >> 1
         return {"temperature": prompt.temperature, **self.defaults, "seed": seed}
 
-    def template_values(self, thinking_mode: str) -> dict[str, Any]:
-        """What the chat template is told of the mode (`chat_template_kwargs`); nothing for no mode."""
-        section = self.recipe.target
-        value: Any = thinking_mode or None
-        if thinking_mode and section.thinking_mode_values:
-            value = section.thinking_mode_values[thinking_mode]
-        return {} if value is None else {section.thinking_mode_name: value}
+
+def template_values(section: TargetSection, thinking_mode: str) -> dict[str, Any]:
+    """What the chat template is told of the mode (`chat_template_kwargs`); nothing for no mode."""
+    value: Any = thinking_mode or None
+    if thinking_mode and section.thinking_mode_values:
+        value = section.thinking_mode_values[thinking_mode]
+    return {} if value is None else {section.thinking_mode_name: value}
 
 
 def resolve_sampling(recipe: Recipe) -> tuple[list[float], dict[str, Any]]:
@@ -155,7 +149,12 @@ async def write_conversation(writer: Writer, prompt: Prompt) -> Conversation:
             draft.stopped = f"turn {draft.num_replies}: {error}"
             break
         choice = answer["choices"][0]
-        _add_reply(writer, prompt, draft, answer, choice)
+        prompt_ids: Any = answer.get("prompt_token_ids")
+        reply_ids: Any = choice.get("token_ids")
+        if not prompt_ids or reply_ids is None:
+            draft.rendered = True
+            prompt_ids, reply_ids = await asyncio.to_thread(writer.renderer.render, body, choice)
+        _add_reply(writer, draft, choice, prompt_ids, reply_ids)
         if draft.finish_reason not in WHOLE:
             break
         calls = list(choice["message"].get("tool_calls") or [])
@@ -201,7 +200,7 @@ def _make_request(
     writer: Writer, prompt: Prompt, messages: list[dict[str, Any]], sampling: Mapping[str, Any]
 ) -> dict[str, Any]:
     body: dict[str, Any] = {"messages": messages, **sampling, "return_token_ids": True}
-    if values := writer.template_values(prompt.thinking_mode):
+    if values := template_values(writer.recipe.target, prompt.thinking_mode):
         body["chat_template_kwargs"] = values
     if prompt.tools:
         body["tools"] = prompt.tools
@@ -209,7 +208,7 @@ def _make_request(
 
 
 def _add_reply(
-    writer: Writer, prompt: Prompt, draft: Draft, answer: Mapping[str, Any], choice: Mapping[str, Any]
+    writer: Writer, draft: Draft, choice: Mapping[str, Any], prompt_ids: list[int], reply_ids: list[int]
 ) -> None:
     """Add one reply's message and tokens."""
     message = choice["message"]
@@ -223,11 +222,6 @@ def _add_reply(
     draft.finish_reason = choice["finish_reason"]
     text = message.get("content") or ""
     ended = draft.finish_reason in WHOLE
-    prompt_ids, reply_ids = answer.get("prompt_token_ids"), choice.get("token_ids")
-    if not prompt_ids or reply_ids is None:
-        draft.rendered = True
-        values = writer.template_values(prompt.thinking_mode)
-        prompt_ids, reply_ids = writer.renderer.render(draft.messages, prompt.tools, values, text, ended=ended)
     synth = writer.recipe.synth
     add_turn(draft.samples, prompt_ids, reply_ids, unsupervised=int(ended and not synth.supervise_end))
     if draft.loop is None and (found := find_loop(reply_ids, synth.loop_tokens)):

@@ -29,6 +29,7 @@ from synth.endpoints import Endpoints, PromptTooLongError, RequestError
 from synth.output import LEDGER_FILE, Output
 from synth.pace import Pace
 from synth.prompts import Prompt, Reject, Seen, read_prompts
+from synth.rendered import Renderer
 from synth.sources import open_prompts
 from synth.watch import Watch
 
@@ -90,6 +91,7 @@ def generate(
         print(f"synth: {folder} is finished, skipped ({describe(run.state['summary'])})")
         return dict(run.state["summary"])
     run.reopen()
+    print(f"synth: {prompt_set.num_rows} rows in {len(prompt_set.files)} files; {num_expected} conversations to write")
     if out.counts.total():
         print(f"synth: {num_expected - num_open} of {num_expected} are there already, going on with {num_open}")
     todo = (
@@ -196,13 +198,12 @@ async def _write_all(
                 failures_in_row = 0
             finally:
                 watch.in_flight -= 1
-            run.tick()
 
     try:
         async with Endpoints(urls, recipe.synth, is_gone) as endpoints:
-            writer = Writer(endpoints, recipe, target, defaults)
+            writer = Writer(endpoints, recipe, target, defaults, Renderer(target))
             async with asyncio.TaskGroup() as group:
-                polling = group.create_task(watch.poll(endpoints, pace))
+                polling = group.create_task(watch.poll(endpoints, pace, run))
                 workers = [group.create_task(work(number)) for number in range(min(pace.ceiling, num_expected))]
                 with stop.on_signals(workers):
                     await asyncio.wait(workers)

@@ -46,9 +46,11 @@ def merge(folder: Path) -> dict[str, Any]:
     settings = {key: value for key, value in states[0]["settings"].items() if key != "shard"}
     recipe = Recipe.model_validate(yaml.safe_load((shards[0] / "resolved.yaml").read_text()))
     run = Run.open(folder, STAGE, settings=settings, inputs=states[0]["inputs"], recipe_yaml=recipe.to_yaml())
-    if run.complete:
+    ledgers = [(shard / LEDGER_FILE).stat().st_size for shard in shards]  # they only grow
+    if run.complete and run.state["summary"]["shard_ledgers"] == ledgers:
         print(f"synth: {folder} is merged, skipped ({describe(run.state['summary'])})")
         return dict(run.state["summary"])
+    run.reopen()
     counts, flags, tokens = _copy_all(shards, folder)
     check_counts(folder / LEDGER_FILE, counts, num_expected)
     summary = {
@@ -57,6 +59,7 @@ def merge(folder: Path) -> dict[str, Any]:
         "rows": sum(state["summary"]["rows"] for state in states),
         "tokens": tokens,
         "shards": len(shards),
+        "shard_ledgers": ledgers,
         "shard_seconds": round(sum(state["seconds"] for state in states), 1),
         **flags,
     }

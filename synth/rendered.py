@@ -6,38 +6,49 @@ records that hold them are marked as rendered.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+import threading
+from collections.abc import Mapping
 from typing import Any
 
 from contracts.target import Target
 
+WHOLE = ("stop", "tool_calls")
+"""Finish reasons of a reply that the target itself ended."""
+
 
 class Renderer:
-    """The target's tokenizer, for servers without `return_token_ids`."""
+    """The target's tokenizer, for servers without `return_token_ids`; loaded when it is first needed."""
 
     def __init__(self, target: Target) -> None:
+        self._target = target
+        self._tokenizer: Any = None
+        self._lock = threading.Lock()  # tokenizers are not safe to share between threads
+
+    def render(self, request: Mapping[str, Any], choice: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """Ids of a request's prompt, up to the target's turn, and of the reply; if it ended, with its last token."""
+        with self._lock:
+            if self._tokenizer is None:
+                self._load()
+            prompt = self._tokenizer.apply_chat_template(
+                request["messages"],
+                tools=request.get("tools"),
+                chat_template=self._target.chat_template,
+                add_generation_prompt=True,
+                tokenize=False,
+                **request.get("chat_template_kwargs", {}),
+            )
+            reply = choice["message"].get("content") or ""
+            prompt_ids, reply_ids = (self._tokenizer.encode(text, add_special_tokens=False) for text in (prompt, reply))
+        ended = choice["finish_reason"] in WHOLE
+        return prompt_ids, [*reply_ids, self._tokenizer.eos_token_id] if ended else reply_ids
+
+    def _load(self) -> None:
         from transformers import AutoTokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(target.path)
-        self._template = target.chat_template
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        template_values: Mapping[str, Any],
-        reply: str,
-        *,
-        ended: bool,
-    ) -> tuple[list[int], list[int]]:
-        """Ids of the prompt (up to the target's turn) and of its reply, the end-of-turn token last if it `ended`."""
-        prompt = self._tokenizer.apply_chat_template(
-            list(messages),
-            tools=list(tools) if tools else None,
-            chat_template=self._template,
-            add_generation_prompt=True,
-            tokenize=False,
-            **template_values,
+        print(
+            "\nsynth: the server gives no token ids; its rows are rendered here, which is not token-exact, and marked. "
+            "vLLM from 0.10.2 on gives them.",
+            file=sys.stderr,
         )
-        prompt_ids, reply_ids = (self._tokenizer.encode(text, add_special_tokens=False) for text in (prompt, reply))
-        return prompt_ids, [*reply_ids, self._tokenizer.eos_token_id] if ended else reply_ids
+        self._tokenizer = AutoTokenizer.from_pretrained(self._target.path)

@@ -21,8 +21,8 @@ from contracts.errors import IncompleteError, UserError
 from contracts.files import write_json
 from contracts.recipe import Recipe
 from contracts.target import Target
-from synth.conversation import Writer, make_reply
-from synth.endpoints import Endpoints, api_key
+from synth.conversation import make_reply, template_values
+from synth.endpoints import api_key
 from synth.generate import serve_target
 
 MAX_TOLD = 5
@@ -45,7 +45,7 @@ def verify(recipe: Recipe, folder: Path) -> dict[str, Any]:
     counts = {"conversations": 0, "turns": 0, "text_equal": 0, "context_equal": 0}
     wrong: list[str] = []
     with serve_target(recipe, target, folder) as (urls, _), httpx2.Client(timeout=60) as client:
-        renderer = ServerRenderer(client, urls[0], Writer(Endpoints(urls, recipe.synth), recipe, target, {}))
+        renderer = ServerRenderer(client, urls[0], recipe, target)
         for conversation in tqdm(read_conversations(folder), desc="verify", unit="conv", disable=None):
             if conversation.messages is None:
                 raise UserError(
@@ -92,11 +92,11 @@ def read_turns(conversation: Conversation) -> Iterator[Turn]:
 class ServerRenderer:
     """A server's rendering of messages in a mode, and the target's tokenizer."""
 
-    def __init__(self, client: httpx2.Client, url: str, writer: Writer) -> None:
+    def __init__(self, client: httpx2.Client, url: str, recipe: Recipe, target: Target) -> None:
         self._client = client
         self._url = f"{url.rstrip('/').removesuffix('/v1')}/tokenize"
-        self._writer = writer
-        self._tokenizer = Tokenizer.from_file(str(writer.target.path / "tokenizer.json"))
+        self._section = recipe.target
+        self._tokenizer = Tokenizer.from_file(str(target.path / "tokenizer.json"))
 
     def decode(self, context: list[int], reply: list[int]) -> str:
         """The reply's text as vLLM tells it: token by token after its context, special tokens left out.
@@ -120,7 +120,7 @@ class ServerRenderer:
         body: dict[str, Any] = {"messages": messages, "add_generation_prompt": True}
         if conversation.tools:
             body["tools"] = conversation.tools
-        if values := self._writer.template_values(conversation.thinking_mode):
+        if values := template_values(self._section, conversation.thinking_mode):
             body["chat_template_kwargs"] = values
         response = self._client.post(self._url, json=body, headers={"Authorization": f"Bearer {api_key()}"})
         if response.status_code != 200:

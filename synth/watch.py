@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from contracts.run import Run
 from synth.endpoints import Endpoints
 from synth.output import Output
 from synth.pace import POLL_INTERVAL_S, Pace
@@ -43,9 +44,10 @@ class Watch:
             disable=None,  # no bar where there is no terminal
         )
 
-    async def poll(self, endpoints: Endpoints, pace: Pace) -> None:
-        """Read the servers' gauges every two seconds, let the pace follow them, and show both."""
+    async def poll(self, endpoints: Endpoints, pace: Pace, run: Run) -> None:
+        """Read the servers' gauges every two seconds, let the pace follow them, show both, and note the time spent."""
         while True:
+            await asyncio.to_thread(run.tick)
             self._gauges = await endpoints.read_gauges()
             if self._gauges is not None and not pace.fixed:
                 pace.observe(self.in_flight, *self._gauges)

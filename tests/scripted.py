@@ -53,6 +53,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.fail_fraction = fail_fraction
         self.key = key
+        self.healthy = False  # then no message fails
         self.gauges: tuple[int, int] | None = None
         self.requests: list[dict[str, Any]] = []
         self.in_flight = self.most_in_flight = 0
@@ -133,6 +134,8 @@ class Handler(BaseHTTPRequestHandler):
     def _complete(self, body: dict[str, Any]) -> None:
         if self._is_refused():
             return self._answer(401, {"error": {"message": "Unauthorized"}})
+        if self.server.healthy:
+            return self._answer(200, reply_to(body, "healthy"))
         said = [message["content"] for message in body["messages"] if message["role"] == "user"]
         last = said[-1] if said else ""
         time.sleep(2 if "slow" in last else DELAY_S)

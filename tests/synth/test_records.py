@@ -275,8 +275,21 @@ def test_merged_shards_are_what_one_run_writes(recipe_path: Path, tmp_path: Path
     assert {k: one["summary"][k] for k in one["summary"]} == {k: many["summary"][k] for k in one["summary"]}
     assert [r["index"] for r in read_lines(output / "rejects.jsonl")] == [20, 21]
     assert "is merged, skipped" in run("synth", "merge", output).stdout
-    found = find_conversation(output, whole[7].id)
-    assert found == whole[7]
+    assert find_conversation(output, whole[7].id) == whole[7]
+
+
+def test_a_shard_whose_failed_row_was_tried_again_is_merged_anew(recipe_path: Path, tmp_path: Path) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "a"}, {"prompt": "fail 400"}])
+    for healthy in (False, True):
+        with scripted.serve() as server:
+            server.healthy = healthy
+            args = ("-r", recipe_path, "--prompts", prompts, "--output", tmp_path / "out", "--endpoint", server.url)
+            for shard in ("0/2", "1/2"):
+                more = (*settings("synth.max_failed_fraction=1"), *(["--retry-failed"] if healthy else []))
+                run("synth", "generate", *args, "--shard", shard, *more)
+        printed = run("synth", "merge", tmp_path / "out").stdout
+        assert ("2 done" if healthy else "1 done, 1 failed") in printed
+    assert len(list(read_conversations(tmp_path / "out"))) == 2
 
 
 def test_shards_of_other_prompts_are_not_merged(recipe_path: Path, tmp_path: Path, server: scripted.Server) -> None:
