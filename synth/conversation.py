@@ -29,7 +29,7 @@ class Writer:
     endpoints: Endpoints
     recipe: Recipe
     target: Target
-    defaults: Mapping[str, Any]
+    shared_sampling: Mapping[str, Any]
     """Sampling values that hold for every prompt."""
     renderer: Renderer
 
@@ -44,9 +44,9 @@ class Writer:
     def sampling(self, prompt: Prompt) -> dict[str, Any]:
         """Sampling parameters of one conversation; its seed follows from the recipe's seed and its id."""
         if prompt.temperature == 0:
-            return {"temperature": 0.0, "max_tokens": self.defaults["max_tokens"]}
+            return {"temperature": 0.0, "max_tokens": self.shared_sampling["max_tokens"]}
         seed = int(hash_bytes(f"{self.recipe.synth.seed}/{prompt.id}".encode())[:8], 16) >> 1
-        return {"temperature": prompt.temperature, **self.defaults, "seed": seed}
+        return {"temperature": prompt.temperature, **self.shared_sampling, "seed": seed}
 
 
 def template_values(section: TargetSection, thinking_mode: str) -> dict[str, Any]:

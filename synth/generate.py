@@ -8,33 +8,26 @@ Writes: OUTPUT/conversations.jsonl, ledger.jsonl, rejects.jsonl (synth/output.py
 from __future__ import annotations
 
 import asyncio
-import signal
-import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from contracts.errors import IncompleteError, UserError, raise_known
+from contracts.errors import IncompleteError, UserError
 from contracts.ledger import STATUSES, check_counts, read_entries
 from contracts.recipe import Recipe
 from contracts.run import Run
 from contracts.target import Target
 from serve.command import build_command
 from serve.server import find_port, run_server
-from synth.conversation import Writer, check_modes, resolve_sampling, write_conversation
-from synth.endpoints import Endpoints, PromptTooLongError, RequestError
+from synth.conversation import check_modes, resolve_sampling
 from synth.output import LEDGER_FILE, Output
-from synth.pace import Pace
-from synth.prompts import Prompt, Reject, Seen, read_prompts
-from synth.rendered import Renderer
+from synth.prompts import Reject, Seen, read_prompts
 from synth.sources import open_prompts
-from synth.watch import Watch
+from synth.work import Job, write_all
 
 STAGE = "synth generate"
-PROMPTS_AT_ONCE = 64
 
 
 def generate(
@@ -52,7 +45,7 @@ def generate(
     KeyboardInterrupt after Ctrl-C or SIGTERM; all keep what was finished.
     """
     check_modes(recipe)
-    temperatures, defaults = resolve_sampling(recipe)
+    temperatures, sampling = resolve_sampling(recipe)
     target = Target.read(recipe.target.path)
     prompt_set = open_prompts(prompts)
     folder = output if shard is None else output / "shards" / f"{shard[0]:05d}-of-{shard[1]:05d}"
@@ -60,7 +53,7 @@ def generate(
         folder,
         STAGE,
         settings={
-            "synth": {**recipe.synth.settings(), "temperature": temperatures, **defaults},
+            "synth": {**recipe.synth.settings(), "temperature": temperatures, **sampling},
             "serve": recipe.serve.settings(),
             "max_model_len": recipe.target.max_model_len,
             "thinking_mode_values": recipe.target.thinking_mode_values,
@@ -101,11 +94,12 @@ def generate(
         )
         if isinstance(item, Reject) or out.status(item.index, item.sample) in again
     )
+    job = Job(recipe, target, sampling, todo, out, run, num_expected)
     stopped = False
     try:
         if num_open:
             with serve_target(recipe, target, folder) as (urls, is_gone):
-                stopped = asyncio.run(_write_all(recipe, target, defaults, urls, is_gone, todo, out, run, num_expected))
+                stopped = asyncio.run(write_all(job, urls, is_gone))
     finally:
         out.close()
         run.tick(0.0)
@@ -135,144 +129,6 @@ def serve_target(recipe: Recipe, target: Target, folder: Path) -> Iterator[tuple
     timeout_s = recipe.serve.startup_timeout_s
     with run_server(command, log_path=folder / "server.log", startup_timeout_s=timeout_s) as server:
         yield [f"{server.url}/v1"], lambda: server.process.poll() is not None
-
-
-async def _write_all(
-    recipe: Recipe,
-    target: Target,
-    defaults: Mapping[str, Any],
-    urls: list[str],
-    is_gone: Callable[[], bool],
-    todo: Iterator[Prompt | Reject],
-    out: Output,
-    run: Run,
-    num_expected: int,
-) -> bool:
-    """Keep as many conversations in flight as the pace allows, until all prompts are accounted for or a signal comes.
-
-    Returns whether it was a signal.
-    """
-    pace = Pace.make(recipe.synth)
-    watch = Watch(out.folder, out, num_expected)
-    feed: deque[Prompt | Reject] = deque()
-    feeding = asyncio.Lock()
-    stop = Stop(recipe.synth.drain_timeout_s, watch, pace)
-    failures_in_row = 0
-
-    async def next_prompt() -> Prompt | None:
-        """The next prompt; rows are read and hashed in a thread, some at a time."""
-        while not stop.asked:
-            if not feed:
-                async with feeding:
-                    if not feed:
-                        feed.extend(await asyncio.to_thread(lambda: list(islice(todo, PROMPTS_AT_ONCE))))
-                        if not feed:
-                            return None
-                continue
-            item = feed.popleft()
-            if isinstance(item, Prompt):
-                return item
-            out.add_reject(item)
-        return None
-
-    async def work(number: int) -> None:
-        nonlocal failures_in_row
-        while True:
-            await pace.admit(number)
-            prompt = await next_prompt()
-            if prompt is None:
-                pace.close()
-                return
-            watch.in_flight += 1
-            place = (prompt.id, prompt.index, prompt.sample, prompt.source_id)
-            try:
-                conversation = await write_conversation(writer, prompt)
-            except PromptTooLongError as error:
-                out.add_failure(*place, "filtered", str(error))
-            except RequestError as error:
-                out.add_failure(*place, "failed", str(error))
-                failures_in_row += 1
-                _refuse_many_failures(recipe, out, failures_in_row, num_expected, str(error))
-            else:
-                out.add(conversation)
-                failures_in_row = 0
-            finally:
-                watch.in_flight -= 1
-
-    try:
-        async with Endpoints(urls, recipe.synth, is_gone) as endpoints:
-            writer = Writer(endpoints, recipe, target, defaults, Renderer(target))
-            async with asyncio.TaskGroup() as group:
-                polling = group.create_task(watch.poll(endpoints, pace, run))
-                workers = [group.create_task(work(number)) for number in range(min(pace.ceiling, num_expected))]
-                with stop.on_signals(workers):
-                    await asyncio.wait(workers)
-                polling.cancel()
-            watch.write_line(endpoints, pace)
-    except BaseExceptionGroup as errors:
-        raise_known(errors)
-    finally:
-        watch.close()
-    return stop.asked
-
-
-class Stop:
-    """Ctrl-C or SIGTERM: no new conversations; those in flight have some seconds to end. A second one cuts them off."""
-
-    def __init__(self, drain_timeout_s: float, watch: Watch, pace: Pace) -> None:
-        self.asked = False
-        self._timeout_s = drain_timeout_s
-        self._watch = watch
-        self._pace = pace
-
-    @contextmanager
-    def on_signals(self, workers: list[asyncio.Task[None]]) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-
-        def cut_off() -> None:
-            for worker in workers:
-                worker.cancel()
-
-        def drain() -> None:
-            if self.asked:
-                return cut_off()
-            self.asked = True
-            self._pace.close()
-            print(
-                f"\nsynth: stopping; {self._watch.in_flight} conversations have {self._timeout_s:.0f} s to end "
-                "(once more: at once)",
-                file=sys.stderr,
-                flush=True,
-            )
-            loop.call_later(self._timeout_s, cut_off)
-            return None
-
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        earlier = [signal.getsignal(number) for number in numbers]
-        for number in numbers:
-            loop.add_signal_handler(number, drain)
-        try:
-            yield
-        finally:
-            for number, handler in zip(numbers, earlier, strict=True):
-                loop.remove_signal_handler(number)
-                signal.signal(number, handler)
-
-
-def _refuse_many_failures(recipe: Recipe, out: Output, in_row: int, num_expected: int, reason: str) -> None:
-    """Raise IncompleteError when so much fails that going on is a waste."""
-    synth, failed = recipe.synth, out.counts["failed"]
-    if in_row >= synth.max_failures_in_row:
-        what, limit = f"{in_row} failures in a row", "fewer (synth.max_failures_in_row)"
-    elif failed >= synth.max_failures_in_row and failed > synth.max_failed_fraction * num_expected:
-        what = f"{failed} of {num_expected} rows failed"
-        limit = f"at most {synth.max_failed_fraction:.0%} (synth.max_failed_fraction)"
-    else:
-        return
-    raise IncompleteError(
-        f"{out.folder / LEDGER_FILE}: found {what} (the last: {reason}), expected {limit}. Mend the cause and run "
-        "again with --retry-failed: what was finished is kept."
-    )
 
 
 def _refuse_useless(folder: Path, out: Output, max_failed_fraction: float, num_expected: int) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from contracts.conversation import CONVERSATIONS_FILE, Conversation
 from contracts.errors import UserError
 from contracts.ledger import STATUSES, LedgerFile, read_entries
-from synth.prompts import Reject
+from synth.prompts import Prompt, Reject
 
 REJECTS_FILE = "rejects.jsonl"
 LEDGER_FILE = "ledger.jsonl"
@@ -94,10 +94,11 @@ class Output:
         entry |= {flag: True for flag in FLAGS if getattr(conversation, flag)}
         self._put(entry, conversation)
 
-    def add_failure(self, id_: str, index: int, sample: int, source_id: str, status: str, reason: str) -> None:
-        """Account for a sample that has no conversation: failed, or filtered."""
-        source = {"source": source_id} if source_id != id_ else {}
-        self._put({"id": id_, "status": status, "reason": reason, "index": index, "sample": sample, **source}, None)
+    def add_failure(self, prompt: Prompt, status: str, reason: str) -> None:
+        """Account for a prompt that became no conversation: failed, or filtered."""
+        entry: dict[str, Any] = {"id": prompt.id, "status": status, "reason": reason, "index": prompt.index}
+        source = {"source": prompt.source_id} if prompt.source_id != prompt.id else {}
+        self._put({**entry, "sample": prompt.sample, **source}, None)
 
     def add_reject(self, reject: Reject) -> None:
         """Account for all samples of a row that cannot be used."""
