@@ -65,6 +65,8 @@ class Endpoint:
     failures: int = 0
     resting_until: float = 0.0
     """Asked to wait until then (Retry-After)."""
+    times_aside: int = 0
+    """How often it was set aside since it last gave an answer."""
     probe: asyncio.Task[None] | None = field(default=None, repr=False)
     """Waits for its return while it is set aside."""
     running: float | None = None
@@ -138,24 +140,28 @@ class Endpoints:
         that will never work, and IncompleteError when no server came back within `patience_s`.
         """
         settings = self._settings
+        avoid: Endpoint | None = None
         for attempt in range(1, settings.max_attempts + 1):
-            endpoint = await self._choose(prefer)
+            endpoint = await self._choose(prefer, avoid)
             endpoint.in_flight += 1
             try:
                 answer = await self._post(endpoint, body)
             except _RetryError as error:
-                prefer = None
-                if attempt == settings.max_attempts:
-                    raise RequestError(f"{error} ({attempt} tries)") from None
-                self.num_retries += 1
-                backoff = min(MAX_BACKOFF_S, settings.backoff_s * 2 ** (attempt - 1))
-                await asyncio.sleep(max(error.wait_s, backoff * random.uniform(0.5, 1.0)))
+                fault = error
             else:
-                endpoint.failures = 0
+                endpoint.failures = endpoint.times_aside = 0
                 return answer, endpoint
             finally:
                 endpoint.in_flight -= 1
+            if attempt == settings.max_attempts:
+                raise RequestError(f"{fault} ({attempt} tries)")
+            prefer, avoid = None, endpoint
+            self.num_retries += 1
+            await asyncio.sleep(max(fault.wait_s, self._backoff_s(attempt)))
         raise AssertionError("unreachable")
+
+    def _backoff_s(self, times: int) -> float:
+        return min(MAX_BACKOFF_S, self._settings.backoff_s * 2 ** (times - 1)) * random.uniform(0.5, 1.0)
 
     async def read_gauges(self) -> tuple[float, float] | None:
         """Requests that all servers together are running and have waiting; None where none tells."""
@@ -163,8 +169,8 @@ class Endpoints:
         told = [e for e in self.endpoints if e.usable and e.running is not None and e.waiting is not None]
         return (sum(e.running or 0 for e in told), sum(e.waiting or 0 for e in told)) if told else None
 
-    async def _choose(self, prefer: Endpoint | None) -> Endpoint:
-        """The preferred or the least loaded usable endpoint; waits while there is none."""
+    async def _choose(self, prefer: Endpoint | None, avoid: Endpoint | None) -> Endpoint:
+        """The preferred or the least loaded usable endpoint, another than `avoid` if possible; waits for one."""
         while True:
             now = time.monotonic()
             usable = [endpoint for endpoint in self.endpoints if endpoint.usable]
@@ -172,7 +178,7 @@ class Endpoints:
             if prefer in rested:
                 return prefer
             if rested:
-                return min(rested, key=lambda endpoint: endpoint.load)
+                return min(rested, key=lambda endpoint: (endpoint is avoid, endpoint.load))
             if usable:
                 await asyncio.sleep(min(endpoint.resting_until for endpoint in usable) - now)
                 continue
@@ -193,7 +199,10 @@ class Endpoints:
             )
 
     async def _post(self, endpoint: Endpoint, body: Mapping[str, Any]) -> dict[str, Any]:
-        content = orjson.dumps({"model": endpoint.model, **body})
+        try:
+            content = orjson.dumps({"model": endpoint.model, **body})
+        except TypeError as error:  # such as an integer of more than 64 bits
+            raise RequestError(f"a request that is no JSON: {error}") from None
         try:
             async with asyncio.timeout(self._settings.request_timeout_s):
                 response = await self._http.post(f"{endpoint.url}/chat/completions", content=content)
@@ -224,19 +233,21 @@ class Endpoints:
             self._set_aside(endpoint, reason)
 
     def _set_aside(self, endpoint: Endpoint, reason: str) -> None:
-        """Send it nothing until it says that it is healthy."""
+        """Send it nothing for a while that grows with every time, and then until it says that it is healthy."""
         if not any(other.usable for other in self.endpoints if other is not endpoint):
             self._all_gone_since = time.monotonic()
+        endpoint.times_aside += 1
         endpoint.probe = asyncio.create_task(self._wait_for_return(endpoint, reason))
 
     async def _wait_for_return(self, endpoint: Endpoint, reason: str) -> None:
-        wait_s, told = self._settings.backoff_s, False
+        wait_s, told = self._backoff_s(endpoint.times_aside), False
+        await asyncio.sleep(wait_s)
         while await self._ask_model(endpoint):
             if not told:
                 print(f"\nsynth: {endpoint.url} is set aside ({reason}), asked again until it is back", flush=True)
                 told = True
-            await asyncio.sleep(max(0.1, wait_s) * random.uniform(0.5, 1.0))
-            wait_s = min(MAX_BACKOFF_S / 2, wait_s * 2)
+            wait_s = min(MAX_BACKOFF_S / 2, max(0.1, wait_s * 2))
+            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
         if told:
             print(f"\nsynth: {endpoint.url} is back", flush=True)
         endpoint.failures, endpoint.probe = 0, None

@@ -6,6 +6,7 @@ Reads: RUN/conversations.jsonl and the tokenizer of the target that wrote it. Wr
 from __future__ import annotations
 
 import html as html_module
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,13 +127,13 @@ def _print(id_: str, facts: dict[str, str], pieces: list[list[Piece]]) -> None:
         count = sum(len(ids) for _, supervised, ids in sample if supervised)
         total = sum(len(ids) for _, _, ids in sample)
         print(f"\nsample {number}: {total} tokens, {count} supervised ({'green' if colour else 'between « and »'})\n")
-        inside = False
-        for text, supervised, _ in sample:
-            if not colour and supervised != inside:
-                print("»" if inside else "«", end="")
-            inside = supervised
-            print(typer.style(text, fg="green" if supervised else "bright_black") if colour else text, end="")
-        print("»" if inside and not colour else "")
+        for supervised, group in itertools.groupby(sample, key=lambda piece: piece[1]):
+            text = "".join(piece[0] for piece in group)
+            if colour:
+                print(typer.style(text, fg="green" if supervised else "bright_black"), end="")
+            else:
+                print(f"«{text}»" if supervised else text, end="")
+        print()
 
 
 def _to_html(id_: str, facts: dict[str, str], pieces: list[list[Piece]]) -> str:

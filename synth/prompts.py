@@ -100,7 +100,7 @@ def read_prompts(
         except ValueError as error:
             yield Reject(row.index, row.where, str(error))
             continue
-        own_id = next((str(row.value[key]) for key in ID_KEYS if row.value.get(key) not in (None, "")), "")
+        own_id = next((_to_text(row.value[key]) for key in ID_KEYS if row.value.get(key) not in (None, "")), "")
         unique = own_id and seen.first_row("source", own_id, row.index) == row.index
         for sample in range(num_samples * len(temperatures)):
             yield Prompt(
@@ -108,7 +108,7 @@ def read_prompts(
                 sample=sample,
                 id=make_conversation_id(messages, tools, mode, sample) if sample else id_,
                 source_id=own_id if unique else id_,
-                category=str(row.value.get("category", "")),
+                category=_to_text(row.value.get("category", "")),
                 messages=messages,
                 tools=tools,
                 thinking_mode=mode,
@@ -140,6 +140,11 @@ def read_messages(row: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]] 
     if isinstance(row.get("system"), str) and row["system"] and messages and messages[0]["role"] == "user":
         messages = [{"role": "system", "content": row["system"]}, *messages]
     return _mark_places(messages), tools
+
+
+def _to_text(value: Any) -> str:
+    """As a string that UTF-8 can hold: JSON may carry lone surrogates."""
+    return str(value).encode(errors="replace").decode()
 
 
 def _parse(value: Any) -> Any:

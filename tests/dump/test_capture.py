@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from contracts.conversation import Conversation, Sample
+from contracts.conversation import Conversation, Loop, Sample
 from contracts.ledger import Ledger
+from contracts.recipe import load_recipe
 from dump.engine import CaptureEngine, CaptureError
 from dump.run import _accept, make_stored
 
 HIDDEN, IDS = 4, [7, 8, 9]
+LOOP = Loop(turn=0, period=2, num_tokens=200)
 
 
 def make_engine() -> CaptureEngine:
@@ -73,20 +75,29 @@ def make_conversation(**changes: Any) -> Conversation:
 
 
 @pytest.mark.parametrize(
-    ("changes", "max_tokens", "status"),
+    ("changes", "max_tokens", "overrides", "status"),
     [
-        ({}, 4, None),
-        ({}, 3, "filtered"),
-        ({"finish_reason": "length"}, 4, "truncated"),
-        ({"samples": [Sample(token_ids=[1, 2], loss_spans=[])]}, 4, "filtered"),
+        ({}, 4, [], None),
+        ({}, 3, [], "filtered"),
+        ({"finish_reason": "length"}, 4, [], "truncated"),
+        ({"finish_reason": "length"}, 4, ["dump.include_truncated=true"], None),
+        ({"loop": LOOP}, 4, [], "filtered"),
+        ({"loop": LOOP}, 4, ["dump.include_loops=true"], None),
+        ({"samples": [Sample(token_ids=[1, 2], loss_spans=[])]}, 4, [], "filtered"),
     ],
 )
 def test_a_sample_is_taken_or_accounted_for(
-    tmp_path: Path, changes: dict[str, Any], max_tokens: int, status: str | None
+    tmp_path: Path,
+    recipe_path: Path,
+    changes: dict[str, Any],
+    max_tokens: int,
+    overrides: list[str],
+    status: str | None,
 ) -> None:
     conversation = make_conversation(**changes)
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    assert _accept(ledger, ("a", conversation, conversation.samples[0]), max_tokens) == (status is None)
+    row = ("a", conversation, conversation.samples[0])
+    assert _accept(load_recipe(recipe_path, overrides), ledger, row, max_tokens) == (status is None)
     assert ledger.entries.get("a", {}).get("status") == status
 
 

@@ -65,6 +65,18 @@ def test_a_refusal_is_not_repeated() -> None:
         assert len(server.requests) == 2
 
 
+def test_a_request_that_json_cannot_hold_fails_its_row_alone(recipe_path: Path, tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"maximum": 2**70}}}]
+    rows = [{"prompt": "a", "tools": tools}, {"prompt": "b"}]
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with scripted.serve() as server:
+        args = ("-r", recipe_path, "--prompts", prompts, "--output", tmp_path / "out", "--endpoint", server.url)
+        run("synth", "generate", *args, "--set", "synth.max_failed_fraction=1")
+    statuses = {line["index"]: line["status"] for line in read_lines(tmp_path / "out/ledger.jsonl")}
+    assert statuses == {0: "failed", 1: "done"}
+
+
 def test_a_slow_answer_is_a_time_out_that_is_retried() -> None:
     with scripted.serve() as server:
         settings = FAST.model_copy(update={"request_timeout_s": 0.2, "max_attempts": 2})
@@ -86,6 +98,12 @@ def test_requests_go_to_the_least_loaded_server_and_around_one_that_is_down() ->
         dead = f"http://127.0.0.1:{find_port('127.0.0.1', None)}/v1"
         answers, _ = ask(dead, one.url, times=10)
         assert all(answer[1].url == one.url for answer in answers)
+
+
+def test_a_server_that_fails_at_once_draws_no_requests_from_a_good_one() -> None:
+    with scripted.serve() as good, scripted.serve(fail_fraction=1.0) as bad:
+        answers, _ = ask(bad.url, good.url, times=300)
+        assert all(answer[1].url == good.url for answer in answers)
 
 
 def test_a_failing_server_is_set_aside_and_asked_again_until_it_is_back(capfd: pytest.CaptureFixture[str]) -> None:

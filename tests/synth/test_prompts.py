@@ -175,6 +175,17 @@ def test_a_line_that_is_no_json_is_a_reject_with_its_line(tmp_path: Path) -> Non
     assert (first.index, second.index, third.index) == (0, 1, 2)
 
 
+def test_text_that_utf8_cannot_hold_costs_its_row_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "a \\ud800"}\n{"prompt": "b", "id": "\\ud800", "category": "\\ud800"}\n'
+    )
+    first, second = read(tmp_path / "p.jsonl")
+    assert isinstance(first, Reject)
+    assert "utf-8" in first.reason
+    assert isinstance(second, Prompt)
+    assert (second.source_id, second.category) == ("?", "?")
+
+
 ROWS = [
     {"id": "a", "messages": [user("one"), {"role": "assistant", "content": "x"}]},
     {"id": "b", "messages": [{"role": "system", "content": "s"}, user("two")]},
