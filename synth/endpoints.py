@@ -30,7 +30,8 @@ FAILURES_TO_SET_ASIDE = 3
 PROBE_TIMEOUT_S = 10.0
 LARGE_ANSWER_BYTES = 1 << 19  # parsing it would hold up the others for milliseconds
 CONNECTION_ERRORS = (httpx2.HTTPError, aiohttp.ClientError, TimeoutError, OSError)
-TOO_LONG = re.compile(r"maximum context length|context_length_exceeded", re.IGNORECASE)
+# The last is vLLM's answer to a prompt that fills its context to the last token.
+TOO_LONG = re.compile(r"maximum context length|context_length_exceeded|max_tokens must be at least 1, got 0", re.I)
 GAUGES = {"vllm:num_requests_running": "running", "vllm:num_requests_waiting": "waiting"}
 
 
