@@ -7,13 +7,27 @@ from typing import Annotated
 
 import typer
 
-from contracts.errors import run_app
+from contracts.errors import UserError, run_app
 
 RecipeOption = Annotated[Path, typer.Option("--recipe", "-r", help="The pipeline's recipe (YAML).")]
 OverridesOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, as in train.num_steps=50. Repeatable."),
 ]
+
+ShardOption = Annotated[
+    str | None, typer.Option("--shard", metavar="I/N", help="Only this one of N parts of the work; I from 0.")
+]
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """`"3/64"` as (3, 64). Raises UserError for anything else than I/N with 0 <= I < N."""
+    if text is None:
+        return None
+    number, _, count = text.partition("/")
+    if number.isdecimal() and count.isdecimal() and int(number) < int(count):
+        return int(number), int(count)
+    raise UserError("--shard", found=text, expected="I/N with I from 0 to N-1, as in 3/64", fix="Correct it.")
 
 
 def make_app(help_text: str) -> typer.Typer:

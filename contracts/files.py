@@ -65,7 +65,7 @@ def read_jsonl(path: Path, what: str) -> Iterator[tuple[int, Any]]:
                 ) from None
 
 
-def hash_bytes(data: bytes) -> str:
+def hash_bytes(data: bytes | memoryview) -> str:
     """sha256 as hex."""
     return hashlib.sha256(data).hexdigest()
 

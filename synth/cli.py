@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from contracts.cli import OverridesOption, RecipeOption, make_app
-from contracts.errors import UserError, run_app
+from contracts.cli import OverridesOption, RecipeOption, ShardOption, make_app, parse_shard
+from contracts.errors import run_app
 
 app = make_app("Have the target write conversations, token ids and all.")
 
@@ -44,9 +44,7 @@ def generate(
         int | None, typer.Option(help="Conversations in flight.", show_default="as the server keeps up")
     ] = None,
     output_format: Annotated[str | None, typer.Option(help="oai or sharegpt, beside the token ids.")] = None,
-    shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Only rows I, I+N, I+2N, ...; I from 0. See `synth merge`.")
-    ] = None,
+    shard: ShardOption = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try the failed rows again, too.")] = False,
     set_: OverridesOption = None,
 ) -> None:
@@ -61,7 +59,7 @@ def generate(
         "synth.endpoints": endpoint or None,
     }
     loaded = load_recipe(recipe, set_ or [], flags)
-    generate_all(loaded, prompts, output, shard=_parse_shard(shard), retry_failed=retry_failed)
+    generate_all(loaded, prompts, output, shard=parse_shard(shard), retry_failed=retry_failed)
 
 
 @app.command(epilog="Example: synth merge runs/synth")
@@ -112,15 +110,6 @@ def verify(
 
     flags = {"synth.endpoints": [endpoint] if endpoint else None}
     verify_run(load_recipe(recipe, set_ or [], flags), run)
-
-
-def _parse_shard(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    number, _, count = text.partition("/")
-    if number.isdecimal() and count.isdecimal() and int(number) < int(count):
-        return int(number), int(count)
-    raise UserError("--shard", found=text, expected="I/N with I from 0 to N-1, as in 3/64", fix="Correct it.")
 
 
 def main() -> None:

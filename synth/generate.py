@@ -18,12 +18,13 @@ from contracts.errors import IncompleteError, UserError
 from contracts.ledger import STATUSES, check_counts, read_entries
 from contracts.recipe import Recipe
 from contracts.run import Run
+from contracts.seen import Seen
 from contracts.target import Target
 from serve.command import build_command
 from serve.server import find_port, run_server
 from synth.conversation import check_modes, resolve_sampling
 from synth.output import LEDGER_FILE, Output
-from synth.prompts import Reject, Seen, read_prompts
+from synth.prompts import Reject, read_prompts
 from synth.sources import open_prompts
 from synth.work import Job, write_all
 
@@ -70,7 +71,9 @@ def generate(
 
     def note(entry: dict[str, Any]) -> None:
         if entry["sample"] == 0:
-            seen.note(entry["id"], entry.get("source", ""), entry["index"])
+            seen.first_row("content", entry["id"], entry["index"])
+            if "source" in entry:
+                seen.first_row("source", entry["source"], entry["index"])
 
     out = Output(folder, prompt_set.num_rows, samples_per_row, note)
     again = ("", "failed") if retry_failed else ("",)

@@ -25,9 +25,9 @@ from contracts.errors import UserError
 from contracts.ledger import STATUSES, check_counts, parse_entry
 from contracts.recipe import Recipe
 from contracts.run import Run, read_run
+from contracts.seen import Seen
 from synth.generate import STAGE, describe
 from synth.output import FLAGS, LEDGER_FILE, write_rejects
-from synth.prompts import Seen
 
 SHARD_NAME = re.compile(r"(\d+)-of-(\d+)")
 

@@ -8,13 +8,12 @@ row becomes a Prompt for each sample asked for, or a Reject that says why not.
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from contracts.conversation import make_conversation_id
-from contracts.files import hash_bytes
+from contracts.seen import Seen
 from synth.sources import Row
 
 ROLES = ("system", "developer", "root", "user", "assistant", "tool")
@@ -55,28 +54,6 @@ class Reject:
     index: int
     where: str
     reason: str
-
-
-class Seen:
-    """Keys and the row that had each first, in a temporary database on disk: millions of them in little memory."""
-
-    def __init__(self) -> None:
-        self._db = sqlite3.connect("", check_same_thread=False, isolation_level=None)
-        self._db.execute("CREATE TABLE seen (key BLOB PRIMARY KEY, row INTEGER) WITHOUT ROWID")
-        self._db.execute("BEGIN")  # never committed: nobody reads it after us
-
-    def first_row(self, kind: str, key: str, row: int) -> int:
-        """The row that had `key` first; `row` itself if none had."""
-        digest = bytes.fromhex(hash_bytes(f"{kind}/{key}".encode())[:32])
-        if self._db.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (digest, row)).rowcount:
-            return row
-        return int(self._db.execute("SELECT row FROM seen WHERE key = ?", (digest,)).fetchone()[0])
-
-    def note(self, content_id: str, source_id: str, row: int) -> None:
-        """Enter a row that an earlier process read."""
-        self.first_row("content", content_id, row)
-        if source_id:
-            self.first_row("source", source_id, row)
 
 
 def read_prompts(

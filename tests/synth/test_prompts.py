@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from contracts.errors import UserError
-from synth.prompts import Prompt, Reject, Seen, read_messages, read_prompts
+from contracts.seen import Seen
+from synth.prompts import Prompt, Reject, read_messages, read_prompts
 from synth.sources import open_prompts
 
 MODES = ["enabled", "disabled", "adaptive"]
