@@ -119,14 +119,29 @@ class SynthSection(Section):
 
 
 class DumpSection(Section):
-    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of the stored states")
+    backend: Literal["vllm", "server", "hf"] = Field(
+        default="vllm", description="vLLM in this process, servers of it (dump.endpoints), or transformers"
+    )
+    dtype: Literal["bfloat16", "float32", "fp8_e4m3"] = Field(
+        default="bfloat16", description="of the stored states; fp8: one scale a token and layer"
+    )
     include_truncated: bool = Field(default=False, description="whether conversations with a cut reply are dumped")
     include_loops: bool = Field(default=False, description="whether conversations that fell into a loop are dumped")
-    batch_samples: int = _operational(default=64, gt=0, description="samples handed to the engine at a time")
-    max_reject_fraction: float = _operational(default=0.01, ge=0, le=1, description="above it the stage exits 1")
+    truncate: bool = Field(default=False, description="cut over-length samples instead of leaving them out")
     args: dict[str, str | int | float | bool] = Field(
         default={}, description="vLLM's engine arguments, over serve.args"
     )
+    env: dict[str, str] = _operational(default={}, description="environment of the engine, over serve.env")
+    endpoints: list[str] = _operational(
+        default=[], description="servers with extraction on (`serve command --extract`)"
+    )
+    requests_in_flight: int = _operational(default=64, gt=0, description="samples that a server works on at a time")
+    staging_dir: Path | None = _operational(
+        default=None, description="default: local memory if there is any, else the store"
+    )
+    staging_gib: float = _operational(default=8.0, gt=0, description="states that wait to be stored, at most")
+    writers: int = _operational(default=2, gt=0, description="threads that store samples")
+    max_reject_fraction: float = _operational(default=0.01, ge=0, le=1, description="above it the stage exits 1")
 
 
 class TrainSection(Section):

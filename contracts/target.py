@@ -18,6 +18,7 @@ from typing import Any
 
 from contracts.errors import UserError
 from contracts.files import hash_bytes, hash_json, read_json
+from contracts.recipe import TargetSection
 
 NESTED_CONFIGS = ("text_config", "llm_config", "language_config")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -132,6 +133,11 @@ def default_dflash_layers(num_layers: int, num_captured: int) -> list[int]:
     if num_captured == 1:
         return [num_layers // 2]
     return [round(1 + i * (num_layers - 4) / (num_captured - 1)) for i in range(num_captured)]
+
+
+def captured_layers(section: TargetSection, target: Target) -> list[int]:
+    """The layers whose outputs a draft reads: the recipe's, or DFlash's. 0-based."""
+    return section.aux_layers or default_dflash_layers(target.num_layers, section.num_aux_layers)
 
 
 def to_vllm_layer_ids(layer_ids: Sequence[int], num_layers: int) -> list[int]:

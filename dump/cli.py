@@ -7,10 +7,34 @@ from typing import Annotated
 
 import typer
 
-from contracts.cli import OverridesOption, RecipeOption, make_app
+from contracts.cli import OverridesOption, RecipeOption, ShardOption, make_app, parse_shard
 from contracts.errors import run_app
 
 app = make_app("Capture the target's hidden states over its own conversations.")
+
+ConversationsOption = Annotated[Path, typer.Option(help="Output folder of `synth generate`.")]
+StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store that `dump run` writes.")]
+
+
+@app.command(
+    epilog="Example: dump plan -r recipes/Tiny-DFlash/recipe.yaml --conversations runs/synth --rate 8000 --shards 16"
+)
+def plan(
+    recipe: RecipeOption,
+    conversations: ConversationsOption,
+    rate: Annotated[float | None, typer.Option(help="Tokens/s of one process, as an earlier run printed it.")] = None,
+    shards: Annotated[int, typer.Option(help="Processes that share the work.")] = 1,
+    set_: OverridesOption = None,
+) -> None:
+    """Tell beforehand: samples, tokens, bytes, files, hours."""
+    from contracts.recipe import load_recipe
+    from contracts.target import Target, captured_layers
+    from dump.plan import make_plan, show_plan
+
+    loaded = load_recipe(recipe, set_ or [])
+    target = Target.read(loaded.target.path)
+    layer_ids = captured_layers(loaded.target, target)
+    show_plan(loaded, make_plan(loaded, target, layer_ids, conversations), target, layer_ids, rate, shards)
 
 
 @app.command(
@@ -18,15 +42,17 @@ app = make_app("Capture the target's hidden states over its own conversations.")
 )
 def run(
     recipe: RecipeOption,
-    conversations: Annotated[Path, typer.Option(help="Output folder of `synth generate`.")],
+    conversations: ConversationsOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="The store's folder.")],
+    shard: ShardOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Begin even if the disk seems too small.")] = False,
     set_: OverridesOption = None,
 ) -> None:
-    """Fill the store with vLLM, one file a sample; resumes by itself."""
+    """Fill the store, one file a sample; resumes by itself. Shards may fill one store together."""
     from contracts.recipe import load_recipe
     from dump.run import dump
 
-    dump(load_recipe(recipe, set_ or []), conversations, output)
+    dump(load_recipe(recipe, set_ or []), conversations, output, shard=parse_shard(shard), force=force)
 
 
 @app.command(epilog="Example: dump verify -r recipes/Tiny-DFlash/recipe.yaml --store runs/store")
@@ -34,13 +60,34 @@ def verify(
     recipe: RecipeOption,
     store: Annotated[Path, typer.Option(help="A store that `dump run` wrote.")],
     once: Annotated[bool, typer.Option("--once", help="Skip a store that was proven before.")] = False,
+    reference: Annotated[int, typer.Option(help="Samples whose layers are compared with transformers.")] = 8,
     set_: OverridesOption = None,
 ) -> None:
-    """Prove the store: checksums, and that its states predict the generated tokens."""
+    """Prove the store: checksums, tokens, masks, states that predict the tokens, layers as transformers has them."""
     from contracts.recipe import load_recipe
     from dump.verify import verify as verify_store
 
-    verify_store(load_recipe(recipe, set_ or []), store, once=once)
+    verify_store(load_recipe(recipe, set_ or []), store, once=once, num_reference=reference)
+
+
+@app.command(epilog="Example: dump inspect runs/store 3f9c --html sample.html")
+def inspect(
+    store: StoreArgument,
+    id_: Annotated[str, typer.Argument(metavar="ID", help="A sample's id, or its beginning.")],
+    html: Annotated[Path | None, typer.Option(help="Write one HTML file instead.")] = None,
+) -> None:
+    """Show one sample: tokens coloured by the mask, norms by layer."""
+    from dump.inspect import inspect_sample
+
+    inspect_sample(store, id_, html)
+
+
+@app.command(epilog="Example: dump stats runs/store")
+def stats(store: StoreArgument) -> None:
+    """Print what a store holds."""
+    from dump.inspect import show_stats
+
+    show_stats(store)
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ synth:
   backoff_s: 0.05
 dump:
   dtype: float32
-  batch_samples: 8
+  writers: 1
 train:
   block_size: 4
   num_layers: 1

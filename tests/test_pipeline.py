@@ -174,7 +174,7 @@ def test_a_store_with_a_shifted_layer_or_a_flipped_byte_does_not_verify(pipeline
 
 def test_a_killed_dump_resumes_without_loss(pipeline: Path, tmp_path: Path) -> None:
     output = tmp_path / "store"
-    args = ["dump", "run", "--recipe", RECIPE, *overrides(pipeline), "--set", "dump.batch_samples=4"]
+    args = ["dump", "run", "--recipe", RECIPE, *overrides(pipeline), "--set", "dump.writers=1"]
     args += ["--conversations", pipeline / "synth/train", "--output", output]
     kills = 0
     for count in (1, 25):

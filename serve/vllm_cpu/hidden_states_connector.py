@@ -3,30 +3,42 @@
 Failure it mends: the stock `ExampleHiddenStatesConnector` copies through a CUDA stream into pinned memory and dies with
 `pin_memory=True requires a CUDA or other accelerator backend`. Given to vLLM by `kv_connector_module_path`; on GPUs the
 stock one is used.
+
+The copy out of the KV cache runs in the connector's own threads, beside the engine's next step; a request's blocks are
+kept until it is over.
 """
 
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
+import threading
 from functools import partial
 from typing import Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
     ExampleHiddenStatesConnector,
-    extract_from_kv_cache,
 )
 
+from contracts.tensor_file import plan_file
 
-class _Finished:
-    """Stands in for the CUDA event of a copy: on a CPU it is over when it returns."""
+
+class _Copied:
+    """Stands in for the CUDA event of a copy."""
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+
+    def set(self) -> None:
+        self._done.set()
 
     def synchronize(self) -> None:
-        return
+        self._done.wait()
 
     def query(self) -> bool:
-        return True
+        return self._done.is_set()
 
 
 class CPUHiddenStatesConnector(ExampleHiddenStatesConnector):
@@ -35,20 +47,38 @@ class CPUHiddenStatesConnector(ExampleHiddenStatesConnector):
     def _submit_async_write(self, pending: Any) -> None:
         if not self._is_tp_rank_zero:
             return
-        offsets = torch.arange(self._block_size)
-        blocks = torch.tensor(pending.block_ids, dtype=torch.long)
-        slots = (blocks[:, None] * self._block_size + offsets[None, :]).flatten()
-        num_tokens = pending.token_ids.shape[0]
-        states = extract_from_kv_cache(self._kv_cache, slots[:num_tokens], num_tokens).contiguous()
-
-        os.makedirs(os.path.dirname(pending.filename), exist_ok=True)
         lock = self._lock_fds.pop(pending.req_id, None)
         if lock is None and self.use_lock:
             lock = os.open(pending.filename + ".lock", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        copied = _Finished()
-        tensors = {"hidden_states": states, "token_ids": pending.token_ids.clone()}
-        future = self._executor.submit(self._write_tensors, tensors, copied, pending.filename, lock)
+        copied = _Copied()
+        future = self._executor.submit(self._copy, pending, copied, lock)
         self._req_copy_events[pending.req_id] = copied
         self._req_futures[pending.req_id] = future
         future.add_done_callback(partial(self._on_write_done, pending.req_id))
+
+    def _copy(self, pending: Any, copied: _Copied, lock: int | None) -> None:
+        """Copy a request's states out of their blocks straight into their file. Runs in a thread."""
+        try:
+            os.makedirs(os.path.dirname(pending.filename), exist_ok=True)
+            num_tokens = len(pending.token_ids)
+            blocks = self._kv_cache.transpose(1, 2)  # [blocks, tokens of a block, layers, H]
+            whole, rest = divmod(num_tokens, self._block_size)
+            shape = (num_tokens, *blocks.shape[2:])
+            layout = plan_file({"hidden_states": (blocks.dtype, shape), "token_ids": (torch.int64, (num_tokens,))})
+            with open(pending.filename, "w+b") as file:
+                file.truncate(layout.size)
+                with mmap.mmap(file.fileno(), layout.size) as memory:
+                    memory[: len(layout.header)] = layout.header
+                    states, ids = (layout.slots[name].view(memory) for name in ("hidden_states", "token_ids"))
+                    for place, block in enumerate(pending.block_ids[: whole + (rest > 0)]):
+                        first = place * self._block_size
+                        length = min(self._block_size, num_tokens - first)
+                        states[first : first + length].copy_(blocks[block, :length])
+                    copied.set()
+                    ids.copy_(pending.token_ids)
+                    del states, ids  # they hold the mapping open
+        finally:
+            copied.set()
+            if lock is not None:
+                os.close(lock)

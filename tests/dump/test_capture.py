@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from contracts.conversation import Conversation, Loop, Sample
-from contracts.ledger import Ledger
 from contracts.recipe import load_recipe
-from dump.engine import CaptureEngine, CaptureError
-from dump.run import _accept, make_stored
+from dump.capture import Captured, CaptureError, Staged, Staging, load_staged
+from dump.samples import Row, judge, read_rows
+from dump.writer import make_stored
 
 HIDDEN, IDS = 4, [7, 8, 9]
 LOOP = Loop(turn=0, period=2, num_tokens=200)
 
 
-def make_engine() -> CaptureEngine:
-    """A capture engine whose vLLM is left out: only what comes back from it is at stake here."""
-    engine = CaptureEngine.__new__(CaptureEngine)
-    engine._layer_ids = [1, 3]
-    engine._hidden_size = HIDDEN
-    engine._connector = SimpleNamespace(load_hidden_states=load_file, cleanup_hidden_states=lambda path: None)
-    return engine
-
-
-def collect(path: Path, states: torch.Tensor, ids: list[int]) -> Any:
+def collect(path: Path, states: torch.Tensor, ids: list[int]) -> Captured:
+    """What is made of a file of the connector's that holds these states."""
     save_file({"hidden_states": states, "token_ids": torch.tensor(ids)}, path)
-    return make_engine()._collect(SimpleNamespace(kv_transfer_params={"hidden_states_path": str(path)}), IDS)
+    path.with_name(f"{path.name}.lock").touch()
+    return load_staged(Staged("a", path), IDS, num_layers=2, hidden_size=HIDDEN)
 
 
 def test_layers_and_final_state_are_told_apart(tmp_path: Path) -> None:
@@ -58,11 +50,28 @@ def test_a_wrong_answer_is_rejected_with_its_reason(
 
 
 def test_a_file_that_was_never_written_is_rejected(tmp_path: Path) -> None:
-    missing = SimpleNamespace(kv_transfer_params={"hidden_states_path": str(tmp_path / "none")})
     with pytest.raises(CaptureError, match="cannot be read"):
-        make_engine()._collect(missing, IDS)
+        load_staged(Staged("a", tmp_path / "none"), IDS, 2, HIDDEN)
     with pytest.raises(CaptureError, match="named no file"):
-        make_engine()._collect(SimpleNamespace(kv_transfer_params=None), IDS)
+        load_staged(Staged("a", None), IDS, 2, HIDDEN)
+    with pytest.raises(CaptureError, match="the server did not answer"):
+        load_staged(Staged("a", None, "the server did not answer"), IDS, 2, HIDDEN)
+
+
+def test_a_staged_file_is_gone_once_it_was_read_whatever_it_held(tmp_path: Path) -> None:
+    collect(tmp_path / "good", torch.zeros(3, 3, HIDDEN), IDS)
+    with pytest.raises(CaptureError):
+        collect(tmp_path / "bad", torch.zeros(3, 3, HIDDEN), [1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_staging_holds_so_many_bytes_and_a_larger_sample_alone(tmp_path: Path) -> None:
+    staging = Staging(tmp_path, 100)
+    assert staging.take(60)
+    assert not staging.take(60)
+    staging.give(60)
+    assert staging.take(1000)
+    assert not staging.take(1)
 
 
 def make_conversation(**changes: Any) -> Conversation:
@@ -79,6 +88,8 @@ def make_conversation(**changes: Any) -> Conversation:
     [
         ({}, 4, [], None),
         ({}, 3, [], "filtered"),
+        ({}, 3, ["dump.truncate=true"], None),
+        ({}, 2, ["dump.truncate=true"], "filtered"),
         ({"finish_reason": "length"}, 4, [], "truncated"),
         ({"finish_reason": "length"}, 4, ["dump.include_truncated=true"], None),
         ({"loop": LOOP}, 4, [], "filtered"),
@@ -86,23 +97,35 @@ def make_conversation(**changes: Any) -> Conversation:
         ({"samples": [Sample(token_ids=[1, 2], loss_spans=[])]}, 4, [], "filtered"),
     ],
 )
-def test_a_sample_is_taken_or_accounted_for(
-    tmp_path: Path,
-    recipe_path: Path,
-    changes: dict[str, Any],
-    max_tokens: int,
-    overrides: list[str],
-    status: str | None,
+def test_a_sample_is_taken_or_left_out_with_a_reason(
+    recipe_path: Path, changes: dict[str, Any], max_tokens: int, overrides: list[str], status: str | None
 ) -> None:
     conversation = make_conversation(**changes)
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-    row = ("a", conversation, conversation.samples[0])
-    assert _accept(load_recipe(recipe_path, overrides), ledger, row, max_tokens) == (status is None)
-    assert ledger.entries.get("a", {}).get("status") == status
+    row = Row("a-0", conversation, conversation.samples[0])
+    verdict = judge(load_recipe(recipe_path, overrides).dump, row, max_tokens)
+    assert (verdict.row is None) == (status is not None)
+    assert verdict.status == (status or "")
+    if verdict.row is not None:
+        assert verdict.row.num_tokens == min(4, max_tokens)
+        assert verdict.row.sample.loss_spans == [(2, min(4, max_tokens))]
+
+
+def test_shards_hold_every_sample_once_whatever_the_order(tmp_path: Path) -> None:
+    ids = [f"{number * 7919:032x}" for number in range(40)]
+    for name, order in (("a", ids), ("b", ids[::-1])):
+        lines = [make_conversation(id=id_).model_dump_json() for id_ in order]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    for number in range(3):
+        parts = [{row.sample_id for row in read_rows(tmp_path / name, (number, 3))} for name in "ab"]
+        assert parts[0] == parts[1]
+    whole = [row.sample_id for number in range(3) for row in read_rows(tmp_path / "a", (number, 3))]
+    assert sorted(whole) == sorted(f"{id_}-0" for id_ in ids)
 
 
 def test_the_mask_covers_the_loss_spans_and_nothing_else() -> None:
     conversation = make_conversation(samples=[Sample(token_ids=[1, 2, 3, 4, 5], loss_spans=[(1, 2), (3, 5)])])
-    stored = make_stored(conversation, conversation.samples[0], torch.zeros(5, 2, HIDDEN), torch.zeros(5, HIDDEN))
+    stored = make_stored(
+        conversation, conversation.samples[0], Captured(torch.zeros(5, 2, HIDDEN), torch.zeros(5, HIDDEN))
+    )
     assert stored.loss_mask.tolist() == [False, True, False, True, True]
     assert stored.aux_hidden_states.shape == (5, 2 * HIDDEN)

@@ -1,0 +1,185 @@
+"""`dump run` against the same vLLM's plain prefill: what extraction, checks and a durable store cost together.
+
+    python benchmarks/dump_prefill.py --target runs/tiny-dflash/target [--rounds 5] [--profile]
+
+Prints tokens/s of both and their ratio, for 200 prompts of 256 tokens and 64 of 1024; two engines, each in a process of
+its own, take turns. Plain prefill: `max_tokens=1`, no extraction, nothing written. Wants the tiny recipe's target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "recipes/Tiny-DFlash/recipe.yaml"
+SHAPES = ((200, 256), (64, 1024))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=Path, default=ROOT / "runs/tiny-dflash/target")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="print where the dump's main thread spends its time")
+    parser.add_argument("--side", choices=("dump", "prefill"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        serve_rounds(args.side, args.target, args.profile)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        target = lengthen(args.target.absolute(), Path(folder))
+        sides = {side: start_side(side, target, args.profile) for side in ("dump", "prefill")}
+        compare(sides, args.rounds)
+
+
+def lengthen(target: Path, folder: Path) -> Path:
+    """The target with places for 1024 tokens and one more: its weights do not say how many there are."""
+    for file in target.iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file)
+    config = json.loads((target / "config.json").read_text()) | {"max_position_embeddings": 2048}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def compare(sides: dict[str, subprocess.Popen[str]], rounds: int) -> None:
+    """Let the sides take turns and print their ratios."""
+    for count, length in SHAPES:
+        ratios = []
+        for number in range(rounds + 1):  # the first only warms up
+            rates = {side: ask(process, count, length, number) for side, process in sides.items()}
+            if number:
+                ratios.append(rates["dump"] / rates["prefill"])
+                print(
+                    f"{count} x {length}: dump {rates['dump']:.0f} tokens/s, prefill {rates['prefill']:.0f}: "
+                    f"{ratios[-1]:.3f}",
+                    flush=True,
+                )
+        print(f"{count} x {length}: ratio {sorted(ratios)[len(ratios) // 2]:.3f} (median of {rounds}; limit 0.95)")
+    for process in sides.values():
+        process.communicate("\n")
+
+
+def start_side(side: str, target: Path, profile: bool) -> subprocess.Popen[str]:
+    """One side's process, its engine loaded."""
+    command = [sys.executable, str(Path(__file__)), "--side", side, "--target", str(target)]
+    command += ["--profile"] if profile else []
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    while process.stdout.readline() != "ready\n":
+        assert process.poll() is None, f"the {side} side ended"
+    return process
+
+
+def ask(process: subprocess.Popen[str], count: int, length: int, seed: int) -> float:
+    """Tokens/s of one round."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps([count, length, seed]) + "\n")
+    process.stdin.flush()
+    while not (line := process.stdout.readline()).startswith("seconds "):
+        assert process.poll() is None, "a side ended"
+    return count * length / float(line.split()[1])
+
+
+def serve_rounds(side: str, target_folder: Path, profile: bool) -> None:
+    """Load one side's engine and answer rounds until standard input ends."""
+    from contracts.recipe import load_recipe
+    from contracts.store import Store
+    from contracts.target import Target, captured_layers
+    from dump.capture import Staging
+    from serve.engine import engine_env
+
+    recipe = load_recipe(RECIPE, [f"target.path={target_folder}", "target.max_model_len=1026"])
+    target = Target.read(target_folder)
+    work = Path(tempfile.mkdtemp(prefix="dump-benchmark-"))
+    if side == "dump":
+        from dump.run import make_backend
+        from dump.writer import StoreJob, make_pool
+
+        memory = Path("/dev/shm")  # noqa: S108 (as `dump run` picks it)
+        staging = Staging(Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else work)), 8 << 30)
+        layer_ids = captured_layers(recipe.target, target)
+        backend = make_backend(recipe, target, layer_ids, staging)
+        job = StoreJob(Store(work / "store"), recipe.dump.dtype, len(layer_ids), target.hidden_size)
+        pool = make_pool(recipe.dump.writers)
+    else:
+        os.environ.update({"VLLM_LOGGING_LEVEL": "ERROR", **engine_env(recipe.serve.env)})
+        from vllm import LLM, SamplingParams
+
+        values = {key.replace("-", "_"): value for key, value in recipe.serve.args.items()}
+        llm = LLM(model=str(target_folder), max_model_len=1026, enable_prefix_caching=False, **values)
+        parameters = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if not line.strip():
+            break
+        count, length, seed = json.loads(line)
+        prompts = make_prompts(count, length, seed, target.vocab_size)
+        if side == "dump":
+            seconds = time_dump(recipe, backend, staging, prompts, job, pool, profile)
+        else:
+            started = time.monotonic()
+            llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+            seconds = time.monotonic() - started
+        print(f"seconds {seconds}", flush=True)
+    shutil.rmtree(work, ignore_errors=True)
+    if side == "dump":
+        pool.shutdown()
+        shutil.rmtree(staging.folder, ignore_errors=True)
+
+
+def make_prompts(count: int, length: int, seed: int, vocab_size: int) -> list[list[int]]:
+    rng = random.Random(f"{count}/{length}/{seed}")
+    return [[rng.randrange(min(1000, vocab_size)) for _ in range(length)] for _ in range(count)]
+
+
+def time_dump(recipe, backend, staging, prompts, job, pool, profile) -> float:  # type: ignore[no-untyped-def]
+    """Seconds from the first sample to the last ledger line, states durable on the disk."""
+    from contracts.conversation import Conversation, Sample
+    from dump.run import DumpLedger, fill_store
+    from dump.samples import Row
+
+    folder = job.store.folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+    def rows() -> Iterator[Row]:
+        for number, token_ids in enumerate(prompts):
+            sample = Sample(token_ids=token_ids, loss_spans=[(1, len(token_ids))])
+            conversation = Conversation(
+                id=f"{number:032x}", source_id="", index=number, samples=[sample], finish_reason="stop",
+                sampling={"temperature": 0.0}, target={}, template="", usage={},
+            )  # fmt: skip
+            yield Row(f"{conversation.id}-0", conversation, sample)
+
+    ledger = DumpLedger(folder / "ledger.jsonl")
+    started = time.monotonic()
+    fill = partial(fill_store, recipe.dump, backend, staging, rows(), len(prompts), job, ledger, pool)
+    if profile:
+        import cProfile
+        import pstats
+
+        profiler = cProfile.Profile()
+        profiler.runcall(fill)
+        pstats.Stats(profiler, stream=sys.stderr).sort_stats("tottime").print_stats(25)
+    else:
+        fill()
+    seconds = time.monotonic() - started
+    assert ledger.counts["done"] == len(prompts)
+    ledger.close()
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Name what is wrong with final states that do not predict their tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from contracts.store import Manifest, StoredSample
+from contracts.target_weights import TargetHead
+
+ENOUGH = 0.9
+"""Share of the tokens that a supposition must explain."""
+
+
+@torch.inference_mode()
+def find_plain_defect(head: TargetHead, sample: StoredSample) -> str:
+    """What can be wrong with states that predict their tokens all the same; "" for nothing.
+
+    Zero states make all logits equal, and a norm of weights near 1 does little to states that are normed already.
+    """
+    zero = (sample.hidden_states == 0).all(-1) | (sample.aux_hidden_states == 0).all(-1)
+    if bool(zero.any()):
+        return f"the states of {int(zero.sum())} of {len(zero)} tokens are all zero"
+    weight = 1.0 + head.norm if head.norm_kind == "gemma" else head.norm
+    telling = weight.abs() > 1e-3
+    squares = (sample.hidden_states.float()[:, telling] / weight[telling]).square().mean(-1)
+    if bool(((squares - 1).abs() < 0.02).all()):
+        return "the final state is normed already, where the un-normed one belongs"
+    return ""
+
+
+@torch.inference_mode()
+def name_defect(head: TargetHead, sample: StoredSample, manifest: Manifest) -> str:
+    """The supposition under which the states do predict the tokens."""
+    states = sample.hidden_states.float()
+    places = sample.loss_mask.nonzero()[:, 0]
+    tokens = sample.input_ids.long()
+
+    def explains(logits: torch.Tensor, wanted: torch.Tensor) -> bool:
+        return float((logits.argmax(-1) == wanted).float().mean()) >= ENOUGH
+
+    other = "rms" if head.norm_kind == "gemma" else "gemma"
+    if explains(replace(head, norm_kind=other).logits(states[places - 1]), tokens[places]):
+        return f"the states fit a {other} norm, the target is read as having a {head.norm_kind} norm"
+    for shift, words in ((1, "later"), (-1, "earlier")):
+        inside = places[(places - 1 + shift >= 0) & (places - 1 + shift < len(states))]
+        if len(inside) and explains(head.logits(states[inside - 1 + shift]), tokens[inside]):
+            return f"the states stand one token {words} than their tokens"
+    width = states.shape[1]
+    for number, layer_id in enumerate(manifest.layer_ids):
+        aux = sample.aux_hidden_states[:, number * width : (number + 1) * width].float()
+        if torch.equal(aux, states):
+            return f"the final state is the output of layer {layer_id}"
+    return "they are states of another conversation, of another layer or of another target"

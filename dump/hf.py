@@ -1,0 +1,88 @@
+"""Capture with transformers: for models that vLLM lacks on this machine, and as the reference that proves vLLM.
+
+One sample at a time, in the target's own dtype or fp32; hooks take the outputs of the decoder layers and the input of
+the final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from contracts.errors import UserError
+from contracts.recipe import Recipe
+from contracts.target import Target
+from dump.capture import Staged, Staging
+
+
+class Transformers:
+    """The target in transformers, set up to hand out hidden states."""
+
+    def __init__(self, recipe: Recipe, target: Target, layer_ids: Sequence[int]) -> None:
+        """Load the target. Raises UserError when its decoder layers cannot be told."""
+        from transformers import AutoModelForCausalLM
+
+        name = str({**recipe.serve.args, **recipe.dump.args}.get("dtype", "auto"))
+        dtype = name if name == "auto" else getattr(torch, name)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = AutoModelForCausalLM.from_pretrained(target.path, dtype=dtype).to(device).eval()
+        self._device = device
+        layers, norm = find_layers(self._model, target)
+        self._states: dict[int, torch.Tensor] = {}
+        for place, layer_id in enumerate(layer_ids):
+            layers[layer_id].register_forward_hook(self._take_output(place))
+        norm.register_forward_pre_hook(self._take_input(len(layer_ids)))
+        self.token_bytes = (len(layer_ids) + 1) * target.hidden_size * self._model.dtype.itemsize
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """States `(T, n+1, H)` of one sample, last the final one before the final norm."""
+        self._states.clear()
+        self._model(input_ids=torch.tensor([list(token_ids)], device=self._device), use_cache=False, logits_to_keep=1)
+        return torch.stack([self._states[place][0] for place in sorted(self._states)], dim=1).cpu()
+
+    def capture(self, samples: Iterator[tuple[str, list[int]]], staging: Staging) -> Iterator[Staged]:
+        """One forward for each `(sample id, token ids)`."""
+        for sample_id, token_ids in samples:
+            while not staging.take(len(token_ids) * self.token_bytes):
+                staging.wait()
+            path = staging.folder / f"{sample_id}.safetensors"
+            save_file({"hidden_states": self.forward(token_ids), "token_ids": torch.tensor(token_ids)}, path)
+            Path(f"{path}.lock").touch()
+            yield Staged(sample_id, path)
+
+    def close(self) -> None:
+        """Nothing outlives the process."""
+
+    def _take_output(self, place: int) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            self._states[place] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def _take_input(self, place: int) -> Any:
+        def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            self._states[place] = inputs[0]
+
+        return hook
+
+
+def find_layers(model: torch.nn.Module, target: Target) -> tuple[torch.nn.ModuleList, torch.nn.Module]:
+    """The decoder layers and the final norm beside them. Raises UserError when there is no one such list."""
+    found = []
+    for module in model.modules():
+        layers, norm = getattr(module, "layers", None), getattr(module, "norm", None)
+        if isinstance(layers, torch.nn.ModuleList) and len(layers) == target.num_layers and norm is not None:
+            found.append((layers, norm))
+    if len(found) != 1:
+        raise UserError(
+            target.path,
+            found=f"{len(found)} lists of {target.num_layers} decoder layers with a norm beside them",
+            expected="one",
+            fix="Use dump.backend=vllm for this architecture.",
+        )
+    return found[0]

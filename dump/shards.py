@@ -1,0 +1,55 @@
+"""Join the ledgers of a store's shards once all of them are finished; their samples lie in the store already."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections import Counter
+from typing import Any
+
+from contracts.files import read_json, write_atomic
+from contracts.ledger import STATUSES, read_entries
+from contracts.recipe import Recipe
+from contracts.run import Run
+from contracts.store import Store
+
+
+def join_shards(store: Store, count: int, recipe: Recipe) -> dict[str, Any]:
+    """Join the shards if all are finished; the store's summary, or an empty one when some are not."""
+    folders = [store.shard_folder(number, count) for number in range(count)]
+    states = [_read_state(folder) for folder in folders]
+    finished = [state for state in states if state.get("complete")]
+    if len(finished) < count:
+        print(f"dump: {len(finished)} of {count} shards are finished; the last one joins their ledgers")
+        return {}
+    with (store.folder / "join.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two that end at the same time
+        settings = {key: value for key, value in states[0]["settings"].items() if key != "shard"}
+        run = Run.open(
+            store.folder, "dump run", settings=settings, inputs=states[0]["inputs"], recipe_yaml=recipe.to_yaml()
+        )
+        if not run.complete:
+            entries = sorted(
+                (entry for folder in folders for entry in read_entries(folder / "ledger.jsonl")),
+                key=lambda entry: str(entry["id"]),
+            )
+            lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+            write_atomic(store.ledger_path, "".join(lines))
+            counts = Counter(entry["status"] for entry in entries)
+            run.state["seconds"] = sum(state["seconds"] for state in states)
+            run.finish(
+                {
+                    **{status: counts[status] for status in STATUSES},
+                    "samples": counts["done"],
+                    "tokens": sum(entry.get("tokens", 0) for entry in entries),
+                    "bytes": sum(entry.get("size", 0) for entry in entries),
+                    "shards": count,
+                }
+            )
+            print(f"dump: joined {count} shards, {counts['done']} samples -> {store.folder}")
+        return dict(run.state["summary"])
+
+
+def _read_state(folder: Any) -> dict[str, Any]:
+    path = folder / "run.json"
+    return dict(read_json(path, "a shard's state")) if path.exists() else {}

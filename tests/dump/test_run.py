@@ -1,0 +1,159 @@
+"""Claims about filling a store: backends agree, shards share it, kills and full disks lose nothing, sizes hold."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import kill_when, read_lines, run
+
+from contracts.recipe import load_recipe
+from contracts.store import Store
+from contracts.target import Target, captured_layers
+from dump.capture import Staging
+from dump.run import make_backend
+from serve.command import build_command
+from serve.extraction import extraction_args, to_server_args
+from serve.server import find_port, run_server
+
+HF = ("--set", "dump.backend=hf", "--set", "dump.writers=1")
+
+
+def dump(
+    recipe: Path, conversations: Path, output: Path, *more: str, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    args = ("-r", recipe, "--conversations", conversations, "--output", output, *more)
+    return run("dump", "run", *args, check=check)
+
+
+def done(folder: Path) -> dict[str, dict[str, object]]:
+    return {line["id"]: line for line in read_lines(folder / "ledger.jsonl") if line["status"] == "done"}
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+def test_vllm_its_server_and_transformers_agree_layer_by_layer(
+    recipe_path: Path, conversations: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(recipe_path)
+    target = Target.read(recipe.target.path)
+    args = extraction_args(recipe, target, captured_layers(recipe.target, target), tmp_path / "staged")
+    command = build_command(recipe, target, port=find_port("127.0.0.1", None), extra_args=to_server_args(args))
+    dump(recipe_path, conversations, tmp_path / "vllm")
+    dump(recipe_path, conversations, tmp_path / "hf", *HF)
+    with run_server(command, log_path=tmp_path / "server.log", startup_timeout_s=300) as server:
+        more = ("--set", "dump.backend=server", "--set", f"dump.endpoints=[{server.url}/v1]")
+        dump(recipe_path, conversations, tmp_path / "server", *more)
+    # All that may be left is the request of no use that made the server write the last of the others.
+    assert len(list((tmp_path / "staged").glob("*.safetensors"))) <= 1
+    reference = Store(tmp_path / "hf")
+    assert len(done(tmp_path / "hf")) == 60
+    for name in ("vllm", "server"):
+        store = Store(tmp_path / name)
+        assert done(tmp_path / name).keys() == done(tmp_path / "hf").keys()
+        for sample_id in done(tmp_path / name):
+            a, b = store.read_sample(sample_id), reference.read_sample(sample_id)
+            assert torch.equal(a.input_ids, b.input_ids)
+            assert torch.equal(a.loss_mask, b.loss_mask)
+            for states in ("hidden_states", "aux_hidden_states"):
+                difference = (getattr(a, states) - getattr(b, states)).norm() / getattr(b, states).norm()
+                assert difference < 1e-4, (name, sample_id, states)
+
+
+@pytest.mark.timeout(900)
+def test_a_store_that_two_shards_fill_through_kills_holds_every_sample_once(
+    recipe_path: Path, conversations: Path, tmp_path: Path
+) -> None:
+    dump(recipe_path, conversations, tmp_path / "whole", *HF)
+    output = tmp_path / "killed"
+    rng = random.Random(0)
+    args = ["dump", "run", "-r", recipe_path, "--conversations", conversations, "--output", output, *HF]
+    for kill in range(6):
+        ledger = output / f"shards/0000{kill % 2}-of-00002/ledger.jsonl"
+        enough = rng.randrange(1, 9) + len(read_lines(ledger))
+        killed = kill_when(lambda: len(read_lines(ledger)) >= enough, *args, "--shard", f"{kill % 2}/2")  # noqa: B023
+        assert killed == -9
+    first = dump(recipe_path, conversations, output, *HF, "--shard", "0/2")
+    assert "1 of 2 shards are finished" in first.stdout
+    unfinished = run("dump", "verify", "-r", recipe_path, "--store", output, check=False)
+    assert unfinished.returncode == 2
+    assert "joined 2 shards, 60 samples" in dump(recipe_path, conversations, output, *HF, "--shard", "1/2").stdout
+    assert "60 files whole" in run("dump", "verify", "-r", recipe_path, "--store", output).stdout
+    lines = read_lines(output / "ledger.jsonl")
+    assert len(lines) == len({line["id"] for line in lines}) == 60
+    whole, store = Store(tmp_path / "whole"), Store(output)
+    for sample_id in done(output):
+        a, b = store.read_sample(sample_id), whole.read_sample(sample_id)
+        assert torch.equal(a.input_ids, b.input_ids)
+        assert torch.equal(a.loss_mask, b.loss_mask)
+        assert (a.hidden_states - b.hidden_states).norm() / b.hidden_states.norm() < 1e-5
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 200 KiB, where we may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder], check=False).returncode:
+        pytest.skip("no right to mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_is_one_clear_error_and_the_next_run_goes_on(
+    recipe_path: Path, conversations: Path, small_disk: Path
+) -> None:
+    store = small_disk / "store"
+    refused = dump(recipe_path, conversations, store, *HF, check=False)
+    assert refused.returncode == 2
+    assert "GB free, expected" in refused.stderr
+    assert "--force" in refused.stderr
+    full = dump(recipe_path, conversations, store, *HF, "--force", check=False)
+    assert full.returncode == 2, full.stderr
+    assert "No space left on device" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert not list(store.rglob(".*.tmp"))
+    subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
+    kept = len(done(store))
+    assert 0 < kept < 60
+    printed = dump(recipe_path, conversations, store, *HF).stdout
+    assert f"{kept} of 60 samples are there already" in printed
+    assert "60 files whole" in run("dump", "verify", "-r", recipe_path, "--store", store).stdout
+
+
+def test_more_rejected_samples_than_allowed_stop_the_run(
+    recipe_path: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (conversations / "conversations.jsonl").read_text().splitlines()
+    recipe = load_recipe(recipe_path, ["dump.backend=server", "dump.endpoints=[http://127.0.0.1:9/v1]"])
+    target = Target.read(recipe.target.path)
+    assert len(rows) == 60
+    result = dump(recipe_path, conversations, tmp_path / "out", *("--set", "dump.backend=server"), check=False)
+    assert result.returncode == 2
+    assert "dump.endpoints: found none" in result.stderr
+    with pytest.raises(Exception, match="no model list"):
+        make_backend(recipe, target, [1, 2], Staging(tmp_path, 1 << 20))
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 1.03), ("fp8_e4m3", 0.56)])
+def test_bytes_are_as_planned_and_the_store_is_proven_in_every_dtype(
+    recipe_path: Path, conversations: Path, tmp_path: Path, dtype: str, limit: float
+) -> None:
+    # The test's target is 64 wide and its samples tiny: file headers and fp8's scales weigh more than in earnest.
+    more = ("--set", f"dump.dtype={dtype}")
+    plan = run("dump", "plan", "-r", recipe_path, "--conversations", conversations, "--rate", "1000", *more).stdout
+    dump(recipe_path, conversations, tmp_path / "out", *HF, *more)
+    summary = json.loads((tmp_path / "out/run.json").read_text())["summary"]
+    assert f"tokens       {summary['tokens']}, " in plan
+    headers = 900 * summary["samples"]
+    planned = int(next(line for line in plan.splitlines() if line.startswith("bytes")).split()[1])
+    assert summary["bytes"] <= planned <= summary["bytes"] + 1024 * summary["samples"]
+    assert summary["bytes"] - headers <= limit * 2 * 3 * 64 * summary["tokens"]
+    assert "60 files whole" in run("dump", "verify", "-r", recipe_path, "--store", tmp_path / "out", *more).stdout

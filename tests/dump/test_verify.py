@@ -1,0 +1,160 @@
+"""Claims about the proof: a good store passes; each defect that training would not notice is named with its sample."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import read_lines, run
+
+from contracts.store import Store, StoredSample
+from contracts.target import Target
+from contracts.target_weights import read_head
+from dump.verify import kept_by, sampled_deviations
+
+
+@pytest.fixture(scope="module")
+def good(recipe_path: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store") / "good"
+    args = ("-r", recipe_path, "--conversations", conversations, "--output", folder, "--set", "dump.backend=hf")
+    run("dump", "run", *args)
+    return folder
+
+
+def seed(good: Path, folder: Path, change: Callable[[StoredSample, Store, str], None]) -> str:
+    """A copy of the store in which every sample is changed, its ledger in agreement; the first sample's id."""
+    shutil.copytree(good, folder)
+    store = Store(folder)
+    lines = sorted(read_lines(store.ledger_path), key=lambda line: line["id"])
+    for line in lines:
+        sample = store.read_sample(line["id"])
+        change(sample, Store(good), line["id"])
+        line |= store.write_sample(line["id"], sample)
+    store.ledger_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(lines[0]["id"])
+
+
+def normed(sample: StoredSample, *_: object) -> None:
+    states = sample.hidden_states
+    sample.hidden_states = torch.nn.functional.rms_norm(states, states.shape[-1:], eps=1e-6)
+
+
+def shifted(sample: StoredSample, *_: object) -> None:
+    """The layers' slots hold other layers: the second one's output stands in the first slot."""
+    first, second = sample.aux_hidden_states.unflatten(1, (2, -1)).unbind(1)
+    sample.aux_hidden_states = torch.cat([second, first], dim=1)
+
+
+def zeroed(sample: StoredSample, *_: object) -> None:
+    sample.hidden_states = torch.zeros_like(sample.hidden_states)
+
+
+def one_token_missing(sample: StoredSample, *_: object) -> None:
+    for name in ("input_ids", "loss_mask", "hidden_states", "aux_hidden_states"):
+        setattr(sample, name, getattr(sample, name)[1:])
+
+
+def of_another_conversation(sample: StoredSample, store: Store, sample_id: str) -> None:
+    other = next(
+        found
+        for found in (store.read_sample(id_) for id_ in store.sample_ids() if id_ != sample_id)
+        if found.num_tokens == sample.num_tokens
+    )
+    sample.hidden_states = other.hidden_states
+
+
+def one_token_late(sample: StoredSample, *_: object) -> None:
+    sample.hidden_states = sample.hidden_states.roll(1, 0)
+
+
+def masked_too_much(sample: StoredSample, *_: object) -> None:
+    sample.loss_mask = torch.ones_like(sample.loss_mask)
+
+
+def verify(recipe: Path, store: Path) -> tuple[int, str]:
+    result = run("dump", "verify", "-r", recipe, "--store", store, check=False)
+    return result.returncode, result.stderr + result.stdout
+
+
+def test_a_good_store_passes(recipe_path: Path, good: Path) -> None:
+    code, printed = verify(recipe_path, good)
+    assert code == 0, printed
+    assert "600 of 600 generated tokens of 60 greedy samples are the states' argmax" in printed
+    assert "tokens and masks of 60 samples are the conversations'" in printed
+    assert "all layers of 8 samples are as transformers computes them" in printed
+    assert "mode enabled: 300 of" in printed
+
+
+@pytest.mark.parametrize(
+    ("defect", "words"),
+    [
+        (normed, "the final state is normed already"),
+        (zeroed, "all zero"),
+        (one_token_missing, "1 tokens missing, first at 0"),
+        (of_another_conversation, "states of another conversation"),
+        (one_token_late, "the states stand one token later"),
+        (masked_too_much, "a loss mask of"),
+        (shifted, "found the output of layer"),
+    ],
+)
+def test_each_seeded_defect_is_named_with_the_first_sample_that_has_it(
+    recipe_path: Path, good: Path, tmp_path: Path, defect: Callable[..., None], words: str
+) -> None:
+    first = seed(good, tmp_path / "bad", defect)
+    code, printed = verify(recipe_path, tmp_path / "bad")
+    assert code == 1, printed
+    assert words in printed
+    assert first in printed
+
+
+def test_a_flipped_byte_is_found_in_its_file(recipe_path: Path, good: Path, tmp_path: Path) -> None:
+    shutil.copytree(good, tmp_path / "bad")
+    store = Store(tmp_path / "bad")
+    path = store.sample_path(store.sample_ids()[7])
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    code, printed = verify(recipe_path, tmp_path / "bad")
+    assert code == 2
+    assert path.name in printed
+    assert "as in the ledger" in printed
+
+
+def test_a_manifest_with_the_other_norm_is_refused(recipe_path: Path, good: Path, tmp_path: Path) -> None:
+    shutil.copytree(good, tmp_path / "bad")
+    manifest = json.loads((tmp_path / "bad/manifest.json").read_text())
+    (tmp_path / "bad/manifest.json").write_text(json.dumps({**manifest, "final_norm": "gemma"}))
+    code, printed = verify(recipe_path, tmp_path / "bad")
+    assert code == 1
+    assert "(final_norm): found 'gemma', expected 'rms'" in printed
+
+
+def test_sampled_rows_are_as_likely_as_their_states_say_and_others_are_not(target_folder: Path, good: Path) -> None:
+    head = read_head(Target.read(target_folder))
+    store = Store(good)
+    sample = store.read_sample(store.sample_ids()[0])
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2000, sample.hidden_states.shape[1], generator=generator)
+    for sampling in ({"temperature": 0.8}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 1.0, "top_k": 5}):
+        q = (head.logits(states) / sampling["temperature"]).softmax(-1)
+        q = q * kept_by(q, sampling.get("top_p"), sampling.get("top_k"))
+        drawn = torch.multinomial(q, 1, generator=generator)[:, 0]
+        ids = torch.cat([torch.zeros(1, dtype=torch.long), drawn]).int()
+        mask = torch.arange(2001) > 0
+        metadata = {"temperature": str(sampling["temperature"]), "sampling": json.dumps(sampling)}
+        right = StoredSample(ids, mask, torch.cat([states, states[:1]]), torch.zeros(2001, 1), metadata)
+        assert abs(sampled_deviations(head, right)[0]) < 5
+        wrong = StoredSample(ids, mask, torch.cat([states.flip(0), states[:1]]), torch.zeros(2001, 1), metadata)
+        assert abs(sampled_deviations(head, wrong)[0]) > 8
+
+
+def test_top_k_and_top_p_keep_what_a_sampler_would_draw_from() -> None:
+    q = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    assert kept_by(q, 0.79, None).tolist() == [[True, True, False, False]]
+    assert kept_by(q, 0.81, None).tolist() == [[True, True, True, False]]
+    assert kept_by(q, None, 3).tolist() == [[True, True, True, False]]
+    assert kept_by(q, 0.6, 2).tolist() == [[True, False, False, False]]
