@@ -90,5 +90,17 @@ def stats(store: StoreArgument) -> None:
     show_stats(store)
 
 
+@app.command(epilog="Example: dump convert runs/store --to modelopt --output runs/modelopt")
+def convert(
+    store: StoreArgument,
+    to: Annotated[str, typer.Option(help="modelopt or speculators.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The converted store's folder.")],
+) -> None:
+    """Write a store in the layout of another trainer."""
+    from dump.convert import convert as convert_store
+
+    convert_store(store, output, to)
+
+
 def main() -> None:
     run_app(app)

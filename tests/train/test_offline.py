@@ -17,7 +17,8 @@ from contracts.ledger import Ledger
 from contracts.run import Run
 from contracts.store import Manifest, Store
 from contracts.target import Target
-from dump.run import make_stored
+from dump.capture import Captured
+from dump.writer import make_stored
 from train.mask_token import choose_mask_token
 
 
@@ -67,7 +68,7 @@ def write_store(folder: Path, target: Target, num_samples: int = 10) -> Path:
         layers = torch.randn(60, 2, target.hidden_size, generator=generator)
         final = torch.randn(60, target.hidden_size, generator=generator)
         fields = store.write_sample(
-            f"{conversation.id}-0", make_stored(conversation, conversation.samples[0], layers, final)
+            f"{conversation.id}-0", make_stored(conversation, conversation.samples[0], Captured(layers, final))
         )
         ledger.append(f"{conversation.id}-0", "done", tokens=60, **fields)
     ledger.close()
