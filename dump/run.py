@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,10 @@ def dump(
             print(f"dump: {ledger.counts.total()} of {plan.rows} samples are there already, going on")
         if not force:
             refuse_full_disk(output, plan.bytes)
-        if plan.rows > ledger.counts.total():
-            rows = _take_rows(recipe, ledger, read_rows(conversations, shard), longest_sample(recipe, target))
+        rows = _take_rows(recipe, ledger, read_rows(conversations, shard), longest_sample(recipe, target))
+        if not plan.samples:
+            assert next(rows, None) is None  # the ledger learns of those that are left out; no engine is needed
+        else:
             staging = Staging(_make_staging(recipe, output), int(recipe.dump.staging_gib * 2**30))
             job = StoreJob(store, recipe.dump.dtype, len(layer_ids), target.hidden_size)
             with make_pool(recipe.dump.writers) as pool:
@@ -261,6 +263,11 @@ def fill_store(
                 expected="a disk that takes the store",
                 fix="Make room and run the same command again: what was finished is kept.",
             ) from None
+        if isinstance(problem, BrokenExecutor):
+            raise IncompleteError(
+                f"{job.store.folder}: found a writer process that died, expected it to live as long as the run (was it "
+                "out of memory?). Run the same command again: what was finished is kept."
+            )
         raise problem
 
 

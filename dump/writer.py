@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import multiprocessing
+import os
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +24,7 @@ from dump.capture import Captured, CaptureError, Staged, load_staged
 from dump.samples import Row
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+WRITER_NICENESS = 10  # the engine comes first; writers catch up whenever it waits
 _buffer = Buffer()
 
 
@@ -46,6 +48,7 @@ def _set_up() -> None:
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)
+    os.nice(WRITER_NICENESS)
 
 
 def store_sample(job: StoreJob, row: Row, staged: Staged) -> dict[str, Any]:
