@@ -1,7 +1,7 @@
 """Write a safetensors file in one pass over its data: tensors are copied, cast if need be, straight into their places.
 
 `safetensors.torch.save` makes two more copies of everything in fresh memory, and an ordinary write a third in the page
-cache; together they took most of the time that storing takes (docs/measured.md). Format (github.com/huggingface/
+cache; fresh pages cost more than what is put into them. Format (github.com/huggingface/
 safetensors): 8 bytes, little endian, the header's length; the header, JSON padded by spaces, with dtype, shape and
 data_offsets of each tensor; the data.
 """

@@ -1,6 +1,7 @@
 """Store staged samples in processes of their own.
 
-Inside the engine's process they would hold Python's lock against it: threads took 15% of the prefill's speed.
+Inside the engine's process they would compete with it for Python's lock. As processes of lower priority they take the
+processor time that the engine leaves.
 """
 
 from __future__ import annotations
