@@ -71,7 +71,7 @@ def test_after_50_kills_over_a_failing_server_it_equals_an_uninterrupted_run(rec
     with server_process(fail_fraction=0.05) as (url, _):
         for _ in range(50):
             # At any moment: before its first record, between records, inside of one.
-            assert kill_when(grown_by(output / FILE, rng.randrange(0, 80000)), *args, "--endpoint", url) == -9
+            assert kill_when(grown_by(output / FILE, rng.randrange(0, 60000)), *args, "--endpoint", url) == -9
         generate(recipe_path, prompts, output, url)
         assert "is finished, skipped" in generate(recipe_path, prompts, output, url).stdout
 
