@@ -45,6 +45,15 @@ def run(
     conversations: ConversationsOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="The store's folder.")],
     shard: ShardOption = None,
+    truncate: Annotated[
+        bool | None, typer.Option("--truncate", help="Cut over-length samples.", show_default="leave them out")
+    ] = None,
+    max_reject_fraction: Annotated[
+        float | None, typer.Option(help="Stop when more samples are rejected.", show_default="the recipe's")
+    ] = None,
+    staging_dir: Annotated[
+        Path | None, typer.Option(help="Where states wait to be stored.", show_default="local memory")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Begin even if the disk seems too small.")] = False,
     set_: OverridesOption = None,
 ) -> None:
@@ -52,7 +61,12 @@ def run(
     from contracts.recipe import load_recipe
     from dump.run import dump
 
-    dump(load_recipe(recipe, set_ or []), conversations, output, shard=parse_shard(shard), force=force)
+    flags = {
+        "dump.truncate": truncate,
+        "dump.max_reject_fraction": max_reject_fraction,
+        "dump.staging_dir": staging_dir,
+    }
+    dump(load_recipe(recipe, set_ or [], flags), conversations, output, shard=parse_shard(shard), force=force)
 
 
 @app.command(epilog="Example: dump verify -r recipes/Tiny-DFlash/recipe.yaml --store runs/store")

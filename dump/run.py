@@ -68,6 +68,7 @@ def dump(
         settings={
             "dump": recipe.dump.settings(),
             "layer_ids": layer_ids,
+            "max_tokens": longest_sample(recipe, target),
             "serve": recipe.serve.settings(),
             **({} if shard is None else {"shard": f"{shard[0]}/{shard[1]}"}),
         },

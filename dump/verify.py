@@ -27,13 +27,13 @@ from contracts.errors import IncompleteError
 from contracts.files import hash_file, read_json, write_json
 from contracts.ledger import Ledger
 from contracts.recipe import Recipe
+from contracts.run import read_run
 from contracts.store import Manifest, Store, StoredSample, open_store
 from contracts.target import Target
 from contracts.target_weights import TargetHead, read_head
 from dump.diagnose import find_plain_defect, name_defect
 from dump.reference import compare_layers, fits_memory
 from dump.samples import judge, read_rows
-from serve.extraction import longest_sample
 
 # Largest logit gap that rounding explains, by the dtype of the stored states (logits are of the order of 10).
 TIE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "fp8_e4m3": 2.0}
@@ -76,7 +76,7 @@ def verify(recipe: Recipe, folder: Path, *, once: bool = False, num_reference: i
     done = sorted(ledger.ids("done"))
     folder_of_sources = _find_sources(manifest)
     walk = (
-        ((id_, None) for id_ in done) if folder_of_sources is None else _walk(recipe, target, folder_of_sources, ledger)
+        ((id_, None) for id_ in done) if folder_of_sources is None else _walk(store, recipe, folder_of_sources, ledger)
     )
     for sample_id, source in tqdm(walk, total=len(done), desc="verify", unit="sample", mininterval=2, disable=None):
         store.check_file(sample_id, ledger.entries[sample_id])
@@ -125,12 +125,13 @@ def _find_sources(manifest: Manifest) -> Path | None:
     return None
 
 
-def _walk(recipe: Recipe, target: Target, conversations: Path, ledger: Ledger) -> Iterator[tuple[str, Sample]]:
-    """Every sample that is done, as it was generated."""
-    max_tokens = longest_sample(recipe, target)
+def _walk(store: Store, recipe: Recipe, conversations: Path, ledger: Ledger) -> Iterator[tuple[str, Sample]]:
+    """Every sample that is done, as it was generated, cut as the dump was told to."""
+    settings = read_run(store.folder, "dump run")["settings"]
+    section = recipe.dump.model_copy(update={"truncate": settings["dump"]["truncate"]})
     for row in read_rows(conversations):
         if ledger.entries.get(row.sample_id, {}).get("status") == "done":
-            taken = judge(recipe.dump, row, max_tokens).row
+            taken = judge(section, row, settings["max_tokens"]).row
             yield row.sample_id, taken.sample if taken else row.sample
 
 

@@ -128,6 +128,24 @@ def test_a_full_disk_is_one_clear_error_and_the_next_run_goes_on(
     assert "60 files whole" in run("dump", "verify", "-r", recipe_path, "--store", store).stdout
 
 
+def test_over_length_samples_are_left_out_or_cut_by_flag(
+    recipe_path: Path, conversations: Path, tmp_path: Path
+) -> None:
+    # Replies of 10 tokens after prompts of 8 to 40: at 40 tokens the last two lengths are too long.
+    more = (*HF, "--set", "target.max_model_len=40")
+    dump(recipe_path, conversations, tmp_path / "out", *more)
+    left_out = [line for line in read_lines(tmp_path / "out/ledger.jsonl") if line["status"] == "filtered"]
+    assert left_out
+    assert all("more than 40" in line["reason"] for line in left_out)
+    cut = ("--truncate", "--staging-dir", str(tmp_path / "staging"), "--max-reject-fraction", "0")
+    dump(recipe_path, conversations, tmp_path / "cut", *more, *cut)
+    entries = done(tmp_path / "cut")
+    assert max(int(str(entry["tokens"])) for entry in entries.values()) == 40
+    assert len(entries) > 60 - len(left_out)
+    assert list((tmp_path / "staging").iterdir()) == []
+    assert "files whole" in run("dump", "verify", "-r", recipe_path, "--store", tmp_path / "cut", *more[4:]).stdout
+
+
 def test_more_rejected_samples_than_allowed_stop_the_run(
     recipe_path: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
