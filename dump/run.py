@@ -253,6 +253,8 @@ def fill_store(
                     break
             while storing and not problems:
                 wait(list(storing), timeout=0.2)
+        except BrokenExecutor as error:  # the pool takes no more: a writer died
+            problems.append(error)
         finally:
             for future in list(storing):
                 future.cancel()
