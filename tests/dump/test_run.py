@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import scripted
 import torch
 from conftest import kill_when, read_lines, run
 
+from contracts.errors import UserError
 from contracts.recipe import load_recipe
 from contracts.store import Store
 from contracts.target import Target, captured_layers
@@ -146,18 +148,28 @@ def test_over_length_samples_are_left_out_or_cut_by_flag(
     assert "files whole" in run("dump", "verify", "-r", recipe_path, "--store", tmp_path / "cut", *more[4:]).stdout
 
 
-def test_more_rejected_samples_than_allowed_stop_the_run(
-    recipe_path: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_more_rejected_samples_than_allowed_stop_the_run_with_the_first_reason(
+    recipe_path: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    rows = (conversations / "conversations.jsonl").read_text().splitlines()
-    recipe = load_recipe(recipe_path, ["dump.backend=server", "dump.endpoints=[http://127.0.0.1:9/v1]"])
-    target = Target.read(recipe.target.path)
-    assert len(rows) == 60
-    result = dump(recipe_path, conversations, tmp_path / "out", *("--set", "dump.backend=server"), check=False)
+    with scripted.serve() as server:  # it knows no completions of token ids
+        more = ("--set", "dump.backend=server", "--set", f"dump.endpoints=[{server.url}]")
+        result = dump(recipe_path, conversations, tmp_path / "out", *more, check=False)
+    assert result.returncode == 1
+    assert "samples rejected (the first: the server did not answer" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not json.loads((tmp_path / "out/run.json").read_text())["complete"]
+
+
+def test_the_server_backend_asks_for_a_server_and_names_one_that_is_not_there(
+    recipe_path: Path, conversations: Path, tmp_path: Path
+) -> None:
+    more = ("--set", "dump.backend=server")
+    result = dump(recipe_path, conversations, tmp_path / "out", *more, check=False)
     assert result.returncode == 2
     assert "dump.endpoints: found none" in result.stderr
-    with pytest.raises(Exception, match="no model list"):
-        make_backend(recipe, target, [1, 2], Staging(tmp_path, 1 << 20))
+    recipe = load_recipe(recipe_path, ["dump.backend=server", "dump.endpoints=[http://127.0.0.1:9/v1]"])
+    with pytest.raises(UserError, match="no model list"):
+        make_backend(recipe, Target.read(recipe.target.path), [1, 2], Staging(tmp_path, 1 << 20))
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 1.03), ("fp8_e4m3", 0.56)])
