@@ -85,7 +85,7 @@ def test_a_slow_answer_is_a_time_out_that_is_retried() -> None:
         assert "2 tries" in str(error)
 
 
-def test_retry_after_is_seconds_or_a_date_and_holds_for_the_whole_server() -> None:
+def test_retry_after_is_seconds_or_a_date() -> None:
     assert _retry_after("2.5") == 2.5
     assert _retry_after("Wed, 21 Oct 2099 07:28:00 GMT") > 1e9
     assert _retry_after("soon") == _retry_after(None) == 0.0
