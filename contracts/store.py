@@ -97,6 +97,11 @@ class Store:
     def ledger_path(self) -> Path:
         return self.folder / "ledger.jsonl"
 
+    @property
+    def checksum(self) -> str:
+        """Names what this store holds: the hash of its ledger, which has every file's."""
+        return hash_file(self.ledger_path)
+
     def sample_path(self, sample_id: str) -> Path:
         """Where a sample lies. Raises ValueError for an id that `dump` did not make (it could leave the folder)."""
         if not SAMPLE_ID.fullmatch(sample_id):

@@ -1,8 +1,6 @@
 """Write a store in the layouts of other trainers.
 
-modelopt:    OUTPUT/<sample id>.pt, a dictionary of input_ids (T,) int64, hidden_states (T, H) before the final norm,
-             aux_hidden_states (T, n*H), loss_mask (T,) int64 and conversation_id, as NVIDIA Model-Optimizer's
-             examples/speculative_decoding dump it and read it.
+modelopt:    OUTPUT/<sample id>.pt, as contracts/modelopt.py says; hidden_states before the final norm, and so flagged.
 speculators: OUTPUT/hidden_states/hs_<row>.safetensors with hidden_states (T, n+1, H), last the final state before the
              final norm, and token_ids (T,); OUTPUT itself is a `datasets` folder with input_ids, loss_mask, seq_len.
 
@@ -21,6 +19,7 @@ from tqdm import tqdm
 
 from contracts.errors import UserError
 from contracts.files import write_json
+from contracts.modelopt import write_modelopt
 from contracts.run import read_run
 from contracts.store import Store, StoredSample
 
@@ -43,27 +42,14 @@ def convert(folder: Path, output: Path, layout: str) -> int:
     samples = ((id_, store.read_sample(id_)) for id_ in tqdm(ids, desc="convert", unit="sample", disable=None))
     if layout == "modelopt":
         for sample_id, sample in samples:
-            _write_modelopt(output / f"{sample_id}.pt", sample_id, sample)
+            path = output / f"{sample_id}.pt"
+            if not path.exists():
+                write_modelopt(path, sample_id, sample)
     else:
         _write_speculators(output, samples)
     write_json(output / "manifest.json", {**manifest.model_dump(), "layout": layout, "samples": len(ids)})
     print(f"dump: {len(ids)} samples in {layout}'s layout, final states {manifest.final_state} -> {output}")
     return len(ids)
-
-
-def _write_modelopt(path: Path, sample_id: str, sample: StoredSample) -> None:
-    if path.exists():
-        return
-    temporary = path.with_suffix(".tmp")
-    value = {
-        "input_ids": sample.input_ids.long(),
-        "hidden_states": sample.hidden_states.clone(),
-        "aux_hidden_states": sample.aux_hidden_states.clone(),
-        "loss_mask": sample.loss_mask.long(),
-        "conversation_id": sample_id,
-    }
-    torch.save(value, temporary)
-    temporary.rename(path)
 
 
 def _write_speculators(output: Path, samples: Iterator[tuple[str, StoredSample]]) -> None:

@@ -22,11 +22,13 @@ def find_plain_defect(head: TargetHead, sample: StoredSample) -> str:
     zero = (sample.hidden_states == 0).all(-1) | (sample.aux_hidden_states == 0).all(-1)
     if bool(zero.any()):
         return f"the states of {int(zero.sum())} of {len(zero)} tokens are all zero"
-    weight = 1.0 + head.norm if head.norm_kind == "gemma" else head.norm
-    telling = weight.abs() > 1e-3
-    squares = (sample.hidden_states.float()[:, telling] / weight[telling]).square().mean(-1)
-    if bool(((squares - 1).abs() < 0.02).all()):
-        return "the final state is normed already, where the un-normed one belongs"
+    weights = {"no weights": torch.ones_like(head.norm), "rms": head.norm, "gemma": 1.0 + head.norm}
+    for kind, weight in weights.items():
+        telling = weight.abs() > 1e-3
+        squares = (sample.hidden_states.float()[:, telling] / weight[telling]).square().mean(-1)
+        if bool(((squares - 1).abs() < 0.02).all()):
+            own = "" if kind in ("no weights", head.norm_kind) else f", and by a {kind} norm, not {head.norm_kind}"
+            return f"the final state is normed already{own}, where the un-normed one belongs"
     return ""
 
 

@@ -15,6 +15,7 @@ from contracts.errors import UserError
 from contracts.recipe import Recipe
 from contracts.store import sample_bytes
 from contracts.target import Target
+from dump.rendered import TemplateMasks
 from dump.samples import judge, read_rows
 from serve.extraction import longest_sample
 
@@ -47,7 +48,7 @@ def make_plan(
 ) -> Plan:
     """Count what is to be captured; of samples that are there already (`is_done`) only their row."""
     plan, max_tokens = Plan(), longest_sample(recipe, target)
-    for row in read_rows(conversations, shard):
+    for row in read_rows(conversations, TemplateMasks(recipe.target, target), shard):
         verdict = judge(recipe.dump, row, max_tokens)
         if is_done(row.sample_id):
             plan.left_out["there already"] += 1

@@ -36,6 +36,7 @@ from contracts.store import Manifest, Store
 from contracts.target import Target, captured_layers
 from dump.capture import Staging
 from dump.plan import make_plan, refuse_full_disk
+from dump.rendered import TemplateMasks
 from dump.samples import Row, judge, read_rows
 from dump.shards import join_shards
 from dump.writer import StoreJob, make_pool, store_sample
@@ -85,7 +86,8 @@ def dump(
             print(f"dump: {ledger.counts.total()} of {plan.rows} samples are there already, going on")
         if not force:
             refuse_full_disk(output, plan.bytes)
-        rows = _take_rows(recipe, ledger, read_rows(conversations, shard), longest_sample(recipe, target))
+        masks = TemplateMasks(recipe.target, target)
+        rows = _take_rows(recipe, ledger, read_rows(conversations, masks, shard), longest_sample(recipe, target))
         if not plan.samples:
             assert next(rows, None) is None  # the ledger learns of those that are left out; no engine is needed
         else:
@@ -99,6 +101,7 @@ def dump(
                 finally:
                     pool.shutdown(cancel_futures=True)
                     shutil.rmtree(staging.folder, ignore_errors=True)
+        masks.tell()
         counts = {status: ledger.counts[status] for status in STATUSES}
         summary = {**counts, "samples": counts["done"], "tokens": ledger.tokens, "bytes": ledger.bytes}
         ledger.close()

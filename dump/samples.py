@@ -8,6 +8,7 @@ from pathlib import Path
 
 from contracts.conversation import Conversation, Sample, read_conversations
 from contracts.recipe import DumpSection
+from dump.rendered import TemplateMasks
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class Row:
         return len(self.sample.token_ids)
 
 
-def read_rows(conversations: Path, shard: tuple[int, int] | None = None) -> Iterator[Row]:
+def read_rows(conversations: Path, masks: TemplateMasks, shard: tuple[int, int] | None = None) -> Iterator[Row]:
     """Yield every sample, or those of the conversations whose id is i modulo n: stable whatever the order."""
     for conversation in read_conversations(conversations):
         if shard is None or int(conversation.id, 16) % shard[1] == shard[0]:
-            for number, sample in enumerate(conversation.samples):
+            for number, sample in enumerate(masks.apply(conversation)):
                 yield Row(f"{conversation.id}-{number}", conversation, sample)
 
 

@@ -33,6 +33,7 @@ from contracts.target import Target
 from contracts.target_weights import TargetHead, read_head
 from dump.diagnose import find_plain_defect, name_defect
 from dump.reference import compare_layers, fits_memory
+from dump.rendered import TemplateMasks
 from dump.samples import judge, read_rows
 
 # Largest logit gap that rounding explains, by the dtype of the stored states (logits are of the order of 10).
@@ -65,7 +66,7 @@ def verify(recipe: Recipe, folder: Path, *, once: bool = False, num_reference: i
     """
     target = Target.read(recipe.target.path)
     store, manifest = open_store(folder, target)
-    checksum, report_path = hash_file(store.ledger_path), folder / "verified.json"
+    checksum, report_path = store.checksum, folder / "verified.json"
     if once and report_path.exists() and read_json(report_path, "a proof")["ledger"] == checksum:
         print(f"verify: {folder} is proven already, skipped")
         return dict(read_json(report_path, "a proof"))
@@ -76,7 +77,9 @@ def verify(recipe: Recipe, folder: Path, *, once: bool = False, num_reference: i
     done = sorted(ledger.ids("done"))
     folder_of_sources = _find_sources(manifest)
     walk = (
-        ((id_, None) for id_ in done) if folder_of_sources is None else _walk(store, recipe, folder_of_sources, ledger)
+        ((id_, None) for id_ in done)
+        if folder_of_sources is None
+        else _walk(store, recipe, target, folder_of_sources, ledger)
     )
     for sample_id, source in tqdm(walk, total=len(done), desc="verify", unit="sample", mininterval=2, disable=None):
         store.check_file(sample_id, ledger.entries[sample_id])
@@ -125,11 +128,13 @@ def _find_sources(manifest: Manifest) -> Path | None:
     return None
 
 
-def _walk(store: Store, recipe: Recipe, conversations: Path, ledger: Ledger) -> Iterator[tuple[str, Sample]]:
+def _walk(
+    store: Store, recipe: Recipe, target: Target, conversations: Path, ledger: Ledger
+) -> Iterator[tuple[str, Sample | None]]:
     """Every sample that is done, as it was generated, cut as the dump was told to."""
     settings = read_run(store.folder, "dump run")["settings"]
     section = recipe.dump.model_copy(update={"truncate": settings["dump"]["truncate"]})
-    for row in read_rows(conversations):
+    for row in read_rows(conversations, TemplateMasks(recipe.target, target)):
         if ledger.entries.get(row.sample_id, {}).get("status") == "done":
             taken = judge(section, row, settings["max_tokens"]).row
             yield row.sample_id, taken.sample if taken else row.sample

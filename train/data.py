@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from contracts.errors import UserError
-from contracts.recipe import TrainSection
-from contracts.store import Store, StoredSample
+from contracts.modelopt import ModelOptStore, is_modelopt, open_modelopt
+from contracts.recipe import Recipe, TrainSection
+from contracts.store import Manifest, Store, StoredSample, open_store
+from contracts.target import Target
+
+AnyStore = Store | ModelOptStore
+
+
+def open_states(recipe: Recipe, folder: Path, target: Target) -> tuple[AnyStore, Manifest]:
+    """A store of ours, or a folder in ModelOpt's layout. Raises UserError for one of another target."""
+    return (
+        open_modelopt(folder, target, recipe.target.aux_layers) if is_modelopt(folder) else open_store(folder, target)
+    )
 
 
 @dataclass(frozen=True)
@@ -25,7 +37,7 @@ class Batch:
 class Samples:
     """A store's samples with anchors to train on; reads are lazy and whole samples are kept while memory allows."""
 
-    def __init__(self, store: Store, mask_token_id: int, cache_bytes: int = 4 << 30) -> None:
+    def __init__(self, store: AnyStore, mask_token_id: int, cache_bytes: int = 4 << 30) -> None:
         """Raises UserError when the store holds no sample at all."""
         self.store = store
         self.mask_token_id = mask_token_id

@@ -25,10 +25,10 @@ from contracts.errors import UserError
 from contracts.files import hash_file, read_json, write_json
 from contracts.recipe import Recipe
 from contracts.run import read_run
-from contracts.store import StoredSample, open_store
+from contracts.store import StoredSample
 from contracts.target import Target
 from contracts.target_weights import TargetHead, read_head
-from train.data import anchor_places
+from train.data import anchor_places, open_states
 from train.dflash import DFlash, plan_blocks
 
 
@@ -39,7 +39,7 @@ def evaluate(recipe: Recipe, run_folder: Path, store_folder: Path, output: Path)
     """
     torch.set_num_threads(recipe.train.threads or os.cpu_count() or 1)
     target = Target.read(recipe.target.path)
-    store, manifest = open_store(store_folder, target)
+    store, manifest = open_states(recipe, store_folder, target)
     read_run(run_folder, "train offline")
     run = DraftRun(run_folder)
     config = run.read_config()
@@ -50,7 +50,7 @@ def evaluate(recipe: Recipe, run_folder: Path, store_folder: Path, output: Path)
             expected=f"layers {config.layer_ids} of target {config.target_fingerprint[:12]}, the draft's own",
             fix="Dump the held-out conversations with the recipe that the draft was trained with.",
         )
-    inputs = {"draft": hash_file(run.latest_weights()), "store": hash_file(store.ledger_path)}
+    inputs = {"draft": hash_file(run.latest_weights()), "store": store.checksum}
     if output.exists():
         report = read_json(output, "an evaluation")
         if report.get("inputs") == inputs:

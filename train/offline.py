@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from contracts.draft import DraftConfig, DraftRun
 from contracts.errors import UserError
-from contracts.files import hash_file, read_json, write_atomic, write_json
+from contracts.files import read_json, write_atomic, write_json
 from contracts.recipe import Recipe, TrainSection
 from contracts.run import Run
-from contracts.store import Manifest, open_store
+from contracts.store import Manifest
 from contracts.target import Target
 from contracts.target_weights import read_head
-from train.data import Samples
+from train.data import Samples, open_states
 from train.dflash import DFlash, init_weights, plan_blocks
 from train.loss import block_targets, slot_weights, weighted_cross_entropy
 from train.mask_token import choose_mask_token
@@ -43,13 +43,13 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path) -> dict[str,
     """
     section = recipe.train
     target = Target.read(recipe.target.path)
-    store, manifest = open_store(store_folder, target)
+    store, manifest = open_states(recipe, store_folder, target)
     config = make_draft_config(recipe, target, manifest)
     run = Run.open(
         output,
         "train offline",
         settings={"train": section.settings(), "draft": config.model_dump(mode="json")},
-        inputs={"target": target.fingerprint, "store": hash_file(store.ledger_path)},
+        inputs={"target": target.fingerprint, "store": store.checksum},
         recipe_yaml=recipe.to_yaml(),
     )
     if run.complete:

@@ -58,11 +58,16 @@ class CPUHiddenStatesConnector(ExampleHiddenStatesConnector):
         future.add_done_callback(partial(self._on_write_done, pending.req_id))
 
     def _copy(self, pending: Any, copied: _Copied, lock: int | None) -> None:
-        """Copy a request's states out of their blocks straight into their file. Runs in a thread."""
+        """Copy a request's states out of their blocks straight into their file. Runs in a thread.
+
+        By numpy: torch would copy with OpenMP threads of this thread's own, and while a process has more of them than
+        processors, those of the engine sleep between any two operations.
+        """
         try:
             os.makedirs(os.path.dirname(pending.filename), exist_ok=True)
             num_tokens = len(pending.token_ids)
             blocks = self._kv_cache.transpose(1, 2)  # [blocks, tokens of a block, layers, H]
+            source = blocks.view(torch.uint8).numpy()
             whole, rest = divmod(num_tokens, self._block_size)
             shape = (num_tokens, *blocks.shape[2:])
             layout = plan_file({"hidden_states": (blocks.dtype, shape), "token_ids": (torch.int64, (num_tokens,))})
@@ -71,13 +76,14 @@ class CPUHiddenStatesConnector(ExampleHiddenStatesConnector):
                 with mmap.mmap(file.fileno(), layout.size) as memory:
                     memory[: len(layout.header)] = layout.header
                     states, ids = (layout.slots[name].view(memory) for name in ("hidden_states", "token_ids"))
+                    room = states.view(torch.uint8).numpy()
                     for place, block in enumerate(pending.block_ids[: whole + (rest > 0)]):
                         first = place * self._block_size
                         length = min(self._block_size, num_tokens - first)
-                        states[first : first + length].copy_(blocks[block, :length])
+                        room[first : first + length] = source[block, :length]
                     copied.set()
                     ids.copy_(pending.token_ids)
-                    del states, ids  # they hold the mapping open
+                    del states, ids, room  # they hold the mapping open
         finally:
             copied.set()
             if lock is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import subprocess
 from pathlib import Path
 
 import datasets
@@ -11,6 +13,7 @@ import torch
 from conftest import run
 from safetensors.torch import load_file
 
+from contracts.modelopt import ModelOptStore
 from contracts.store import Store
 
 
@@ -30,12 +33,55 @@ def test_modelopts_layout_holds_the_same_samples(store: Store, tmp_path: Path) -
     for file in files[::10]:
         found, sample = torch.load(file, weights_only=True), store.read_sample(file.stem)
         assert found["conversation_id"] == file.stem
+        assert found["hidden_states_prenorm"] is True
         assert found["input_ids"].tolist() == sample.input_ids.tolist()
         assert found["loss_mask"].tolist() == sample.loss_mask.int().tolist()
         assert torch.equal(found["hidden_states"], sample.hidden_states)
         assert torch.equal(found["aux_hidden_states"], sample.aux_hidden_states)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert (manifest["final_state"], manifest["layout"], manifest["samples"]) == ("pre-norm", "modelopt", 60)
+
+
+def test_a_draft_trained_from_modelopts_layout_is_the_very_same(
+    store: Store, recipe_path: Path, tmp_path: Path
+) -> None:
+    run("dump", "convert", store.folder, "--to", "modelopt", "--output", tmp_path / "modelopt")
+    more = ("-r", recipe_path, "--set", "train.num_steps=4")
+    for name, folder in (("ours", store.folder), ("theirs", tmp_path / "modelopt")):
+        run("train", "offline", *more, "--store", folder, "--output", tmp_path / name)
+    weights = [load_file(tmp_path / name / "step-000004/weights.safetensors") for name in ("ours", "theirs")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_a_foreign_modelopt_folder_needs_its_layers_named_and_runs_no_code_and_leaves_no_folder(
+    store: Store, recipe_path: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "theirs"
+    run("dump", "convert", store.folder, "--to", "modelopt", "--output", folder)
+    layers = json.loads((folder / "manifest.json").read_text())["layer_ids"]
+    (folder / "manifest.json").unlink()
+
+    def train(name: str, *more: str) -> subprocess.CompletedProcess[str]:
+        args = ("-r", recipe_path, "--set", "train.num_steps=2", "--store", folder, "--output", tmp_path / name)
+        return run("train", "offline", *args, *more, check=False)
+
+    refused = train("a")
+    assert refused.returncode == 2
+    assert "target.aux_layers" in refused.stderr
+    named = ("--set", f"target.aux_layers={layers}")
+    file = sorted(folder.glob("*.pt"))[0]
+    value = torch.load(file, weights_only=True)
+    torch.save({**value, "conversation_id": "../../../out\0of/here"}, file)
+    assert train("b", *named).returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} - {"a"} == {"theirs", "b"}
+    one_less = train("c", "--set", f"target.aux_layers={layers[:1]}")
+    assert one_less.returncode == 2
+    assert "shape" in one_less.stderr
+    for path in folder.glob("*.pt"):
+        path.write_bytes(pickle.dumps({"input_ids": Path("code")}))
+    assert train("d", *named).returncode == 2
+    with pytest.raises(ValueError, match="no file name"):
+        ModelOptStore(folder, layers, 64).sample_path("../out")
 
 
 def test_speculators_layout_holds_the_same_samples_row_by_row(store: Store, tmp_path: Path) -> None:

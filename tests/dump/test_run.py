@@ -12,6 +12,7 @@ import pytest
 import scripted
 import torch
 from conftest import kill_when, read_lines, run
+from written import write_conversations
 
 from contracts.errors import UserError
 from contracts.recipe import load_recipe
@@ -67,33 +68,41 @@ def test_vllm_its_server_and_transformers_agree_layer_by_layer(
                 assert difference < 1e-4, (name, sample_id, states)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("backend", "count", "kills"),
+    [("hf", 60, 6), pytest.param("vllm", 500, 30, marks=[pytest.mark.vllm, pytest.mark.long])],
+)
 def test_a_store_that_two_shards_fill_through_kills_holds_every_sample_once(
-    recipe_path: Path, conversations: Path, tmp_path: Path
+    recipe_path: Path, target_folder: Path, tmp_path: Path, backend: str, count: int, kills: int
 ) -> None:
-    dump(recipe_path, conversations, tmp_path / "whole", *HF)
+    conversations = write_conversations(target_folder, tmp_path / "conversations", count)
+    more = ("--set", f"dump.backend={backend}", "--set", "dump.writers=1")
+    dump(recipe_path, conversations, tmp_path / "whole", *more)
     output = tmp_path / "killed"
     rng = random.Random(0)
-    args = ["dump", "run", "-r", recipe_path, "--conversations", conversations, "--output", output, *HF]
-    for kill in range(6):
+    args = ["dump", "run", "-r", recipe_path, "--conversations", conversations, "--output", output, *more]
+    for kill in range(kills):
         ledger = output / f"shards/0000{kill % 2}-of-00002/ledger.jsonl"
-        enough = rng.randrange(1, 9) + len(read_lines(ledger))
+        enough = rng.randrange(1, count // kills) + len(read_lines(ledger))
         killed = kill_when(lambda: len(read_lines(ledger)) >= enough, *args, "--shard", f"{kill % 2}/2")  # noqa: B023
         assert killed == -9
-    first = dump(recipe_path, conversations, output, *HF, "--shard", "0/2")
+    first = dump(recipe_path, conversations, output, *more, "--shard", "0/2")
     assert "1 of 2 shards are finished" in first.stdout
     unfinished = run("dump", "verify", "-r", recipe_path, "--store", output, check=False)
     assert unfinished.returncode == 2
-    assert "joined 2 shards, 60 samples" in dump(recipe_path, conversations, output, *HF, "--shard", "1/2").stdout
-    assert "60 files whole" in run("dump", "verify", "-r", recipe_path, "--store", output).stdout
+    joined = dump(recipe_path, conversations, output, *more, "--shard", "1/2").stdout
+    assert f"joined 2 shards, {count} samples" in joined
+    assert f"{count} files whole" in run("dump", "verify", "-r", recipe_path, "--store", output).stdout
     lines = read_lines(output / "ledger.jsonl")
-    assert len(lines) == len({line["id"] for line in lines}) == 60
+    assert len(lines) == len({line["id"] for line in lines}) == count
     whole, store = Store(tmp_path / "whole"), Store(output)
     for sample_id in done(output):
         a, b = store.read_sample(sample_id), whole.read_sample(sample_id)
         assert torch.equal(a.input_ids, b.input_ids)
         assert torch.equal(a.loss_mask, b.loss_mask)
-        assert (a.hidden_states - b.hidden_states).norm() / b.hidden_states.norm() < 1e-5
+        for states in ("hidden_states", "aux_hidden_states"):
+            assert (getattr(a, states) - getattr(b, states)).norm() / getattr(b, states).norm() < 1e-5
 
 
 @pytest.fixture

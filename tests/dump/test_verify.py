@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import read_lines, run
+from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM
+from written import write_conversations
 
 from contracts.store import Store, StoredSample
 from contracts.target import Target
 from contracts.target_weights import read_head
+from dump.diagnose import name_defect
 from dump.verify import kept_by, sampled_deviations
 
 
@@ -109,6 +113,66 @@ def test_each_seeded_defect_is_named_with_the_first_sample_that_has_it(
     assert code == 1, printed
     assert words in printed
     assert first in printed
+
+
+def test_layers_that_are_off_by_one_are_named(recipe_path: Path, conversations: Path, tmp_path: Path) -> None:
+    args = ("-r", recipe_path, "--conversations", conversations, "--output", tmp_path / "bad", "--set")
+    run("dump", "run", *args, "dump.backend=hf", "--set", "target.aux_layers=[1,2]")
+    manifest = json.loads((tmp_path / "bad/manifest.json").read_text())
+    (tmp_path / "bad/manifest.json").write_text(json.dumps({**manifest, "layer_ids": [0, 1]}))
+    code, printed = verify(recipe_path, tmp_path / "bad")
+    assert code == 1
+    assert "found the output of layer 1" in printed
+    assert "expected the output of layer 0" in printed
+
+
+def build_gemma(folder: Path, vocabulary: Path) -> Path:
+    """A Gemma of random weights, its norms' too, under another target's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(vocabulary)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(3)
+    config = GemmaConfig(
+        vocab_size=json.loads((vocabulary / "config.json").read_text())["vocab_size"], hidden_size=64,
+        intermediate_size=96, num_hidden_layers=5, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+        max_position_embeddings=512, initializer_range=0.15, dtype="float32",
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    model = GemmaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_gemma_norm_is_proven_and_an_rms_norm_in_its_place_is_named(
+    recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    folder = build_gemma(tmp_path / "gemma", target_folder)
+    conversations = write_conversations(folder, tmp_path / "conversations", 18)
+    more = ("-r", recipe_path, "--set", f"target.path={folder}", "--set", "dump.backend=hf")
+    run("dump", "run", *more, "--conversations", conversations, "--output", tmp_path / "good")
+    printed = run("dump", "verify", *more, "--store", tmp_path / "good").stdout
+    assert "180 of 180 generated tokens of 18 greedy samples are the states' argmax" in printed
+    assert "all layers of 8 samples are as transformers computes them" in printed
+
+    head = read_head(Target.read(folder))
+    store = Store(tmp_path / "good")
+    manifest, sample = store.read_manifest(), store.read_sample(store.sample_ids()[0])
+    assert manifest.final_norm == "gemma"
+    # The target read as an RMSNorm model:
+    misread = replace(head, norm_kind="rms")
+    assert "fit a gemma norm, the target is read as having a rms norm" in name_defect(misread, sample, manifest)
+
+    def normed_by_rms(sample: StoredSample, *_: object) -> None:
+        states = sample.hidden_states
+        sample.hidden_states = torch.nn.functional.rms_norm(states, states.shape[-1:], head.norm, head.eps)
+
+    first = seed(tmp_path / "good", tmp_path / "bad", normed_by_rms)
+    result = run("dump", "verify", *more, "--store", tmp_path / "bad", check=False)
+    assert result.returncode == 1
+    assert "normed already, and by a rms norm, not gemma" in result.stderr
+    assert first in result.stderr
 
 
 def test_a_flipped_byte_is_found_in_its_file(recipe_path: Path, good: Path, tmp_path: Path) -> None:
