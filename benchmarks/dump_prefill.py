@@ -1,6 +1,6 @@
 """`dump run` against the same vLLM's plain prefill: what extraction, checks and a durable store cost together.
 
-    python benchmarks/dump_prefill.py [--target FOLDER] [--rounds 5] [--profile]
+    python benchmarks/dump_prefill.py [--target FOLDER] [--rounds 5] [--profile | --memory]
 
 Prints tokens/s of both and their ratio, for 200 prompts of 256 tokens and 64 of 1024; two engines, each in a process of
 its own, take turns. Plain prefill: `max_tokens=1`, no extraction, nothing written.
@@ -8,6 +8,8 @@ its own, take turns. Plain prefill: `max_tokens=1`, no extraction, nothing writt
 Without --target a random one is made: 12 layers, 384 wide, 21M parameters beside its embedding. What counts is how much
 a target computes for each byte that it hands out: about 5,400 floating-point operations here, 1,700 for the tiny
 recipe's target (the harshest case), 600,000 for MiniMax-M3.
+
+With --memory: the peak memory of `dump run`'s processes over 2000 samples against that over 200.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--target", type=Path, help="default: a random one")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="print where the dump's main thread spends its time")
+    parser.add_argument("--memory", action="store_true", help="compare peak memory at 1x and 10x samples instead")
     parser.add_argument("--side", choices=("dump", "prefill"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -42,6 +45,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         target = make_random_target(Path(folder)) if args.target is None else lengthen(args.target, Path(folder))
+        if args.memory:
+            compare_memory(target)
+            return
         sides = {side: start_side(side, target, args.profile) for side in ("dump", "prefill")}
         compare(sides, args.rounds)
 
@@ -86,6 +92,25 @@ def compare(sides: dict[str, subprocess.Popen[str]], rounds: int) -> None:
         print(f"{count} x {length}: ratio {sorted(ratios)[len(ratios) // 2]:.3f} (median of {rounds}; limit 0.95)")
     for process in sides.values():
         process.communicate("\n")
+
+
+def compare_memory(target: Path) -> None:
+    """Print the peak of all processes of a dump, each of its size in processes of its own."""
+    peaks = []
+    for count in (200, 2000):
+        process = start_side("dump", target, False)
+        ask(process, count, 256, 0)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        peaks.append(sum(read_peak(pid) for pid in (str(process.pid), *children)))
+        print(f"{count} samples of 256 tokens: {peaks[-1] / 2**20:.0f} MiB at its peak, writers included", flush=True)
+        process.communicate("\n")
+    print(f"peak memory at 10x the samples: {peaks[1] / peaks[0]:.3f} of that at 1x")
+
+
+def read_peak(pid: str) -> int:
+    """A process's largest resident size so far, in bytes (proc(5), VmHWM)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 def start_side(side: str, target: Path, profile: bool) -> subprocess.Popen[str]:

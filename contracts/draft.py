@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -21,20 +22,23 @@ STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
 
 class DraftConfig(BaseModel):
-    """Everything that a DFlash draft's weights mean; all sizes are counts of elements.
+    """Everything that a draft's weights mean; all sizes are counts of elements.
 
-    `layer_ids` are 0-based outputs of the target's layers; `block_size` includes the anchor.
+    `layer_ids` are 0-based outputs of the target's layers. DFlash: `block_size` includes the anchor. EAGLE3: drafts
+    `block_size - 1` tokens one after another, trained over `ttt_steps`; it may know only `draft_vocab_size` tokens.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: str = "dflash"
+    method: Literal["dflash", "eagle3"] = "dflash"
     hidden_size: int
     vocab_size: int
     num_target_layers: int
     layer_ids: list[int]
     block_size: int
-    mask_token_id: int
+    mask_token_id: int | None = None
+    ttt_steps: int | None = None
+    draft_vocab_size: int | None = None
     num_layers: int
     num_attention_heads: int
     num_key_value_heads: int

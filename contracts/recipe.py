@@ -145,8 +145,29 @@ class DumpSection(Section):
 
 
 class TrainSection(Section):
-    method: Literal["dflash"] = "dflash"
-    block_size: int = Field(default=8, ge=2, description="anchor included: 8 drafts 7 tokens")
+    method: Literal["dflash", "eagle3"] = "dflash"
+    block_size: int = Field(default=8, ge=2, description="anchor included: 8 drafts 7 tokens (EAGLE3: in evaluation)")
+    ttt_steps: int = Field(default=7, gt=0, description="EAGLE3: steps that training unrolls")
+    ttt_decay: float = Field(default=0.8, gt=0, le=1, description="EAGLE3: step i weighs decay^i")
+    draft_vocab_size: int | None = Field(
+        default=None, gt=0, description="EAGLE3: the most frequent tokens that the draft knows; default: all"
+    )
+    objective: Literal["tokens", "distill"] = Field(
+        default="tokens", description="cross-entropy on the generated tokens, or on the target's own distribution"
+    )
+    slot_weights: Literal["decay", "dpace"] = Field(default="decay", description="DFlash: static, or D-PACE's")
+    dpace_smoothing: float = Field(default=0.5, ge=0, le=1, description="D-PACE: a of q~ = (1-a)*q + a")
+    schedule: Literal["cosine", "linear", "wsd"] = Field(
+        default="cosine", description="after the warm-up; wsd: constant, then linear over the last fifth"
+    )
+    accumulate: int = Field(default=1, gt=0, description="batches of one optimizer step")
+    held_out_fraction: float = Field(
+        default=0.0, ge=0, lt=0.5, description="conversations kept from training, for the best checkpoint"
+    )
+    gradient_checkpointing: bool = _operational(default=False)
+    compile: bool = _operational(default=False, description="torch.compile")
+    parallel: Literal["ddp", "fsdp2"] = _operational(default="ddp", description="under torchrun with several processes")
+    evaluate_every: int = _operational(default=0, ge=0, description="steps between looks at the held-out part; 0: never")
     num_layers: int = Field(default=5, gt=0)
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(gt=0)

@@ -15,8 +15,8 @@ REPLY_TOKENS = 10
 
 
 @torch.inference_mode()
-def write_conversations(target_folder: Path, folder: Path, count: int) -> Path:
-    """A finished synthesis of `count` conversations of 8 to 40 tokens and a greedy reply."""
+def write_conversations(target_folder: Path, folder: Path, count: int, shared: int = 0) -> Path:
+    """A finished synthesis of `count` conversations: `shared` equal tokens, 8 to 40 more, a greedy reply."""
     model = AutoModelForCausalLM.from_pretrained(target_folder).eval()
     target = Target.read(target_folder)
     generator = torch.Generator().manual_seed(0)
@@ -25,13 +25,13 @@ def write_conversations(target_folder: Path, folder: Path, count: int) -> Path:
     lines = []
     for length in range(8, 41, 4):
         prompts = torch.randint(0, 900, (-(-count // 9), length), generator=generator)
-        tokens = prompts
+        tokens = torch.cat([torch.arange(100, 100 + shared).expand(len(prompts), -1), prompts], dim=1)
         for _ in range(REPLY_TOKENS):
             tokens = torch.cat([tokens, model(tokens).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
         for row in tokens.tolist():
             conversation = Conversation(
                 id=f"{len(lines) * 7919:032x}", source_id=f"row-{len(lines)}", index=len(lines), messages=[],
-                samples=[Sample(token_ids=row, loss_spans=[(length, len(row))])], finish_reason="stop",
+                samples=[Sample(token_ids=row, loss_spans=[(shared + length, len(row))])], finish_reason="stop",
                 thinking_mode=("enabled", "disabled")[len(lines) % 2], sampling={"temperature": 0.0},
                 target={"path": str(target_folder)}, template="", usage={"completion_tokens": REPLY_TOKENS},
             )  # fmt: skip

@@ -68,6 +68,23 @@ def test_vllm_its_server_and_transformers_agree_layer_by_layer(
                 assert difference < 1e-4, (name, sample_id, states)
 
 
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+def test_states_of_a_cached_prefix_are_whole_when_caching_is_asked_for(
+    recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    conversations = write_conversations(target_folder, tmp_path / "conversations", 27, shared=96)
+    more = ("--set", "dump.args.enable-prefix-caching=true", "--set", "dump.args.block-size=32")
+    dump(recipe_path, conversations, tmp_path / "cached", *more)
+    dump(recipe_path, conversations, tmp_path / "hf", *HF)
+    store, reference = Store(tmp_path / "cached"), Store(tmp_path / "hf")
+    assert len(done(tmp_path / "cached")) == 27
+    for sample_id in done(tmp_path / "hf"):
+        a, b = store.read_sample(sample_id), reference.read_sample(sample_id)
+        for states in ("hidden_states", "aux_hidden_states"):
+            assert (getattr(a, states) - getattr(b, states)).norm() / getattr(b, states).norm() < 1e-4
+
+
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("backend", "count", "kills"),
