@@ -167,7 +167,7 @@ class TrainSection(Section):
     gradient_checkpointing: bool = _operational(default=False)
     compile: bool = _operational(default=False, description="torch.compile")
     parallel: Literal["ddp", "fsdp2"] = _operational(default="ddp", description="under torchrun with several processes")
-    evaluate_every: int = _operational(default=0, ge=0, description="steps between looks at the held-out part; 0: never")
+    evaluate_every: int = _operational(default=0, ge=0, description="steps between looks at held-out rows; 0: never")
     num_layers: int = Field(default=5, gt=0)
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(gt=0)
