@@ -6,7 +6,7 @@ Prints tokens/s of both and their ratio, for 200 prompts of 256 tokens and 64 of
 its own, take turns. Plain prefill: `max_tokens=1`, no extraction, nothing written.
 
 Without --target a random one is made: 12 layers, 384 wide, 21M parameters beside its embedding. What counts is how much
-a target computes for each byte that it hands out: about 5,400 floating-point operations here, 1,700 for the tiny
+a target computes for each byte that it hands out: about 5,400 floating-point operations here, 1,500 for the tiny
 recipe's target (the harshest case), 600,000 for MiniMax-M3.
 
 With --memory: the peak memory of `dump run`'s processes over 2000 samples against that over 200.
