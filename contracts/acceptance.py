@@ -7,9 +7,13 @@ definitions of vLLM's `vllm:spec_decode_*` counters. Pool by adding counters, ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,16 @@ class Acceptance:
     def per_position(self) -> list[float]:
         """Share of steps that accepted at least i tokens, i = 1..K; non-increasing, sums to the length minus 1."""
         return [sum(self.histogram[i:]) / max(1, self.steps) for i in range(1, len(self.histogram))]
+
+    @staticmethod
+    def interval(parts: Sequence[Acceptance], confidence: float = 0.95) -> tuple[float, float]:
+        """Bootstrap interval of the pooled acceptance length; the parts (conversations) are what is drawn again."""
+        rng = np.random.default_rng(0)
+        counts = np.array([(part.accepted, part.steps) for part in parts], dtype=float)
+        drawn = counts[rng.integers(len(counts), size=(RESAMPLES, len(counts)))].sum(axis=1)
+        lengths = 1.0 + drawn[:, 0] / np.maximum(drawn[:, 1], 1.0)
+        low, high = np.quantile(lengths, [(1 - confidence) / 2, (1 + confidence) / 2])
+        return float(low), float(high)
 
     def summary(self) -> dict[str, Any]:
         """The figures as they go into reports."""

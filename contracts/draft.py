@@ -2,7 +2,8 @@
 
 run folder    step-000500/{weights.safetensors, state.pt, position.json}   (a checkpoint; two are kept)
               draft.json       what was trained: dimensions, layers, mask token, target, store
-              metrics.jsonl    one line every few steps
+              best.json        which checkpoint predicts the longest acceptance on what was held out
+              metrics.jsonl    one line every few steps; curves.png and tensorboard/ show them
 export        config.json, model.safetensors, draftline.json               (nothing but what a server loads)
 """
 
@@ -80,11 +81,25 @@ class DraftRun:
     def read_config(self) -> DraftConfig:
         return DraftConfig.model_validate(read_json(self.config_path, "a training run's draft.json"))
 
-    def latest_weights(self) -> Path:
-        """Weights of the last checkpoint. Raises UserError when there is none."""
-        steps = self.steps()
+    def write_best(self, step: int, acceptance_length: float) -> None:
+        """Note the checkpoint with the best predicted acceptance length so far."""
+        write_json(self.folder / "best.json", {"step": step, "acceptance_length": acceptance_length})
+
+    def best_step(self) -> int | None:
+        """The best checkpoint's step, where a part of the conversations was held out."""
+        path = self.folder / "best.json"
+        return int(read_json(path, "a best checkpoint")["step"]) if path.exists() else None
+
+    def best_length(self) -> float:
+        """The best checkpoint's predicted acceptance length; 0 without one."""
+        path = self.folder / "best.json"
+        return float(read_json(path, "a best checkpoint")["acceptance_length"]) if path.exists() else 0.0
+
+    def chosen_weights(self) -> Path:
+        """Weights of the best checkpoint, or of the last. Raises UserError when there is none."""
+        steps, best = self.steps(), self.best_step()
         if not steps:
             raise UserError(
                 self.folder, found="no checkpoint", expected="a step-* folder", fix="Run `train offline` first."
             )
-        return self.step_folder(steps[-1]) / "weights.safetensors"
+        return self.step_folder(best if best in steps else steps[-1]) / "weights.safetensors"

@@ -6,7 +6,7 @@ Nothing else of the target is loaded, so that a terabyte of weights costs three 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors import safe_open
@@ -30,11 +30,42 @@ class TargetHead:
     norm_kind: str
     eps: float
 
+    def to(self, device: torch.device) -> TargetHead:
+        """The head on a device."""
+        lm_head = self.lm_head.to(device)
+        embedding = lm_head if self.embedding is self.lm_head else self.embedding.to(device)
+        return replace(self, embedding=embedding, lm_head=lm_head, norm=self.norm.to(device))
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(..., H)` final states before the final norm to the target's logits `(..., V)`, in fp32."""
         weight = 1.0 + self.norm if self.norm_kind == "gemma" else self.norm
         normed = functional.rms_norm(hidden.float(), (hidden.shape[-1],), weight, self.eps)
         return functional.linear(normed, self.lm_head)
+
+
+def kept_by(q: torch.Tensor, top_p: float | None, top_k: int | None) -> torch.Tensor:
+    """Which tokens `(t, V)` a sampler with top_k and top_p can draw from probabilities `q`, top_k first."""
+    ordered, order = q.sort(-1, descending=True)
+    kept = torch.ones_like(ordered, dtype=torch.bool)
+    if top_k:
+        kept[:, top_k:] = False
+    if top_p is not None:
+        mass = (ordered * kept).cumsum(-1) / (ordered * kept).sum(-1, keepdim=True)
+        kept &= torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], -1) < top_p
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def sampling_probabilities(
+    logits: torch.Tensor, temperature: float, top_p: float | None, top_k: int | None
+) -> torch.Tensor:
+    """What a sampler draws from, `(t, V)`: one-hot at the argmax for temperature 0."""
+    if temperature == 0.0:
+        return functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    q = (logits / temperature).softmax(-1)
+    if top_k or top_p is not None:
+        q = q * kept_by(q, top_p, top_k)
+        q = q / q.sum(-1, keepdim=True)
+    return q
 
 
 def read_head(target: Target) -> TargetHead:

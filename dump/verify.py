@@ -30,7 +30,7 @@ from contracts.recipe import Recipe
 from contracts.run import read_run
 from contracts.store import Manifest, Store, StoredSample, open_store
 from contracts.target import Target
-from contracts.target_weights import TargetHead, read_head
+from contracts.target_weights import TargetHead, kept_by, read_head
 from dump.diagnose import find_plain_defect, name_defect
 from dump.reference import compare_layers, fits_memory
 from dump.rendered import TemplateMasks
@@ -240,18 +240,6 @@ def sampled_deviations(head: TargetHead, sample: StoredSample) -> tuple[float, i
         variance += float((square - mean**2).clamp_min(0).sum())
         count += len(tokens)
     return total / max(variance, 1e-6) ** 0.5 if count else 0.0, count
-
-
-def kept_by(q: torch.Tensor, top_p: float | None, top_k: int | None) -> torch.Tensor:
-    """Which tokens `(t, V)` a sampler with top_k and top_p can draw from probabilities `q`, top_k first."""
-    ordered, order = q.sort(-1, descending=True)
-    kept = torch.ones_like(ordered, dtype=torch.bool)
-    if top_k:
-        kept[:, top_k:] = False
-    if top_p is not None:
-        mass = (ordered * kept).cumsum(-1) / (ordered * kept).sum(-1, keepdim=True)
-        kept &= torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], -1) < top_p
-    return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
 def _to_report(counts: Counts) -> dict[str, Any]:

@@ -67,3 +67,7 @@ def main() -> None:
     # Waiting threads that spin would fight the working ones; read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     run_app(app)
+
+
+if __name__ == "__main__":  # under torchrun
+    main()

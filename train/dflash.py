@@ -9,7 +9,7 @@ are those of the exported checkpoint. Layout of one block, block_size B, anchor 
     queries [token p, mask x (B-1)] at positions p..p+B-1; slot k predicts the token at p+k;
     keys: context strictly before p, and the whole own block in both directions.
 
-Shapes: T tokens of the packed samples, A anchors, B block size, H hidden size, n captured layers, D head size.
+Shapes: T tokens of the packed documents, A anchors, B block size, H hidden size, n captured layers, D head size.
 """
 
 from __future__ import annotations
@@ -21,159 +21,78 @@ from itertools import accumulate
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import Qwen3Config
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from torch.utils.checkpoint import checkpoint
 
 from contracts.draft import DraftConfig
-
-# Anchors are sorted and taken in groups, each against the prefix of its last anchor: few wasted keys, few calls.
-ANCHORS_A_GROUP = 16
-
-
-class Rope(nn.Module):
-    """Rotary embedding with or without YaRN, as transformers computes it; tables for all positions."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-    def __init__(self, config: DraftConfig) -> None:
-        super().__init__()
-        parameters = rope_parameters(config)
-        kind = parameters["rope_type"]
-        qwen = Qwen3Config(
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_position_embeddings,
-            rope_parameters=parameters,
-        )
-        if kind == "default":
-            exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-            inverse_frequencies, scale = config.rope_theta**-exponents, 1.0
-        else:
-            inverse_frequencies, scale = ROPE_INIT_FUNCTIONS[kind](qwen, torch.device("cpu"))
-        # A block that starts at the last position reaches block_size - 1 further.
-        positions = torch.arange(config.max_position_embeddings + config.block_size).float()
-        angles = torch.outer(positions, inverse_frequencies)
-        angles = torch.cat([angles, angles], dim=-1)
-        self.register_buffer("cos", angles.cos() * scale, persistent=False)
-        self.register_buffer("sin", angles.sin() * scale, persistent=False)
-
-    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Rotate `x (N, heads, D)` at `positions (N,)`."""
-        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
-        first, second = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def rope_parameters(config: DraftConfig) -> dict[str, str | float | int]:
-    """The draft's rope in transformers' schema (`rope_parameters`, once `rope_scaling`)."""
-    if config.yarn is None:
-        return {"rope_type": "default", "rope_theta": config.rope_theta}
-    return {
-        "rope_type": "yarn",
-        "rope_theta": config.rope_theta,
-        "factor": config.yarn.factor,
-        "original_max_position_embeddings": config.yarn.original_max_position_embeddings,
-    }
-
-
-@dataclass(frozen=True)
-class Group:
-    """Blocks of one sample that attend together: rows of the queries and of the context, and who may see what."""
-
-    queries: slice
-    context: slice
-    mask: torch.Tensor
+from contracts.errors import UserError
+from contracts.recipe import TrainSection
+from contracts.store import StoredSample
+from contracts.target_weights import TargetHead
+from train.attention import Group, attend, plan_groups
+from train.batch import Batch
+from train.norm import RMSNorm, gated
+from train.objective import StepLoss, Weights, dpace_weights, fused_cross_entropy, make_teacher, slot_weights
+from train.rope import Rope, Tables, rotate
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of several samples packed one after another; made once a step, used by every layer.
+    """The blocks of a batch, laid out once a step and used by every layer.
 
-    Shapes: anchor_rows (A,) rows of the anchors in the packed tokens; query_positions (A*B,) and
-    context_positions (T,) positions inside each sample.
+    Shapes: anchor_rows (A,) rows of the anchors in the packed tokens; labels (A, B-1) the tokens that the slots after
+    the anchor must predict; valid (A, B-1) whether the target generated them, in this run of generated tokens.
     """
 
     anchor_rows: torch.Tensor
-    query_positions: torch.Tensor
-    context_positions: torch.Tensor
+    labels: torch.Tensor
+    valid: torch.Tensor
+    query_rope: Tables
+    context_rope: Tables
     groups: list[Group]
 
-
-def plan_blocks(lengths: Sequence[int], anchors: Sequence[torch.Tensor], block_size: int) -> Blocks:
-    """Lay out blocks at `anchors[i]` (ascending positions) of each sample i, `lengths[i]` tokens long."""
-    offsets = [0, *accumulate(lengths)]
-    groups, row = [], 0
-    for offset, positions in zip(offsets, anchors, strict=False):
-        for members in positions.split(ANCHORS_A_GROUP):
-            prefix, size = int(members[-1]), len(members) * block_size
-            groups.append(
-                Group(slice(row, row + size), slice(offset, offset + prefix), _group_mask(members, prefix, block_size))
-            )
-            row += size
-    positions = torch.cat(list(anchors))
-    return Blocks(
-        anchor_rows=torch.cat([offset + part for offset, part in zip(offsets, anchors, strict=False)]),
-        query_positions=(positions[:, None] + torch.arange(block_size)).flatten(),
-        context_positions=torch.cat([torch.arange(length) for length in lengths]),
-        groups=groups,
-    )
-
-
-def _group_mask(anchors: torch.Tensor, prefix: int, block_size: int) -> torch.Tensor:
-    """True where a query of the group may look: context before its anchor, and its own block. `(G*B, prefix + G*B)`."""
-    owner = torch.arange(len(anchors)).repeat_interleave(block_size)
-    sees_context = torch.arange(prefix)[None] < anchors[owner][:, None]
-    return torch.cat([sees_context, owner[:, None] == owner[None]], dim=1)
+    @property
+    def num_slots(self) -> int:
+        """Supervised slots."""
+        return int(self.valid.sum())
 
 
 class Attention(nn.Module):
     """Block queries over context keys and the block's own."""
 
-    def __init__(self, config: DraftConfig, rope: Rope) -> None:
+    def __init__(self, config: DraftConfig) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         hidden, size = config.hidden_size, config.head_dim
         self.q_proj = nn.Linear(hidden, self.heads * size, bias=False)
         self.k_proj = nn.Linear(hidden, self.kv_heads * size, bias=False)
         self.v_proj = nn.Linear(hidden, self.kv_heads * size, bias=False)
         self.o_proj = nn.Linear(self.heads * size, hidden, bias=False)
-        self.q_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
-        self._rope = (rope,)  # in a tuple: shared by all layers, registered by none of them
+        self.q_norm = RMSNorm(size, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(size, eps=config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor, blocks: Blocks) -> torch.Tensor:
-        """Shapes: x (A, B, H), context (C, H) -> (A, B, H)."""
-        flat = x.flatten(0, 1)
-        (rope,) = self._rope
-        query = rope(self.q_norm(self.q_proj(flat).unflatten(-1, (self.heads, -1))), blocks.query_positions)
-        block_key = rope(self.k_norm(self.k_proj(flat).unflatten(-1, (self.kv_heads, -1))), blocks.query_positions)
-        block_value = self.v_proj(flat).unflatten(-1, (self.kv_heads, -1))
-        context_key = self.k_norm(self.k_proj(context).unflatten(-1, (self.kv_heads, -1)))
-        context_key = rope(context_key, blocks.context_positions)
-        context_value = self.v_proj(context).unflatten(-1, (self.kv_heads, -1))
+    def forward(self, x: torch.Tensor, context: torch.Tensor, blocks: Blocks, skip: int) -> torch.Tensor:
+        """Shapes: x (A, B, H), context (T, H) -> (A, B - skip, H): the first `skip` slots ask nothing."""
+        query_rope = tuple(table[:, skip:] for table in blocks.query_rope)
+        query = rotate(self.q_norm(self._split(self.q_proj(x[:, skip:]), self.heads)), query_rope)  # type: ignore[arg-type]
+        block_key = rotate(self.k_norm(self._split(self.k_proj(x), self.kv_heads)), blocks.query_rope)
+        context_key = rotate(self.k_norm(self._split(self.k_proj(context), self.kv_heads)), blocks.context_rope)
+        block_value, context_value = (self._split(self.v_proj(y), self.kv_heads) for y in (x, context))
+        output = attend(query, context_key, context_value, block_key, block_value, blocks.groups)
+        projected: torch.Tensor = self.o_proj(output.flatten(2))
+        return projected
 
-        outputs = []
-        for group in blocks.groups:
-            key = torch.cat([context_key[group.context], block_key[group.queries]]).transpose(0, 1)[None]
-            value = torch.cat([context_value[group.context], block_value[group.queries]]).transpose(0, 1)[None]
-            output = functional.scaled_dot_product_attention(
-                query[group.queries].transpose(0, 1)[None], key, value, attn_mask=group.mask, enable_gqa=True
-            )
-            outputs.append(output[0].transpose(0, 1).flatten(1))
-        return self.o_proj(torch.cat(outputs)).unflatten(0, x.shape[:2])
+    @staticmethod
+    def _split(x: torch.Tensor, heads: int) -> torch.Tensor:
+        return x.unflatten(-1, (heads, -1))
 
 
 class Layer(nn.Module):
     """One draft layer: attention and a gated MLP, each behind its norm."""
 
-    def __init__(self, config: DraftConfig, rope: Rope) -> None:
+    def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = Attention(config, rope)
+        self.self_attn = Attention(config)
         self.mlp = nn.ModuleDict(
             {
                 "gate_proj": nn.Linear(hidden, config.intermediate_size, bias=False),
@@ -181,30 +100,77 @@ class Layer(nn.Module):
                 "down_proj": nn.Linear(config.intermediate_size, hidden, bias=False),
             }
         )
-        self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
-        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.input_layernorm = RMSNorm(hidden, eps=eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor, blocks: Blocks) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), context, blocks)
+    def forward(self, x: torch.Tensor, context: torch.Tensor, blocks: Blocks, skip: int) -> torch.Tensor:
+        x = x[:, skip:] + self.self_attn(self.input_layernorm(x), context, blocks, skip)
         y = self.post_attention_layernorm(x)
-        return x + self.mlp["down_proj"](functional.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y))
+        return x + self.mlp["down_proj"](gated(self.mlp["gate_proj"](y), self.mlp["up_proj"](y)))
 
 
 class DFlash(nn.Module):
-    """The draft without embedding and lm_head, which are the target's."""
+    """The draft without embedding and lm_head, which are the target's. `section` says how it is trained."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: DraftConfig, section: TrainSection | None = None) -> None:
         super().__init__()
-        self.config = config
+        assert config.mask_token_id is not None
+        self.config, self.section = config, section
         hidden = config.hidden_size
-        rope = Rope(config)
         self.fc = nn.Linear(len(config.layer_ids) * hidden, hidden, bias=False)
-        self.hidden_norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(Layer(config, rope) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.rope = rope
+        self.hidden_norm = RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.rope = Rope(config)
 
-    def forward(
+    def plan(self, batch: Batch) -> Blocks:
+        """Draw the anchors of a training batch: some of the places that serving can draft from, in each document.
+
+        Raises UserError, with the sample's id, for a document that has none.
+        """
+        assert self.section is not None
+        anchors = []
+        masks = batch.loss_mask.cpu().split(batch.lengths)
+        for sample_id, seed, mask in zip(batch.sample_ids, batch.seeds, masks, strict=True):
+            places = anchor_places(mask)
+            if not len(places):
+                raise UserError(
+                    f"sample {sample_id}",
+                    found="no place for an anchor",
+                    expected="two generated tokens in a row",
+                    fix="Dump again: such samples are worth nothing.",
+                )
+            generator = torch.Generator().manual_seed(seed)
+            chosen = torch.randperm(len(places), generator=generator)[: self.section.num_anchors]
+            anchors.append(places[chosen].sort().values)
+        return self.lay_out(batch.token_ids, batch.loss_mask, batch.lengths, anchors)
+
+    def lay_out(
+        self, token_ids: torch.Tensor, loss_mask: torch.Tensor, lengths: Sequence[int], anchors: Sequence[torch.Tensor]
+    ) -> Blocks:
+        """Blocks at `anchors[i]`, ascending positions in document i of the pack.
+
+        A block is cut where its run of generated tokens ends: what lies beyond is another turn's prompt, or nothing.
+        Documents need no boundary of their own, as each begins with its prompt.
+        """
+        width, device = self.config.block_size, token_ids.device
+        positions = torch.cat(list(anchors)).to(device)
+        offsets = zip([0, *accumulate(lengths)], anchors, strict=False)
+        rows = torch.cat([offset + places for offset, places in offsets]).to(device)
+        places = rows[:, None] + torch.arange(1, width, device=device)
+        inside = places < len(token_ids)
+        places = places.clamp(max=len(token_ids) - 1)
+        context = torch.cat([torch.arange(length) for length in lengths]).to(device)
+        return Blocks(
+            anchor_rows=rows,
+            labels=token_ids[places],
+            valid=(loss_mask[places] & inside).long().cumprod(dim=1).bool(),
+            query_rope=self.rope.at(positions[:, None] + torch.arange(width, device=device)),
+            context_rope=self.rope.at(context),
+            groups=plan_groups(lengths, anchors, width),
+        )
+
+    def hidden(
         self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, blocks: Blocks, embedding: torch.Tensor
     ) -> torch.Tensor:
         """Hidden states of all slots but the anchor's, final norm applied; times lm_head they are the draft's logits.
@@ -212,16 +178,78 @@ class DFlash(nn.Module):
         Shapes: token_ids (T,), aux_hidden_states (T, n*H), embedding (V, H) -> (A, B-1, H).
         """
         context = self.hidden_norm(self.fc(aux_hidden_states))
-        slots = torch.full((len(blocks.anchor_rows), self.config.block_size), self.config.mask_token_id)
+        shape = (len(blocks.anchor_rows), self.config.block_size)
+        slots = torch.full(shape, self.config.mask_token_id or 0, device=token_ids.device)
         slots[:, 0] = token_ids[blocks.anchor_rows]
         x = functional.embedding(slots, embedding)
-        for layer in self.layers:
-            x = layer(x, context, blocks)
-        hidden: torch.Tensor = self.norm(x[:, 1:])
+        save_memory = self.training and self.section is not None and self.section.gradient_checkpointing
+        for number, layer in enumerate(self.layers):
+            skip = int(number == len(self.layers) - 1)  # nobody reads what the last layer makes of the anchor
+            x = (
+                checkpoint(layer, x, context, blocks, skip, use_reentrant=False)
+                if save_memory
+                else layer(x, context, blocks, skip)
+            )
+        hidden: torch.Tensor = self.norm(x)
         return hidden
 
+    def forward(self, batch: Batch, blocks: Blocks, head: TargetHead) -> StepLoss:
+        """The training loss of a batch whose blocks are laid out."""
+        assert self.section is not None
+        hidden = self.hidden(batch.token_ids, batch.aux_hidden_states, blocks, head.embedding)
+        valid, ends = blocks.valid, blocks.valid.sum(1).cumsum(0)
+        weights, bounds = self._weights(valid)
+        places = (blocks.anchor_rows[:, None] + torch.arange(valid.shape[1], device=valid.device))[valid]
+        teacher = make_teacher(head, batch.hidden_states, places) if self.section.objective == "distill" else None
+        loss_sum, hits, _ = fused_cross_entropy(
+            hidden[valid], head.lm_head, blocks.labels[valid], weights, teacher, ends.tolist() if bounds else None
+        )
+        right = torch.zeros_like(valid).masked_scatter(valid, hits)
+        return StepLoss(
+            loss_sum=loss_sum,
+            num_slots=valid.sum(),
+            right=right.sum(0),
+            total=valid.sum(0),
+            accepted=right.long().cumprod(1).sum(),
+            num_blocks=torch.tensor(len(valid)),
+        )
 
-def init_weights(model: DFlash, seed: int) -> None:
+    def _weights(self, valid: torch.Tensor) -> tuple[Weights, bool]:
+        """The slots' weights, and whether they need whole blocks at a time."""
+        section = self.section
+        assert section is not None
+        if section.slot_weights == "decay":
+            by_slot = slot_weights(self.config.block_size, section.loss_decay).to(valid.device)
+            return by_slot.expand(valid.shape)[valid], False
+        first = torch.cat([valid.new_zeros(1, dtype=torch.long), valid.sum(1).cumsum(0)])
+
+        def of_rows(rows: slice, losses: torch.Tensor) -> torch.Tensor:
+            low, high = torch.searchsorted(first, torch.tensor([rows.start, rows.stop], device=first.device)).tolist()
+            part = valid[low:high]
+            dense = torch.zeros(part.shape, device=losses.device).masked_scatter(part, losses)
+            return dpace_weights(dense, part, section.dpace_smoothing)[part]
+
+        return of_rows, True
+
+    @torch.inference_mode()
+    def draft(self, sample: StoredSample, head: TargetHead) -> torch.Tensor:
+        """The greedy tokens after every position that serving could draft from: `(T, B-1)`, -1 elsewhere."""
+        anchors = anchor_places(sample.loss_mask)
+        drafted = torch.full((sample.num_tokens, self.config.block_size - 1), -1)
+        if len(anchors):
+            token_ids = sample.input_ids.long()
+            blocks = self.lay_out(token_ids, sample.loss_mask, [sample.num_tokens], [anchors])
+            hidden = self.hidden(token_ids, sample.aux_hidden_states.float(), blocks, head.embedding)
+            drafted[anchors] = functional.linear(hidden, head.lm_head).argmax(-1)
+        return drafted
+
+
+def anchor_places(loss_mask: torch.Tensor) -> torch.Tensor:
+    """Positions that serving can draft from: a generated token followed by another. Ascending, (N,)."""
+    return (loss_mask[:-1] & loss_mask[1:]).nonzero()[:, 0]
+
+
+def init_weights(model: nn.Module, seed: int) -> None:
     """Normal with standard deviation 0.02 for matrices, ones for norms; the same for a seed on every machine."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

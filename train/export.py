@@ -21,7 +21,7 @@ from contracts.recipe import Recipe
 from contracts.run import read_run
 from contracts.store import DTYPES
 from contracts.target import Target
-from train.dflash import rope_parameters
+from train.rope import rope_parameters
 
 ORIGIN_FILE = "draftline.json"
 
@@ -34,7 +34,7 @@ def export(recipe: Recipe, run_folder: Path, output: Path) -> None:
     read_run(run_folder, "train offline")
     run = DraftRun(run_folder)
     config = run.read_config()
-    weights = run.latest_weights()
+    weights = run.chosen_weights()
     if recipe.export.yarn and not config.yarn:
         config = config.model_copy(update={"yarn": recipe.export.yarn})
     _check_yarn(config)

@@ -16,9 +16,9 @@ from written import write_conversations
 
 from contracts.store import Store, StoredSample
 from contracts.target import Target
-from contracts.target_weights import read_head
+from contracts.target_weights import kept_by, read_head
 from dump.diagnose import name_defect
-from dump.verify import kept_by, sampled_deviations
+from dump.verify import sampled_deviations
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
 from contracts.draft import DraftConfig
-from contracts.recipe import YarnSection
+from contracts.errors import UserError
+from contracts.recipe import TrainSection, YarnSection
 from contracts.store import StoredSample
-from train.dflash import DFlash, init_weights, plan_blocks
-from train.evaluate import spans_of, walk
-from train.loss import block_targets, slot_weights, weighted_cross_entropy
+from contracts.target_weights import TargetHead
+from train.batch import Batch
+from train.dflash import DFlash, init_weights
+from train.evaluate import expected_acceptances, spans_of, walk, walk_sample
 
 VOCABULARY, HIDDEN, BLOCK = 40, 16, 4
 
@@ -54,9 +57,10 @@ def forward(
     model: DFlash, tokens: list[torch.Tensor], aux: list[torch.Tensor], anchors: list[torch.Tensor]
 ) -> torch.Tensor:
     embedding = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(9))
-    blocks = plan_blocks([len(ids) for ids in tokens], anchors, BLOCK)
+    ids = torch.cat(tokens)
+    blocks = model.lay_out(ids, torch.ones(len(ids), dtype=torch.bool), [len(part) for part in tokens], anchors)
     with torch.no_grad():
-        return model(torch.cat(tokens), torch.cat(aux), blocks, embedding)
+        return model.hidden(ids, torch.cat(aux), blocks, embedding)
 
 
 def make_inputs(length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,26 +115,109 @@ def test_yarn_changes_what_the_draft_computes() -> None:
     assert not torch.allclose(*outputs)
 
 
-def test_slot_weights_decay_from_one() -> None:
-    torch.testing.assert_close(slot_weights(4, 4.0), torch.exp(torch.tensor([0.0, -0.25, -0.5])))
-
-
-def test_labels_are_the_next_generated_tokens_and_end_with_their_run() -> None:
+def test_labels_are_the_next_generated_tokens_and_end_with_their_run(model: DFlash) -> None:
     tokens = torch.arange(10)
     mask = torch.tensor([0, 0, 1, 1, 1, 0, 0, 1, 1, 1], dtype=torch.bool)
-    labels, valid = block_targets(tokens, mask, torch.tensor([2, 3, 8]), BLOCK)
-    assert labels[0].tolist() == [3, 4, 5]
+    blocks = model.lay_out(tokens, mask, [10], [torch.tensor([2, 3, 8])])
+    assert blocks.labels[0].tolist() == [3, 4, 5]
     # The second run is another turn: a block from the first one must not learn it.
-    assert valid.tolist() == [[True, True, False], [True, False, False], [True, False, False]]
+    assert blocks.valid.tolist() == [[True, True, False], [True, False, False], [True, False, False]]
+    assert blocks.num_slots == 4
 
 
-def test_the_loss_is_the_weighted_mean_of_cross_entropies() -> None:
-    hidden, lm_head = torch.randn(5, HIDDEN), torch.randn(VOCABULARY, HIDDEN)
-    labels, weights = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([1.0, 0.5, 0.25, 1.0, 0.0])
-    loss, predicted = weighted_cross_entropy(hidden, lm_head, labels, weights)
-    each = -torch.log_softmax(hidden @ lm_head.T, -1)[torch.arange(5), labels]
-    torch.testing.assert_close(loss, (each * weights).sum() / 2.75)
-    assert torch.equal(predicted, (hidden @ lm_head.T).argmax(-1))
+def dense_hidden(
+    model: DFlash, tokens: torch.Tensor, aux: torch.Tensor, anchors: torch.Tensor, embedding: torch.Tensor
+):  # type: ignore[no-untyped-def]
+    """The draft written the slow way: one mask over all blocks, one attention, torch's own operations."""
+    config, total = model.config, len(tokens)
+    context = functional.rms_norm(aux @ model.fc.weight.T, (HIDDEN,), model.hidden_norm.weight, 1e-6)
+    slots = torch.full((len(anchors), BLOCK), 39)
+    slots[:, 0] = tokens[anchors]
+    x = functional.embedding(slots, embedding).flatten(0, 1)
+    positions = (anchors[:, None] + torch.arange(BLOCK)).flatten()
+    owner = torch.arange(len(anchors)).repeat_interleave(BLOCK)
+    mask = torch.cat([torch.arange(total)[None] < anchors[owner][:, None], owner[:, None] == owner[None]], dim=1)
+
+    def turn(y: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        half = y.shape[-1] // 2
+        turned = torch.cat([-y[..., half:], y[..., :half]], -1)
+        return y * model.rope.cos[places][:, None] + turned * model.rope.sin[places][:, None]
+
+    for layer in model.layers:
+        attention, y = layer.self_attn, functional.rms_norm(x, (HIDDEN,), layer.input_layernorm.weight, 1e-6)
+        both, places = torch.cat([context, y]), torch.cat([torch.arange(total), positions])
+        q = (y @ attention.q_proj.weight.T).unflatten(-1, (config.num_attention_heads, -1))
+        k = (both @ attention.k_proj.weight.T).unflatten(-1, (config.num_key_value_heads, -1))
+        v = (both @ attention.v_proj.weight.T).unflatten(-1, (config.num_key_value_heads, -1))
+        q = turn(functional.rms_norm(q, (8,), attention.q_norm.weight, 1e-6), positions)
+        k = turn(functional.rms_norm(k, (8,), attention.k_norm.weight, 1e-6), places)
+        q, k, v = (z.transpose(0, 1)[None] for z in (q, k, v))
+        output = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        x = x + output[0].transpose(0, 1).flatten(1) @ attention.o_proj.weight.T
+        y = functional.rms_norm(x, (HIDDEN,), layer.post_attention_layernorm.weight, 1e-6)
+        gate, up, down = (layer.mlp[name].weight for name in ("gate_proj", "up_proj", "down_proj"))
+        x = x + (functional.silu(y @ gate.T) * (y @ up.T)) @ down.T
+    return functional.rms_norm(x, (HIDDEN,), model.norm.weight, 1e-6).unflatten(0, (-1, BLOCK))[:, 1:]
+
+
+@pytest.mark.parametrize("kept_bytes", [1 << 30, 0])
+def test_values_and_gradients_are_those_of_dense_attention(
+    model: DFlash, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
+) -> None:
+    monkeypatch.setattr("train.attention.KEPT_BYTES", kept_bytes)  # 0: attention weights are computed again
+    tokens, aux = make_inputs(60, seed=1)
+    embedding = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(9))
+    anchors = torch.arange(1, 59, 2)  # two groups
+    weights = torch.randn(len(anchors), BLOCK - 1, HIDDEN, generator=torch.Generator().manual_seed(5))
+    found = []
+    for dense in (False, True):
+        inputs = aux.clone().requires_grad_()
+        model.zero_grad()
+        if dense:
+            output = dense_hidden(model, tokens, inputs, anchors, embedding)
+        else:
+            blocks = model.lay_out(tokens, torch.ones(60, dtype=torch.bool), [60], [anchors])
+            output = model.hidden(tokens, inputs, blocks, embedding)
+        (output * weights).sum().backward()
+        found.append([output.detach(), inputs.grad, *(parameter.grad.clone() for parameter in model.parameters())])
+    for ours, reference in zip(*found, strict=True):
+        assert (ours - reference).norm() / reference.norm() < 1e-4
+
+
+def test_gradient_checkpointing_changes_no_gradient(model: DFlash) -> None:
+    section = TrainSection(
+        num_attention_heads=4, num_key_value_heads=2, intermediate_size=24, num_steps=1, num_anchors=9
+    )
+    tokens, aux = make_inputs(40, seed=1)
+    states = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(3))
+    head = TargetHead(weight, weight, torch.ones(HIDDEN), "rms", 1e-6)
+    batch = Batch(tokens, torch.arange(40) > 4, aux, states, [40], ["a"], [7])
+    found = []
+    for checkpointing in (False, True):
+        model.section = section.model_copy(update={"gradient_checkpointing": checkpointing})
+        model.train().zero_grad()
+        model(batch, model.plan(batch), head).loss_sum.backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_document_without_a_place_for_an_anchor_is_named(model: DFlash) -> None:
+    model.section = TrainSection(num_attention_heads=4, num_key_value_heads=2, intermediate_size=24, num_steps=1)
+    tokens, aux = make_inputs(20, seed=1)
+    mask = torch.arange(20) == 7
+    with pytest.raises(UserError, match="sample second: found no place for an anchor"):
+        model.plan(
+            Batch(
+                torch.cat([tokens, tokens]),
+                torch.cat([mask | (torch.arange(20) == 8), mask]),
+                torch.cat([aux, aux]),
+                torch.zeros(40, HIDDEN),
+                [20, 20],
+                ["first", "second"],
+                [0, 1],
+            )
+        )
 
 
 def make_sample(tokens: list[int], spans: list[tuple[int, int]]) -> StoredSample:
@@ -174,3 +261,25 @@ def test_the_walk_takes_each_reply_apart_and_none_for_a_single_token() -> None:
     drafted[6] = torch.tensor([2, 3, 7])
     assert spans_of(sample.loss_mask) == [(1, 3), (4, 5), (6, 9)]
     assert walk(sample, drafted) == [[0], [], [2]]
+
+
+def test_expected_acceptance_is_what_sampling_accepts_on_average() -> None:
+    # Replies drawn from the target's own distribution q, drafts fixed: the mean over many walks meets the expectation.
+    generator = torch.Generator().manual_seed(0)
+    size, length, vocabulary = 8, 12, 5
+    head = TargetHead(torch.zeros(vocabulary, size), torch.randn(vocabulary, size, generator=generator) * 2,
+                      torch.ones(size), "rms", 1e-6)  # fmt: skip
+    states = torch.randn(length, size, generator=generator)
+    q = head.logits(states).div(0.8).softmax(-1)
+    drafted = head.logits(states).argmax(-1)
+    drafted = torch.stack([drafted.roll(-shift) for shift in range(BLOCK - 1)], dim=1)
+    counted, expected = [], []
+    for _ in range(2000):
+        tokens = torch.cat([torch.zeros(1, dtype=torch.long), torch.multinomial(q, 1, generator=generator)[:-1, 0]])
+        sample = StoredSample(tokens, torch.arange(length) > 0, states, states, {"temperature": "0.8"})
+        found = walk_sample(sample, drafted)
+        counted.append(sum(found.steps))
+        expected.append(expected_acceptances(found, sample, head))
+    means = torch.tensor(counted).float(), torch.tensor(expected)
+    assert abs(means[0].mean() - means[1].mean()) < 0.1
+    assert means[1].std() < means[0].std()

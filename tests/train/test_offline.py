@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import kill_when, read_lines, run
+from conftest import ROOT, command, kill_when, read_lines, run
 from safetensors.torch import load_file
 
 from contracts.conversation import Conversation, Sample
 from contracts.draft import DraftRun
 from contracts.errors import UserError
 from contracts.ledger import Ledger
+from contracts.recipe import TrainSection
 from contracts.run import Run
 from contracts.store import Manifest, Store
 from contracts.target import Target
 from dump.capture import Captured
 from dump.writer import make_stored
 from train.mask_token import choose_mask_token
+from train.schedule import learning_rate
 
 
 def write_store(folder: Path, target: Target, num_samples: int = 10) -> Path:
@@ -94,16 +100,119 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     result = run("train", "offline", *args, "--output", killed.folder)
     assert "going on from step" in result.stdout
     whole = DraftRun(tmp_path / "whole")
-    expected, found = load_file(whole.latest_weights()), load_file(killed.latest_weights())
-    assert whole.latest_weights().parent.name == killed.latest_weights().parent.name == "step-000060"
+    expected, found = load_file(whole.chosen_weights()), load_file(killed.chosen_weights())
+    assert whole.chosen_weights().parent.name == killed.chosen_weights().parent.name == "step-000060"
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert read_lines(killed.metrics_path) == read_lines(whole.metrics_path)
+    assert learned(killed) == learned(whole)
     assert [line["step"] for line in read_lines(killed.metrics_path)] == [10, 20, 30, 40, 50, 60]
     assert "is finished, skipped" in run("train", "offline", *args, "--output", killed.folder).stdout
     state = json.loads((killed.folder / "run.json").read_text())
     (killed.folder / "run.json").write_text(json.dumps({**state, "complete": False}))  # killed after its last step
     run("train", "offline", *args, "--output", killed.folder)
     assert json.loads((killed.folder / "run.json").read_text())["summary"] == state["summary"]
+
+
+def learned(run_: DraftRun) -> list[dict[str, object]]:
+    """The metrics without what the clock had to do with."""
+    return [
+        {key: value for key, value in line.items() if key not in ("seconds", "tokens_per_s")}
+        for line in read_lines(run_.metrics_path)
+    ]
+
+
+def test_sigterm_saves_first_and_the_run_goes_on_from_there(
+    recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    store = write_store(tmp_path / "store", Target.read(target_folder))
+    args = ["train", "offline", "--recipe", recipe_path, "--store", store, "--output", tmp_path / "draft"]
+    args += ["--set", "train.num_steps=3000", "--set", "train.checkpoint_every=3000"]
+    process = subprocess.Popen(command(*args), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT)
+    while len(read_lines(tmp_path / "draft/metrics.jsonl")) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (step,) = DraftRun(tmp_path / "draft").steps()
+    assert f"stopped by SIGTERM after step {step}, which is saved" in errors
+    assert step >= 20
+    more = ["--set", "train.checkpoint_every=1500"]  # how often is saved may change
+    again = subprocess.Popen(command(*args, *more), stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    while len(read_lines(tmp_path / "draft/metrics.jsonl")) < step // 10 + 2:
+        assert again.poll() is None
+        time.sleep(0.01)
+    again.kill()
+    assert again.stdout is not None
+    assert f"going on from step {step}" in again.stdout.read()
+
+
+def test_a_part_is_held_out_by_conversation_and_the_best_checkpoint_is_kept(
+    recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    store = write_store(tmp_path / "store", Target.read(target_folder), num_samples=20)
+    args = ["--recipe", recipe_path, "--store", store, "--output", tmp_path / "draft"]
+    sets = ["held_out_fraction=0.3", "evaluate_every=10", "num_steps=40", "keep_checkpoints=1"]
+    printed = run("train", "offline", *args, *(word for s in sets for word in ("--set", f"train.{s}"))).stdout
+    assert "predicted acceptance length" in printed
+    draft = DraftRun(tmp_path / "draft")
+    summary = json.loads((draft.folder / "run.json").read_text())["summary"]
+    assert 0 < summary["held_out"] < 20
+    assert summary["held_out"] + summary["samples"] == 20
+    lengths = {
+        line["step"]: line["held_out_acceptance"] for line in read_lines(draft.metrics_path) if "loss" not in line
+    }
+    assert list(lengths) == [10, 20, 30, 40]
+    best = draft.best_step()
+    assert best is not None
+    assert lengths[best] == max(lengths.values())
+    assert draft.chosen_weights().parent == draft.step_folder(best)
+    assert set(draft.steps()) == {best, 40}
+    assert (draft.folder / "curves.png").stat().st_size > 10_000
+    assert list((draft.folder / "tensorboard").iterdir())
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_processes_follow_the_loss_of_one(
+    recipe_path: Path, target_folder: Path, tmp_path: Path, parallel: str
+) -> None:
+    store = write_store(tmp_path / "store", Target.read(target_folder))
+    args = ["offline", "--recipe", recipe_path, "--store", store, "--set", "train.num_steps=50"]
+    args += ["--set", "train.threads=1", "--set", f"train.parallel={parallel}", "--set", "train.accumulate=2"]
+    run("train", *args, "--output", tmp_path / "one")
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node=2", "--module", "train.cli"]
+    run(*torchrun, *args, "--output", tmp_path / "two")
+    one, two = (learned(DraftRun(tmp_path / name)) for name in ("one", "two"))
+    assert [line["step"] for line in two] == [10, 20, 30, 40, 50]
+    for a, b in zip(one, two, strict=True):
+        assert abs(a["loss"] - b["loss"]) / a["loss"] < 1e-4, (a, b)  # type: ignore[operator]
+        assert a["accuracy"] == b["accuracy"]
+    weights = [load_file(DraftRun(tmp_path / name).chosen_weights()) for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+
+
+@pytest.mark.parametrize(
+    "changes", [["objective=distill"], ["slot_weights=dpace"], ["objective=distill", "slot_weights=dpace"]]
+)
+def test_every_objective_learns(recipe_path: Path, target_folder: Path, tmp_path: Path, changes: list[str]) -> None:
+    store = write_store(tmp_path / "store", Target.read(target_folder))
+    sets = [word for change in [*changes, "num_steps=60"] for word in ("--set", f"train.{change}")]
+    run("train", "offline", "--recipe", recipe_path, "--store", store, "--output", tmp_path / "draft", *sets)
+    losses = [line["loss"] for line in read_lines(tmp_path / "draft/metrics.jsonl")]
+    assert losses[-1] < losses[0]
+
+
+def test_schedules_start_with_the_warm_up_and_end_near_zero() -> None:
+    for schedule in ("cosine", "linear", "wsd"):
+        section = TrainSection(
+            num_attention_heads=1, num_key_value_heads=1, intermediate_size=1, num_steps=100, warmup_steps=10,
+            learning_rate=1.0, schedule=schedule,  # type: ignore[arg-type]
+        )  # fmt: skip
+        rates = [learning_rate(section, step) for step in range(100)]
+        assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+        assert rates[99] < 0.06
+        assert all(b <= a for a, b in itertools.pairwise(rates[10:]))
+        assert (rates[79] == 1.0) == (schedule == "wsd")
 
 
 def test_data_that_holds_the_mask_token_is_refused(recipe_path: Path, target_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,242 @@
+"""Attention of a block's queries: over the context before its anchor, and over its own block in both directions.
+
+On CPUs: blocks are sorted by anchor and taken in groups, each against the prefix of its last anchor, as plain matrix
+products whose gradient is written out. No mask over all blocks exists; only the columns between the first and the last
+anchor of a group are masked. On GPUs FlexAttention computes the same from a block-sparse mask.
+
+Shapes: A blocks of B queries, T context tokens, KV key-value heads with R query heads each, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from train.threads import share_out
+
+BLOCKS_A_GROUP = 16
+ALIGNMENT = 16
+"""Scores have rows of a multiple of so many elements: a vector register's."""
+KEPT_BYTES = 256 << 20
+"""Attention weights of one layer that are kept for the backward pass; larger ones are computed again."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Blocks of one document that attend together: which blocks, the context that any of them sees, and who does not.
+
+    `hidden` (n, w) is True where a block may not see one of the last w columns of the context; all see those before.
+    The context may reach beyond the last anchor, even into the next document, for the sake of `ALIGNMENT`.
+    """
+
+    blocks: slice
+    context: slice
+    hidden: torch.Tensor
+
+
+def plan_groups(lengths: Sequence[int], anchors: Sequence[torch.Tensor], block_size: int) -> list[Group]:
+    """Group the blocks at `anchors[i]`, ascending positions in document i, which is `lengths[i]` tokens long."""
+    groups, first = [], 0
+    for offset, positions in zip([0, *accumulate(lengths)], anchors, strict=False):
+        for members in positions.split(BLOCKS_A_GROUP):
+            low, high = int(members[0]), int(members[-1])
+            high += -(high + block_size) % ALIGNMENT
+            hidden = torch.arange(low, high)[None] >= members[:, None]
+            groups.append(Group(slice(first, first + len(members)), slice(offset, offset + high), hidden))
+            first += len(members)
+    return groups
+
+
+def attend(
+    query: torch.Tensor,
+    context_key: torch.Tensor,
+    context_value: torch.Tensor,
+    block_key: torch.Tensor,
+    block_value: torch.Tensor,
+    groups: list[Group],
+) -> torch.Tensor:
+    """Shapes: query (A, B', KV*R, D), context (T, KV, D), block (A, B, KV, D) -> (A, B', KV*R, D); B' <= B queries."""
+    output: torch.Tensor = _BlockAttention.apply(query, context_key, context_value, block_key, block_value, groups)
+    return output
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Softmax over `[context | own block]`, group by group, the groups shared out over threads.
+
+    The context's keys are padded, so that one product gives a buffer with room for the block's own scores: its last B
+    columns are garbage until these are written there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        context_key: torch.Tensor,
+        context_value: torch.Tensor,
+        block_key: torch.Tensor,
+        block_value: torch.Tensor,
+        groups: list[Group],
+    ) -> torch.Tensor:
+        (_, num_queries, num_heads, size), kv_heads = query.shape, context_key.shape[1]
+        width, rows = block_key.shape[1], num_heads // kv_heads * num_queries
+        scale = size**-0.5
+        # Heads first: (KV, A, R*B', D); the scale goes into the queries once.
+        q = _heads_first(query, kv_heads).mul_(scale)
+        k, v = _pad(context_key, width), _pad(context_value, width)
+        bk, bv = block_key.permute(2, 0, 1, 3).contiguous(), block_value.permute(2, 0, 1, 3).contiguous()
+        output = torch.empty_like(q)
+        shapes = [(kv_heads, _count(g.blocks) * rows, _count(g.context) + width) for g in groups]
+        memory = _take_memory(q, shapes) if any(ctx.needs_input_grad) else None
+
+        def work(numbers: Sequence[int]) -> None:
+            scratch = _Scratch(q)
+            for number in numbers:
+                group = groups[number]
+                weights = scratch.view(shapes[number]) if memory is None else memory.view(number)
+                _weigh(weights, q, k, bk, group)
+                own = weights[:, :, -width:].unflatten(1, (-1, rows))
+                result = torch.bmm(weights[:, :, :-width], v[:, group.context]).unflatten(1, (-1, rows))
+                output[:, group.blocks] = result.add_(own @ bv[:, group.blocks])
+
+        share_out(work, range(len(groups)))
+        ctx.save_for_backward(q, k, v, bk, bv)
+        ctx.groups, ctx.scale, ctx.num_queries, ctx.shapes, ctx.memory = groups, scale, num_queries, shapes, memory
+        return _heads_last(output, num_queries)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, bk, bv = ctx.saved_tensors
+        groups: list[Group] = ctx.groups
+        memory: _Memory | None = ctx.memory
+        width, rows = bk.shape[2], q.shape[2]
+        grad = _heads_first(gradients[0], len(k))
+        grad_q, grad_bk, grad_bv = torch.empty_like(q), torch.empty_like(bk), torch.empty_like(bv)
+
+        def work(numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+            # Transposed, (KV, D, T): products of this form are twice as fast.
+            grad_k, grad_v = (x.new_zeros((x.shape[0], x.shape[2], x.shape[1])) for x in (k, v))
+            scratch, again = _Scratch(q), _Scratch(q)
+            for number in numbers:
+                group, shape = groups[number], ctx.shapes[number]
+                if memory is None:
+                    weights = again.view(shape)
+                    _weigh(weights, q, k, bk, group)
+                else:
+                    weights = memory.view(number)
+                g_own, q_own = grad[:, group.blocks], q[:, group.blocks]
+                g, queries = g_own.flatten(1, 2), q_own.flatten(1, 2)
+                own = weights[:, :, -width:].unflatten(1, (-1, rows))
+                grad_v[:, :, group.context] += torch.bmm(g.transpose(1, 2), weights[:, :, :-width])
+                grad_bv[:, group.blocks] = own.transpose(2, 3) @ g_own
+                d = torch.bmm(g, v[:, _padded(group, width)].transpose(1, 2), out=scratch.view(shape))
+                d[:, :, -width:].unflatten(1, (-1, rows)).copy_(g_own @ bv[:, group.blocks].transpose(2, 3))
+                torch._softmax_backward_data(d, weights, -1, d.dtype, grad_input=d)
+                d_own = d[:, :, -width:].unflatten(1, (-1, rows))
+                result = torch.bmm(d[:, :, :-width], k[:, group.context]).unflatten(1, (-1, rows))
+                grad_q[:, group.blocks] = result.add_(d_own @ bk[:, group.blocks])
+                grad_k[:, :, group.context] += torch.bmm(queries.transpose(1, 2), d[:, :, :-width])
+                grad_bk[:, group.blocks] = d_own.transpose(2, 3) @ q_own
+            return grad_k, grad_v
+
+        (grad_k, grad_v), *others = share_out(work, range(len(groups)))
+        for other_k, other_v in others:
+            grad_k += other_k
+            grad_v += other_v
+        if memory is not None:
+            memory.give_back()
+        length = k.shape[1] - width - ALIGNMENT
+        return (
+            _heads_last(grad_q.mul_(ctx.scale), ctx.num_queries),
+            grad_k[..., :length].permute(2, 0, 1),
+            grad_v[..., :length].permute(2, 0, 1),
+            grad_bk.permute(1, 2, 0, 3),
+            grad_bv.permute(1, 2, 0, 3),
+            None,
+        )
+
+
+class _Scratch:
+    """Memory for one group's scores after another: fresh pages cost more than what is computed into them."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self._flat = like.new_empty(0)
+
+    def view(self, shape: tuple[int, int, int]) -> torch.Tensor:
+        size = math.prod(shape)
+        if len(self._flat) < size:
+            self._flat = self._flat.new_empty(size * 5 // 4)
+        return self._flat[:size].view(shape)
+
+
+_unused: list[torch.Tensor] = []
+"""Memory of layers whose backward pass is over, for the next step's."""
+
+
+class _Memory:
+    """The kept weights of one layer's groups, in one piece of memory that is used again at the next step."""
+
+    def __init__(self, flat: torch.Tensor, shapes: Sequence[tuple[int, int, int]]) -> None:
+        self._flat, self._shapes = flat, shapes
+        self._starts = [0, *accumulate(math.prod(shape) for shape in shapes)]
+
+    def view(self, number: int) -> torch.Tensor:
+        return self._flat[self._starts[number] : self._starts[number + 1]].view(self._shapes[number])
+
+    def give_back(self) -> None:
+        _unused.append(self._flat)
+
+
+def _take_memory(like: torch.Tensor, shapes: Sequence[tuple[int, int, int]]) -> _Memory | None:
+    """Room for all groups' weights, or None where that is too much to keep."""
+    size = sum(math.prod(shape) for shape in shapes)
+    if size * like.itemsize > KEPT_BYTES:
+        return None
+    flat = _unused.pop() if _unused else like.new_empty(0)
+    if len(flat) < size or flat.dtype != like.dtype:
+        flat = like.new_empty(size * 5 // 4)
+    return _Memory(flat, shapes)
+
+
+def _count(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def _heads_first(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """`(A, B', KV*R, D)` as a new `(KV, A, R*B', D)`."""
+    split = x.unflatten(2, (kv_heads, -1)).permute(2, 0, 3, 1, 4)
+    return split.clone(memory_format=torch.contiguous_format).flatten(2, 3)
+
+
+def _heads_last(x: torch.Tensor, num_queries: int) -> torch.Tensor:
+    """`(KV, A, R*B', D)` as `(A, B', KV*R, D)`."""
+    return x.unflatten(2, (-1, num_queries)).permute(1, 3, 0, 2, 4).flatten(2, 3)
+
+
+def _pad(context: torch.Tensor, width: int) -> torch.Tensor:
+    """`(T, KV, D)` as `(KV, T + ALIGNMENT + width, D)`."""
+    length, heads, size = context.shape
+    padded = context.new_zeros((heads, length + ALIGNMENT + width, size))
+    padded[:, :length] = context.transpose(0, 1)
+    return padded
+
+
+def _padded(group: Group, width: int) -> slice:
+    return slice(group.context.start, group.context.stop + width)
+
+
+def _weigh(weights: torch.Tensor, q: torch.Tensor, k: torch.Tensor, bk: torch.Tensor, group: Group) -> None:
+    """Write a group's attention weights `(KV, n*R*B', m + B)`: over its context, then over each block's own keys."""
+    width = bk.shape[2]
+    queries = q[:, group.blocks]
+    torch.bmm(queries.flatten(1, 2), k[:, _padded(group, width)].transpose(1, 2), out=weights)
+    by_block = weights.unflatten(1, queries.shape[1:3])
+    by_block[..., -width:] = queries @ bk[:, group.blocks].transpose(2, 3)
+    masked = group.hidden.shape[1]
+    if masked:
+        by_block[..., -width - masked : -width].masked_fill_(group.hidden[:, None], -torch.inf)
+    torch.softmax(weights, -1, out=weights)

@@ -1,0 +1,62 @@
+"""The draft that a recipe or a config names."""
+
+from __future__ import annotations
+
+from contracts.draft import DraftConfig
+from contracts.errors import UserError
+from contracts.recipe import Recipe, TrainSection
+from contracts.store import Manifest
+from contracts.target import Target
+from train.dflash import DFlash
+from train.mask_token import choose_mask_token
+
+
+def make_draft(config: DraftConfig, section: TrainSection | None = None) -> DFlash:
+    """The draft that a config names."""
+    return DFlash(config, section)
+
+
+def make_draft_config(recipe: Recipe, target: Target, manifest: Manifest) -> DraftConfig:
+    """The draft's config: the recipe's dimensions, and from target and store what must match them.
+
+    Raises UserError when the store holds other layers than the recipe names, or normed states where un-normed ones are
+    needed.
+    """
+    section = recipe.train
+    if recipe.target.aux_layers is not None and recipe.target.aux_layers != manifest.layer_ids:
+        raise UserError(
+            manifest.target,
+            found=f"a store of layers {manifest.layer_ids}",
+            expected=f"layers {recipe.target.aux_layers} as in the recipe",
+            fix="Correct target.aux_layers, or dump again.",
+        )
+    if section.objective == "distill" and manifest.final_state != "pre-norm":
+        raise UserError(
+            manifest.target,
+            found=f"final states that are {manifest.final_state}",
+            expected="the states before the final norm, from which the target's distribution is computed",
+            fix="Dump them un-normed, or set train.objective to tokens.",
+        )
+    dflash = section.method == "dflash"
+    return DraftConfig(
+        method=section.method,
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        num_target_layers=target.num_layers,
+        layer_ids=manifest.layer_ids,
+        block_size=section.block_size,
+        mask_token_id=choose_mask_token(target, recipe.target.mask_token_id) if dflash else None,
+        ttt_steps=None if dflash else section.ttt_steps,
+        draft_vocab_size=None if dflash else section.draft_vocab_size,
+        num_layers=section.num_layers if dflash else 1,
+        num_attention_heads=section.num_attention_heads,
+        num_key_value_heads=section.num_key_value_heads,
+        head_dim=section.head_dim,
+        intermediate_size=section.intermediate_size,
+        rms_norm_eps=target.rms_norm_eps,
+        rope_theta=target.rope_theta,
+        max_position_embeddings=recipe.target.max_model_len,
+        yarn=recipe.export.yarn if section.yarn else None,
+        target_fingerprint=target.fingerprint,
+        store=manifest.conversations,
+    )

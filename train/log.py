@@ -1,0 +1,116 @@
+"""What a training run says of itself while it goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from contracts.draft import DraftRun
+from contracts.files import write_atomic
+from contracts.recipe import TrainSection
+from train.curves import draw_curves
+from train.processes import Processes
+from train.schedule import learning_rate
+
+LOG_EVERY = 10
+
+
+class Log:
+    """What the first process says of the run: progress bar, metrics.jsonl, TensorBoard, curves."""
+
+    def __init__(self, run: DraftRun, section: TrainSection, processes: Processes, first_step: int) -> None:
+        self._run, self._section, self._processes, self._first_step = run, section, processes, first_step
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._tokens = self._steps = 0
+        self._part, self._since = "rest", time.perf_counter()
+
+    def __enter__(self) -> Log:
+        if self._processes.is_first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._bar = tqdm(
+                total=self._section.num_steps, initial=self._first_step, desc="train", unit="step", mininterval=2,
+                disable=None,
+            )  # fmt: skip
+            self._metrics = self._run.metrics_path.open("a")
+            self._board = SummaryWriter(str(self._run.folder / "tensorboard"), purge_step=self._first_step)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._processes.is_first:
+            self._bar.close()
+            self._metrics.close()
+            self._board.close()
+
+    def start(self, part: str) -> None:
+        """The time from here on goes to `part` of the step."""
+        if self._processes.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self._seconds[self._part] += now - self._since
+        self._part, self._since = part, now
+
+    def count(self, batches: list[Any]) -> None:
+        self._tokens += sum(len(batch.token_ids) for batch in batches)
+        self._steps += 1
+        if self._processes.is_first:
+            self._bar.update()
+
+    def note_acceptance(self, step: int, length: float) -> None:
+        if self._processes.is_first:
+            print(f"\ntrain: step {step + 1}: predicted acceptance length {length:.3f} on the held-out part")
+            line = {"step": step + 1, "held_out_acceptance": round(length, 4)}
+            self._metrics.write(json.dumps(line) + "\n")
+            self._metrics.flush()
+            self._board.add_scalar("held_out_acceptance", length, step + 1)
+
+    def write(self, step: int, counts: torch.Tensor, num_slots: float, norm: float) -> float:
+        """One line of metrics from StepLoss.counts() summed over the step; its loss."""
+        loss = float(counts[0]) / num_slots
+        if not self._processes.is_first:
+            return loss
+        width = (len(counts) - 4) // 2
+        right, total = counts[2 : 2 + width], counts[2 + width : 2 + 2 * width]
+        seconds = sum(self._seconds.values())
+        line: dict[str, Any] = {
+            "step": step + 1,
+            "loss": round(loss, 5),
+            "grad_norm": round(norm, 4),
+            "learning_rate": learning_rate(self._section, step),
+            "accuracy": [round(x, 4) for x in (right / total.clamp(min=1)).tolist()],
+            "blocks_accepted": round(float(counts[-2] / counts[-1].clamp(min=1)), 4),
+            "tokens_per_s": round(self._processes.world * self._tokens / max(seconds, 1e-9), 1),
+            "seconds": {part: round(value / self._steps, 5) for part, value in self._seconds.items()},
+        }
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        for name in ("loss", "grad_norm", "learning_rate", "blocks_accepted", "tokens_per_s"):
+            self._board.add_scalar(name, line[name], step + 1)
+        for place, value in enumerate(line["accuracy"], start=1):
+            self._board.add_scalar(f"accuracy/{place}", value, step + 1)
+        self._bar.set_postfix_str(f"loss {loss:.3f}, accepted {line['blocks_accepted']:.2f}", refresh=False)
+        self._seconds.clear()
+        self._tokens = self._steps = 0
+        return loss
+
+    def draw(self) -> None:
+        if self._processes.is_first:
+            draw_curves(self._run.metrics_path, self._run.folder / "curves.png")
+
+
+def cut_metrics(path: Path, first_step: int) -> float:
+    """Drop lines of steps that will be done again, and a torn last line; the last loss that is left (nan: none)."""
+    if not path.exists():
+        return math.nan
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in whole if json.loads(line)["step"] <= first_step]
+    write_atomic(path, "".join(kept))
+    losses = [entry["loss"] for entry in map(json.loads, kept) if "loss" in entry]
+    return float(losses[-1]) if losses else math.nan

@@ -1,0 +1,101 @@
+"""One training process or several of them: torchrun's environment, DDP or FSDP2, sums and whole states across them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from contracts.recipe import TrainSection
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all of them; alone it is rank 0 of 1."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes, on the CPU."""
+        if self.world > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values.cpu()
+
+    def wait(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def wrap(self, model: nn.Module, section: TrainSection) -> nn.Module:
+        """The model as the loop calls it: itself, in DDP, or sharded by FSDP2, layer by layer."""
+        if self.world == 1:
+            return model
+        if section.parallel == "ddp":
+            return nn.parallel.DistributedDataParallel(model)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for layer in getattr(model, "layers", []):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)  # in place
+        return model
+
+    def read_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Whole states of both on the CPU; every process must call it."""
+        if self.world == 1:
+            return model.state_dict(), optimizer.state_dict()
+        return (
+            get_model_state_dict(model, options=WHOLE),
+            get_optimizer_state_dict(model, optimizer, options=WHOLE),
+        )
+
+    def load_state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        """The reverse of `read_state`."""
+        if self.world == 1:
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(state)
+            return
+        set_model_state_dict(model, weights, options=WHOLE)
+        set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
+
+
+@contextmanager
+def start_processes() -> Iterator[Processes]:
+    """Join the group that torchrun started, if any: one process a GPU, gloo on CPUs."""
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if world == 1:
+        yield Processes(0, 1, device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(rank, world, device)
+    finally:
+        dist.destroy_process_group()

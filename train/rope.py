@@ -1,0 +1,88 @@
+"""Rotary position embedding with or without YaRN, as transformers computes it (and vLLM serves it)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from contracts.draft import DraftConfig
+
+Tables = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines at some positions, (..., 1, D) both: the same for all heads."""
+
+
+class Rope(nn.Module):
+    """Tables for all positions; they are looked up once a step and used by every layer."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        parameters = rope_parameters(config)
+        kind = parameters["rope_type"]
+        if kind == "default":
+            exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+            inverse_frequencies, scale = config.rope_theta**-exponents, 1.0
+        else:
+            qwen = Qwen3Config(
+                head_dim=config.head_dim,
+                max_position_embeddings=config.max_position_embeddings,
+                rope_parameters=parameters,
+            )
+            inverse_frequencies, scale = ROPE_INIT_FUNCTIONS[kind](qwen, torch.device("cpu"))
+        # A block that starts at the last position reaches block_size - 1 further.
+        positions = torch.arange(config.max_position_embeddings + config.block_size).float()
+        angles = torch.outer(positions, inverse_frequencies)
+        angles = torch.cat([angles, angles], dim=-1)
+        self.register_buffer("cos", angles.cos() * scale, persistent=False)
+        self.register_buffer("sin", angles.sin() * scale, persistent=False)
+
+    def at(self, positions: torch.Tensor) -> Tables:
+        """Tables at `positions (...)`: two of (..., 1, D)."""
+        return self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
+
+
+def rotate(x: torch.Tensor, tables: Tables) -> torch.Tensor:
+    """Rotate `x (..., heads, D)` by tables for its positions."""
+    rotated: torch.Tensor = _Rotate.apply(x, *tables)
+    return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    """Halves (a, b) become (a*cos - b*sin, b*cos + a*sin). Written out: the gradient is the same with -sin."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turn(gradients[0], cos, sin, -1), None, None
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    result = x * cos.to(x.dtype)
+    sin = sin[..., :half].to(x.dtype)
+    result[..., :half].addcmul_(x[..., half:], sin, value=-sign)
+    result[..., half:].addcmul_(x[..., :half], sin, value=sign)
+    return result
+
+
+def rope_parameters(config: DraftConfig) -> dict[str, str | float | int]:
+    """The draft's rope in transformers' schema (`rope_parameters`, once `rope_scaling`)."""
+    if config.yarn is None:
+        return {"rope_type": "default", "rope_theta": config.rope_theta}
+    return {
+        "rope_type": "yarn",
+        "rope_theta": config.rope_theta,
+        "factor": config.yarn.factor,
+        "original_max_position_embeddings": config.yarn.original_max_position_embeddings,
+    }
