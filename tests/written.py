@@ -1,4 +1,4 @@
-"""Conversations that a random target really wrote, greedily, without a server: for dumps that are to be proven."""
+"""Inputs of stages, made without the stages before: conversations that a random target really wrote, and stores."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from contracts.conversation import CONVERSATIONS_FILE, Conversation, Sample
+from contracts.ledger import Ledger
 from contracts.run import Run
+from contracts.store import Manifest, Store
 from contracts.target import Target
+from dump.capture import Captured
+from dump.writer import make_stored
 
 REPLY_TOKENS = 10
 
@@ -39,4 +43,59 @@ def write_conversations(target_folder: Path, folder: Path, count: int, shared: i
     lines = lines[:count]
     (folder / CONVERSATIONS_FILE).write_text("\n".join(lines) + "\n")
     run.finish({"done": len(lines)})
+    return folder
+
+
+def write_store(folder: Path, target: Target, num_samples: int = 10) -> Path:
+    """A finished store of random states, made with the store's own writer."""
+    opened = Run.open(
+        folder,
+        "dump run",
+        settings={},
+        inputs={"conversations": "c" * 64, "target": target.fingerprint},
+        recipe_yaml="",
+    )
+    store = Store(folder)
+    store.write_manifest(
+        Manifest(
+            target=str(target.path),
+            target_fingerprint=target.fingerprint,
+            quantization="none",
+            layer_ids=[1, 2],
+            num_layers=target.num_layers,
+            hidden_size=target.hidden_size,
+            final_norm="rms",
+            tokenizer="",
+            template="",
+            engine="none",
+            engine_version="",
+            dtype="float32",
+            conversations="c" * 64,
+        )
+    )
+    ledger = Ledger(store.ledger_path)
+    generator = torch.Generator().manual_seed(4)
+    for number in range(num_samples):
+        ids = torch.randint(0, 500, (60,), generator=generator).tolist()
+        conversation = Conversation(
+            id=f"{number:032x}",
+            source_id="",
+            index=number,
+            messages=[],
+            samples=[Sample(token_ids=ids, loss_spans=[(10, 30), (40, 60)])],
+            finish_reason="stop",
+            sampling={"temperature": 0.0},
+            target={},
+            template="",
+            usage={},
+        )
+        layers = torch.randn(60, 2, target.hidden_size, generator=generator)
+        final = torch.randn(60, target.hidden_size, generator=generator)
+        fields = store.write_sample(
+            f"{conversation.id}-0", make_stored(conversation, conversation.samples[0], Captured(layers, final))
+        )
+        ledger.append(f"{conversation.id}-0", "done", tokens=60, **fields)
+    ledger.close()
+    opened.finish({"samples": num_samples})
+    opened._lock.close()
     return folder

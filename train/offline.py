@@ -19,6 +19,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -82,7 +83,10 @@ def _train(
 ) -> dict[str, Any]:
     section, device = recipe.train, processes.device
     torch.set_num_threads(section.threads or max(1, (os.cpu_count() or 1) // processes.world))
-    torch.set_flush_denormal(True)  # probabilities near 0 would slow the products down a hundredfold
+    # Probabilities near 0 would slow the products down a hundredfold. numpy looks at its types' limits once, and would
+    # warn of what it saw then.
+    np.finfo(np.float32), np.finfo(np.float64)
+    torch.set_flush_denormal(True)
     torch.manual_seed(section.seed)
     draft_run = DraftRun(output)
     if processes.is_first:

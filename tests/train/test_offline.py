@@ -13,74 +13,15 @@ import pytest
 import torch
 from conftest import ROOT, command, kill_when, read_lines, run
 from safetensors.torch import load_file
+from written import write_store
 
-from contracts.conversation import Conversation, Sample
 from contracts.draft import DraftRun
 from contracts.errors import UserError
-from contracts.ledger import Ledger
 from contracts.recipe import TrainSection
-from contracts.run import Run
-from contracts.store import Manifest, Store
+from contracts.store import Store
 from contracts.target import Target
-from dump.capture import Captured
-from dump.writer import make_stored
 from train.mask_token import choose_mask_token
 from train.schedule import learning_rate
-
-
-def write_store(folder: Path, target: Target, num_samples: int = 10) -> Path:
-    """A finished store of random states, made with the store's own writer."""
-    opened = Run.open(
-        folder,
-        "dump run",
-        settings={},
-        inputs={"conversations": "c" * 64, "target": target.fingerprint},
-        recipe_yaml="",
-    )
-    store = Store(folder)
-    store.write_manifest(
-        Manifest(
-            target=str(target.path),
-            target_fingerprint=target.fingerprint,
-            quantization="none",
-            layer_ids=[1, 2],
-            num_layers=target.num_layers,
-            hidden_size=target.hidden_size,
-            final_norm="rms",
-            tokenizer="",
-            template="",
-            engine="none",
-            engine_version="",
-            dtype="float32",
-            conversations="c" * 64,
-        )
-    )
-    ledger = Ledger(store.ledger_path)
-    generator = torch.Generator().manual_seed(4)
-    for number in range(num_samples):
-        ids = torch.randint(0, 500, (60,), generator=generator).tolist()
-        conversation = Conversation(
-            id=f"{number:032x}",
-            source_id="",
-            index=number,
-            messages=[],
-            samples=[Sample(token_ids=ids, loss_spans=[(10, 30), (40, 60)])],
-            finish_reason="stop",
-            sampling={"temperature": 0.0},
-            target={},
-            template="",
-            usage={},
-        )
-        layers = torch.randn(60, 2, target.hidden_size, generator=generator)
-        final = torch.randn(60, target.hidden_size, generator=generator)
-        fields = store.write_sample(
-            f"{conversation.id}-0", make_stored(conversation, conversation.samples[0], Captured(layers, final))
-        )
-        ledger.append(f"{conversation.id}-0", "done", tokens=60, **fields)
-    ledger.close()
-    opened.finish({"samples": num_samples})
-    opened._lock.close()
-    return folder
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(

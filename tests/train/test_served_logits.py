@@ -1,0 +1,65 @@
+"""Claims about the export: what vLLM computes with it is what the trainer computes, with and without YaRN."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from written import write_store
+
+from contracts.draft import DraftRun
+from contracts.target import Target
+from train.drafts import make_draft
+
+PROMPT = 150  # beyond the YaRN draft's original window of 128
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("yarn", [True, False])
+def test_logits_of_an_exported_dflash_draft_are_the_trainers(
+    recipe_path: Path, target_folder: Path, tmp_path: Path, yarn: bool
+) -> None:
+    args = ["--recipe", recipe_path, *([] if yarn else ["--set", "export.yarn=null"])]
+    store = write_store(tmp_path / "store", Target.read(target_folder))
+    run("train", "offline", *args, "--store", store, "--output", tmp_path / "draft")
+    draft_run = DraftRun(tmp_path / "draft")
+    draft = make_draft(draft_run.read_config())
+    weights = load_file(draft_run.chosen_weights())
+    # Larger than training leaves them, so that no two logits are near.
+    weights = {name: 4 * tensor if tensor.dim() > 1 else tensor for name, tensor in weights.items()}
+    save_file(weights, draft_run.chosen_weights())
+    draft.load_state_dict(weights)
+    run("train", "export", *args, "--run", tmp_path / "draft", "--output", tmp_path / "export")
+    assert bool(json.loads((tmp_path / "export/config.json").read_text())["rope_scaling"]) == yarn
+
+    probe = Path(__file__).with_name("logits_probe.py")
+    command = [sys.executable, probe, target_folder, tmp_path / "export", str(PROMPT), tmp_path / "served.pt"]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=280)
+    served = torch.load(tmp_path / "served.pt", weights_only=True)
+
+    model = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32).eval()
+    token_ids = torch.tensor([*range(10, 10 + PROMPT), *served["token_ids"]])
+    with torch.no_grad():
+        states = model(token_ids[None], output_hidden_states=True).hidden_states
+        aux = torch.cat([states[i + 1][0] for i in draft.config.layer_ids], dim=-1)
+        place = PROMPT  # the prefill gave the first token of the reply; a random draft is hardly ever accepted
+        for logits in served["logits"][:2]:
+            blocks = draft.lay_out(
+                token_ids, torch.ones(len(token_ids), dtype=torch.bool), [len(token_ids)], [torch.tensor([place])]
+            )
+            hidden = draft.hidden(token_ids, aux, blocks, model.model.embed_tokens.weight)
+            ours = torch.nn.functional.linear(hidden[0], model.lm_head.weight)
+            assert ours.abs().max() > 1
+            torch.testing.assert_close(logits, ours, rtol=0, atol=1e-4 * float(ours.abs().max()))
+            accepted = 0
+            while int(ours[accepted].argmax()) == int(token_ids[place + 1 + accepted]):
+                accepted += 1
+            place += accepted + 1
