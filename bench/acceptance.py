@@ -56,8 +56,8 @@ def measure(recipe: Recipe, conversations: Path, draft: Path, output: Path) -> d
     if run.complete:
         print(f"bench: {output} is finished, skipped")
         return dict(read_json(output / "acceptance.json", "a finished benchmark"))
-    baseline = _serve_and_send(recipe, target, None, turns, output / "baseline.json", run)
-    drafted = _serve_and_send(recipe, target, draft, turns, output / "draft.json", run)
+    baseline = serve_and_send(recipe, target, None, turns, output / "baseline.json", run)
+    drafted = serve_and_send(recipe, target, draft, turns, output / "draft.json", run)
     report = compare(turns, baseline, drafted, num_draft_tokens)
     report["held_out"] = {"conversations": state["summary"]["input"], "left_out": state["summary"]["truncated"]}
     write_json(output / "acceptance.json", report)
@@ -69,10 +69,16 @@ def measure(recipe: Recipe, conversations: Path, draft: Path, output: Path) -> d
     return report
 
 
-def _serve_and_send(
-    recipe: Recipe, target: Target, draft: Path | None, turns: Sequence[Turn], path: Path, run: Run
+def serve_and_send(
+    recipe: Recipe,
+    target: Target,
+    draft: Path | None,
+    turns: Sequence[Turn],
+    path: Path,
+    run: Run,
+    concurrency: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """One server's answers at every concurrency, from `path` if it is there already."""
+    """One server's answers at every concurrency (default: the recipe's), from `path` if it is there already."""
     name = path.stem
     if path.exists():
         print(f"bench: {path} is there already")
@@ -93,21 +99,21 @@ def _serve_and_send(
     with run_server(command, log_path=log_path, startup_timeout_s=timeout_s) as server:
         url, max_tokens = f"{server.url}/v1", recipe.synth.max_tokens
         asyncio.run(send_all(url, MODEL_NAME, turns[:NUM_WARMUP], concurrency=1, max_tokens=16, title="warm-up"))
-        for concurrency in recipe.bench.concurrency:
-            chosen = turns[: recipe.bench.num_prompts.get(concurrency, len(turns))]
+        for at_once in concurrency or recipe.bench.concurrency:
+            chosen = turns[: recipe.bench.num_prompts.get(at_once, len(turns))]
             before = read_counters(server.url)
             answers, seconds = asyncio.run(
                 send_all(
                     url,
                     MODEL_NAME,
                     chosen,
-                    concurrency=concurrency,
+                    concurrency=at_once,
                     max_tokens=max_tokens,
-                    title=f"{name} at {concurrency}",
+                    title=f"{name} at {at_once}",
                 )
             )
             after = read_counters(server.url)
-            points[str(concurrency)] = {
+            points[str(at_once)] = {
                 "seconds": round(seconds, 3),
                 "tokens": sum(len(answer.token_ids) for answer in answers),
                 "counters": {key: after[key] - before.get(key, 0.0) for key in after},

@@ -31,6 +31,25 @@ def acceptance(
     measure(load_recipe(recipe, set_ or []), conversations, draft, output)
 
 
+@app.command(
+    epilog="Example: bench gate -r recipes/Tiny-DFlash/recipe.yaml --store runs/store --output runs/gate --samples 100"
+)
+def gate(
+    recipe: RecipeOption,
+    store: Annotated[Path, typer.Option(help="A store of greedy conversations (`dump run`).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the trial's draft and figures.")],
+    samples: Annotated[int, typer.Option(min=1, help="How many of the store's samples to overfit.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 400,
+    set_: OverridesOption = None,
+) -> None:
+    """Before a long run: overfit some samples, serve the draft, and compare what was predicted with what is served."""
+    from bench.gate import gate as open_gate
+    from contracts.recipe import load_recipe
+
+    words = ["--recipe", str(recipe), *(word for value in set_ or [] for word in ("--set", value))]
+    open_gate(load_recipe(recipe, set_ or []), words, store, output, samples, steps)
+
+
 @app.command(epilog="Example: see the last command of recipes/Tiny-DFlash/run.sh")
 def report(
     target: Annotated[Path, typer.Option(help="The target's folder.")],

@@ -72,7 +72,7 @@ def test_help_imports_nothing_heavy(name: str) -> None:
         ("synth", "generate"), ("synth", "merge"), ("synth", "stats"), ("synth", "inspect"), ("synth", "verify"),
         ("dump", "plan"), ("dump", "run"), ("dump", "verify"), ("dump", "inspect"), ("dump", "stats"),
         ("dump", "convert"), ("train", "offline"), ("train", "eval"), ("train", "export"),
-        ("serve", "command"), ("serve", "start"), ("bench", "acceptance"), ("bench", "report"),
+        ("serve", "command"), ("serve", "start"), ("bench", "acceptance"), ("bench", "report"), ("bench", "gate"),
         ("recipe", "check"), ("recipe", "show"),
     ],
     ids=" ".join,

@@ -223,6 +223,23 @@ def test_a_killed_benchmark_keeps_the_server_that_was_finished(pipeline: Path, t
     assert again["walks"] == before["walks"]
 
 
+def test_the_gate_opens_for_a_right_export_and_names_what_is_wrong_in_others(pipeline: Path, tmp_path: Path) -> None:
+    output = tmp_path / "gate"
+    args = ["bench", "gate", "--recipe", RECIPE, *overrides(pipeline), "--store", pipeline / "store/train"]
+    args += ["--output", output, "--samples", "20", "--steps", "150"]
+    printed = run(*args).stdout
+    assert "gate: open" in printed
+    good = json.loads((output / "export/config.json").read_text())
+    layers = [layer + 1 for layer in good["dflash_config"]["target_layer_ids"]]
+    bad = {**good, "dflash_config": {**good["dflash_config"], "target_layer_ids": layers}}
+    (output / "export/config.json").write_text(json.dumps(bad))
+    for name in ("run.json", "served.json"):
+        (output / name).unlink()
+    result = run(*args, check=False)
+    assert result.returncode == 1
+    assert f"The layers (dflash_config.target_layer_ids): the export says {layers}" in result.stderr
+
+
 def test_conversations_of_another_target_are_refused_in_one_line(
     pipeline: Path, other_target_folder: Path, tmp_path: Path
 ) -> None:

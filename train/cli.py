@@ -40,13 +40,14 @@ def eval_(
     run: RunOption,
     store: Annotated[Path, typer.Option(help="A store of held-out conversations.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The report (JSON).")],
+    samples: Annotated[int | None, typer.Option(min=1, help="Only the first so many samples.")] = None,
     set_: OverridesOption = None,
 ) -> None:
     """Predict the acceptance length by walking held-out conversations as serving does."""
     from contracts.recipe import load_recipe
     from train.evaluate import evaluate
 
-    evaluate(load_recipe(recipe, set_ or []), run, store, output)
+    evaluate(load_recipe(recipe, set_ or []), run, store, output, samples)
 
 
 @app.command(epilog="Example: train export -r recipes/Tiny-DFlash/recipe.yaml --run runs/draft --output runs/export")

@@ -44,7 +44,7 @@ class Samples:
     ) -> None:
         """Raises UserError when the store holds no sample to train on."""
         self.store, self.section, self.max_tokens, self.mask_token_id = store, section, max_tokens, mask_token_id
-        ids = store.sample_ids()
+        ids = store.sample_ids()[: section.max_samples]
         self.held_out = [id_ for id_ in ids if _share(id_) < section.held_out_fraction]
         kept_back = set(self.held_out)
         self.ids = [id_ for id_ in ids if id_ not in kept_back]

@@ -54,8 +54,10 @@ class Walk:
         return [accepted for reply in self.replies for accepted in reply]
 
 
-def evaluate(recipe: Recipe, run_folder: Path, store_folder: Path, output: Path) -> dict[str, Any]:
-    """Walk every sample of the store; the report that is also written to `output`.
+def evaluate(
+    recipe: Recipe, run_folder: Path, store_folder: Path, output: Path, num_samples: int | None = None
+) -> dict[str, Any]:
+    """Walk every sample of the store, or the first so many; the report that is also written to `output`.
 
     Raises UserError when the store's target or layers are not the draft's.
     """
@@ -72,7 +74,7 @@ def evaluate(recipe: Recipe, run_folder: Path, store_folder: Path, output: Path)
             expected=f"layers {config.layer_ids} of target {config.target_fingerprint[:12]}, the draft's own",
             fix="Dump the held-out conversations with the recipe that the draft was trained with.",
         )
-    inputs = {"draft": hash_file(run.chosen_weights()), "store": store.checksum}
+    inputs = {"draft": hash_file(run.chosen_weights()), "store": store.checksum, "samples": num_samples}
     if output.exists():
         report = read_json(output, "an evaluation")
         if report.get("inputs") == inputs:
@@ -89,7 +91,7 @@ def evaluate(recipe: Recipe, run_folder: Path, store_folder: Path, output: Path)
         name: defaultdict(list) for name in ("by_mode", "by_category", "by_length", "by_temperature")
     }
     expected = 0.0
-    for sample_id in tqdm(store.sample_ids(), desc="eval", unit="sample", mininterval=2, disable=None):
+    for sample_id in tqdm(store.sample_ids()[:num_samples], desc="eval", unit="sample", mininterval=2, disable=None):
         sample = store.read_sample(sample_id)
         found = walk_sample(sample, draft.draft(sample, head))
         acceptance = Acceptance.from_steps(found.steps, config.block_size - 1)
