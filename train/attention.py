@@ -10,12 +10,14 @@ Shapes: A blocks of B queries, T context tokens, KV key-value heads with R query
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from train.threads import share_out
 
@@ -39,6 +41,47 @@ class Group:
     hidden: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Who may see what, for a batch: the groups for CPUs; for GPUs rows in the packed context, from which masks follow.
+
+    Shapes: first_rows and anchor_rows (A,): a block sees the context rows from the one up to before the other.
+    """
+
+    groups: list[Group]
+    first_rows: torch.Tensor
+    anchor_rows: torch.Tensor
+    num_context: int
+    block_size: int
+    masks: dict[int, BlockMask] = field(default_factory=dict)
+
+    def mask(self, num_queries: int) -> BlockMask:
+        """FlexAttention's mask for the last `num_queries` queries of each block."""
+        if num_queries not in self.masks:
+            num_context, block_size = self.num_context, self.block_size
+            first_rows, anchor_rows = self.first_rows, self.anchor_rows
+
+            def sees(_b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+                block = query // num_queries
+                in_context = (key < num_context) & (key >= first_rows[block]) & (key < anchor_rows[block])
+                return in_context | ((key >= num_context) & ((key - num_context) // block_size == block))
+
+            total = len(anchor_rows)
+            self.masks[num_queries] = create_block_mask(
+                sees, None, None, total * num_queries, num_context + total * block_size, device=anchor_rows.device
+            )
+        return self.masks[num_queries]
+
+
+def lay_out(lengths: Sequence[int], anchors: Sequence[torch.Tensor], block_size: int, device: torch.device) -> Layout:
+    """Blocks at `anchors[i]`, ascending positions in document i, which is `lengths[i]` tokens long."""
+    offsets = [0, *accumulate(lengths)]
+    first_rows = torch.cat([torch.full((len(p),), offset) for offset, p in zip(offsets, anchors, strict=False)])
+    anchor_rows = torch.cat([offset + positions for offset, positions in zip(offsets, anchors, strict=False)])
+    groups = plan_groups(lengths, anchors, block_size) if device.type == "cpu" else []
+    return Layout(groups, first_rows.to(device), anchor_rows.to(device), offsets[-1], block_size)
+
+
 def plan_groups(lengths: Sequence[int], anchors: Sequence[torch.Tensor], block_size: int) -> list[Group]:
     """Group the blocks at `anchors[i]`, ascending positions in document i, which is `lengths[i]` tokens long."""
     groups, first = [], 0
@@ -58,11 +101,38 @@ def attend(
     context_value: torch.Tensor,
     block_key: torch.Tensor,
     block_value: torch.Tensor,
-    groups: list[Group],
+    layout: Layout,
 ) -> torch.Tensor:
     """Shapes: query (A, B', KV*R, D), context (T, KV, D), block (A, B, KV, D) -> (A, B', KV*R, D); B' <= B queries."""
-    output: torch.Tensor = _BlockAttention.apply(query, context_key, context_value, block_key, block_value, groups)
+    tensors = query, context_key, context_value, block_key, block_value
+    if query.device.type != "cpu":
+        return attend_flex(*tensors, layout, _compiled_flex())
+    output: torch.Tensor = _BlockAttention.apply(*tensors, layout.groups)
     return output
+
+
+def attend_flex(
+    query: torch.Tensor,
+    context_key: torch.Tensor,
+    context_value: torch.Tensor,
+    block_key: torch.Tensor,
+    block_value: torch.Tensor,
+    layout: Layout,
+    attention: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """The same as `attend` by FlexAttention: keys are the packed context, then all blocks, one mask over both."""
+    key = torch.cat([context_key, block_key.flatten(0, 1)]).transpose(0, 1)[None]
+    value = torch.cat([context_value, block_value.flatten(0, 1)]).transpose(0, 1)[None]
+    output = attention(
+        query.flatten(0, 1).transpose(0, 1)[None], key, value, block_mask=layout.mask(query.shape[1]), enable_gqa=True
+    )
+    return output[0].transpose(0, 1).unflatten(0, query.shape[:2])
+
+
+@cache
+def _compiled_flex() -> Callable[..., torch.Tensor]:
+    compiled: Callable[..., torch.Tensor] = torch.compile(flex_attention, dynamic=True)
+    return compiled
 
 
 class _BlockAttention(torch.autograd.Function):

@@ -55,13 +55,16 @@ def export(
     recipe: RecipeOption,
     run: RunOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory that a server loads.")],
+    evaluation: Annotated[
+        Path | None, typer.Option("--eval", help="Report of `train eval`, for the model card.")
+    ] = None,
     set_: OverridesOption = None,
 ) -> None:
     """Write the directory that vLLM and SGLang load."""
     from contracts.recipe import load_recipe
     from train.export import export as export_draft
 
-    export_draft(load_recipe(recipe, set_ or []), run, output)
+    export_draft(load_recipe(recipe, set_ or []), run, output, evaluation)
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import nn
@@ -28,7 +27,7 @@ from contracts.errors import UserError
 from contracts.recipe import TrainSection
 from contracts.store import StoredSample
 from contracts.target_weights import TargetHead
-from train.attention import Group, attend, plan_groups
+from train.attention import Layout, attend, lay_out
 from train.batch import Batch
 from train.norm import RMSNorm, gated
 from train.objective import StepLoss, Weights, dpace_weights, fused_cross_entropy, make_teacher, slot_weights
@@ -48,7 +47,7 @@ class Blocks:
     valid: torch.Tensor
     query_rope: Tables
     context_rope: Tables
-    groups: list[Group]
+    layout: Layout
 
     @property
     def num_slots(self) -> int:
@@ -77,7 +76,7 @@ class Attention(nn.Module):
         block_key = rotate(self.k_norm(self._split(self.k_proj(x), self.kv_heads)), blocks.query_rope)
         context_key = rotate(self.k_norm(self._split(self.k_proj(context), self.kv_heads)), blocks.context_rope)
         block_value, context_value = (self._split(self.v_proj(y), self.kv_heads) for y in (x, context))
-        output = attend(query, context_key, context_value, block_key, block_value, blocks.groups)
+        output = attend(query, context_key, context_value, block_key, block_value, blocks.layout)
         projected: torch.Tensor = self.o_proj(output.flatten(2))
         return projected
 
@@ -155,8 +154,8 @@ class DFlash(nn.Module):
         """
         width, device = self.config.block_size, token_ids.device
         positions = torch.cat(list(anchors)).to(device)
-        offsets = zip([0, *accumulate(lengths)], anchors, strict=False)
-        rows = torch.cat([offset + places for offset, places in offsets]).to(device)
+        layout = lay_out(lengths, anchors, width, device)
+        rows = layout.anchor_rows
         places = rows[:, None] + torch.arange(1, width, device=device)
         inside = places < len(token_ids)
         places = places.clamp(max=len(token_ids) - 1)
@@ -167,7 +166,7 @@ class DFlash(nn.Module):
             valid=(loss_mask[places] & inside).long().cumprod(dim=1).bool(),
             query_rope=self.rope.at(positions[:, None] + torch.arange(width, device=device)),
             context_rope=self.rope.at(context),
-            groups=plan_groups(lengths, anchors, width),
+            layout=layout,
         )
 
     def hidden(

@@ -3,11 +3,13 @@
 Reads:  a training run's last checkpoint.
 Writes: OUTPUT/config.json (Qwen3 names, `dflash_config` with mask token and layers, rope in both schemas),
         OUTPUT/model.safetensors (no embedding, no lm_head: the server shares the target's),
-        OUTPUT/draftline.json (where it came from). Made under a temporary name and renamed.
+        OUTPUT/README.md, the model card; OUTPUT/draftline.json (where it came from). Made under a temporary name and
+        renamed.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,10 @@ from train.rope import rope_parameters
 ORIGIN_FILE = "draftline.json"
 
 
-def export(recipe: Recipe, run_folder: Path, output: Path) -> None:
+def export(recipe: Recipe, run_folder: Path, output: Path, evaluation: Path | None = None) -> None:
     """Write the draft of a finished run to `output`; an export of the same weights is kept.
+
+    `evaluation`, a report of `train eval`, gives the model card its figures.
 
     Raises UserError when `output` holds something else, or when YaRN's window is not the context length.
     """
@@ -58,6 +62,8 @@ def export(recipe: Recipe, run_folder: Path, output: Path) -> None:
     save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
     write_json(temporary / "config.json", make_config(config, recipe.export.dtype, Target.read(recipe.target.path)))
     write_json(temporary / ORIGIN_FILE, origin)
+    figures = read_json(evaluation, "a report of `train eval`") if evaluation else None
+    (temporary / "README.md").write_text(make_card(config, recipe, origin, figures), encoding="utf-8")
     temporary.rename(output)
     print(f"export: {weights.parent.name} -> {output}")
 
@@ -93,6 +99,53 @@ def make_config(config: DraftConfig, dtype: str, target: Target) -> dict[str, An
         "num_target_layers": config.num_target_layers,
         "dflash_config": {"mask_token_id": config.mask_token_id, "target_layer_ids": config.layer_ids},
     }
+
+
+def make_card(config: DraftConfig, recipe: Recipe, origin: dict[str, Any], figures: dict[str, Any] | None) -> str:
+    """The model card: what this draft is, what it was trained on, what it is worth, how it is served."""
+    num_draft_tokens = config.block_size - 1
+    speculation = {"method": "dflash", "model": "<this folder>", "num_speculative_tokens": num_draft_tokens}
+    worth = "Not evaluated: give `train export` the report of `train eval`."
+    if figures is not None:
+        low, high = figures["interval"]
+        rows = "\n".join(
+            f"| {mode or 'unset'} | {part['acceptance_length']:.3f} | {part['steps']} |"
+            for mode, part in figures["by_mode"].items()
+        )
+        worth = (
+            f"Simulated on {figures['samples']} held-out samples: acceptance length {figures['acceptance_length']:.3f} "
+            f"(95% interval {low:.3f} to {high:.3f}) at K = {num_draft_tokens}; by position "
+            f"{', '.join(f'{share:.3f}' for share in figures['per_position'])}.\n\n"
+            f"| thinking mode | acceptance length | steps |\n|---|---|---|\n{rows}"
+        )
+    return f"""---
+library_name: vllm
+tags: [speculative-decoding, {config.method}]
+---
+# A {config.method} draft for {recipe.target.path.name}
+
+{config.num_layers} layers, {config.hidden_size} wide, block size {config.block_size} (anchor included); reads the
+outputs of the target's layers {config.layer_ids} (0-based). Embedding and lm_head are the target's.
+
+## Serving
+
+    vllm serve <target> --speculative-config '{json.dumps(speculation)}'
+
+## What it is worth
+
+{worth}
+
+## Where it comes from
+
+| what | |
+|---|---|
+| target's fingerprint | `{config.target_fingerprint}` |
+| conversations (sha256) | `{config.store}` |
+| weights (sha256) | `{origin["sha256"]}` |
+| objective | {recipe.train.objective}, {recipe.train.num_steps} steps |
+
+The whole recipe is in `{ORIGIN_FILE}`.
+"""
 
 
 def _check_yarn(config: DraftConfig) -> None:

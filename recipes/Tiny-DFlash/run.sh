@@ -29,7 +29,7 @@ dump verify "${with[@]}" --store "$run/store/train" --once
 # 4. A draft that guesses 7 tokens at once; what it should be worth; the directory that vLLM loads.
 train offline "${with[@]}" --store "$run/store/train" --output "$run/draft"
 train eval "${with[@]}" --run "$run/draft" --store "$run/store/held_out" --output "$run/eval.json"
-train export "${with[@]}" --run "$run/draft" --output "$run/export"
+train export "${with[@]}" --run "$run/draft" --output "$run/export" --eval "$run/eval.json"
 
 # 5. What it is worth: the held-out prompts served with the draft and without.
 bench acceptance "${with[@]}" --conversations "$run/synth/held_out" --draft "$run/export" --output "$run/bench"

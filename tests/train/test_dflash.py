@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional
+from torch.nn.attention.flex_attention import flex_attention
 
 from contracts.draft import DraftConfig
 from contracts.errors import UserError
 from contracts.recipe import TrainSection, YarnSection
 from contracts.store import StoredSample
 from contracts.target_weights import TargetHead
+from train.attention import attend, attend_flex, lay_out
 from train.batch import Batch
 from train.dflash import DFlash, init_weights
 from train.evaluate import expected_acceptances, spans_of, walk, walk_sample
@@ -182,6 +184,19 @@ def test_values_and_gradients_are_those_of_dense_attention(
         found.append([output.detach(), inputs.grad, *(parameter.grad.clone() for parameter in model.parameters())])
     for ours, reference in zip(*found, strict=True):
         assert (ours - reference).norm() / reference.norm() < 1e-4
+
+
+def test_flex_attention_gives_the_same_as_the_grouped_products() -> None:
+    generator = torch.Generator().manual_seed(0)
+    anchors = [torch.arange(1, 38, 2), torch.tensor([3, 7, 20])]
+    total, blocks = 65, 22
+    layout = lay_out([40, 25], anchors, BLOCK, torch.device("cpu"))
+    for num_queries in (BLOCK, BLOCK - 1):  # the last layer asks nothing for the anchor
+        query = torch.randn(blocks, num_queries, 4, 8, generator=generator)
+        context = [torch.randn(total, 2, 8, generator=generator) for _ in range(2)]
+        own = [torch.randn(blocks, BLOCK, 2, 8, generator=generator) for _ in range(2)]
+        expected = attend(query, *context, *own, layout)
+        torch.testing.assert_close(attend_flex(query, *context, *own, layout, flex_attention), expected)
 
 
 def test_gradient_checkpointing_changes_no_gradient(model: DFlash) -> None:

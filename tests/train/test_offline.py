@@ -208,6 +208,13 @@ def test_an_export_holds_what_vllm_reads_and_neither_embedding_nor_head(
     assert {"fc.weight", "hidden_norm.weight", "norm.weight", "layers.0.self_attn.q_norm.weight"} <= names
     assert not any("embed" in name or "lm_head" in name or "rope" in name for name in names)
     assert "is finished, skipped" in run(*export).stdout
+    assert "Not evaluated" in (tmp_path / "export/README.md").read_text()
+    evaluation = tmp_path / "eval.json"
+    run("train", "eval", "--recipe", recipe_path, "--run", tmp_path / "draft", "--store", store, "--output", evaluation)
+    run(*export[:-1], tmp_path / "evaluated", "--eval", evaluation)
+    card = (tmp_path / "evaluated/README.md").read_text()
+    assert f"acceptance length {json.loads(evaluation.read_text())['acceptance_length']:.3f}" in card
+    assert json.loads((tmp_path / "export/draftline.json").read_text())["sha256"] in card
 
 
 def test_a_yarn_window_that_is_not_the_context_length_is_refused(
