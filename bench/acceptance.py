@@ -186,12 +186,15 @@ def kept_steps(answer: Answer) -> list[int]:
 def compare_greedy(
     turns: Sequence[Turn], baseline: dict[str, Any], drafted: dict[str, Any]
 ) -> tuple[int, list[dict[str, Any]]]:
-    """`(replies equal token by token with and without the draft, where the others differ)`, at every concurrency."""
+    """`(greedy replies equal with and without the draft, where the others differ)`, at every concurrency."""
     identical, differing = 0, []
+    greedy = {turn.id for turn in turns if turn.is_greedy}
     recorded = {turn.id: turn.reply for turn in turns}
     for concurrency, point in drafted["points"].items():
         without = {a.id: a.token_ids for a in answers_from_json(baseline["points"][concurrency]["answers"])}
         for answer in answers_from_json(point["answers"]):
+            if answer.id not in greedy:
+                continue
             if answer.token_ids == without[answer.id]:
                 identical += 1
                 continue

@@ -10,7 +10,7 @@ import json
 import time
 import urllib.request
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import openai
@@ -22,13 +22,21 @@ from contracts.errors import IncompleteError, UserError, raise_known
 
 @dataclass(frozen=True)
 class Turn:
-    """One reply to be generated again: `prompt` token ids, and the `reply` that the target gave without a draft."""
+    """One reply to be generated again: `prompt` token ids, and the `reply` that the target gave without a draft.
+
+    `sampling` is what it was sampled with (temperature, top_p, top_k); none: greedily.
+    """
 
     id: str
     thinking_mode: str
     category: str
     prompt: list[int]
     reply: list[int]
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_greedy(self) -> bool:
+        return float(self.sampling.get("temperature") or 0.0) == 0.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,11 @@ def read_turns(conversations: Iterable[Conversation]) -> list[Turn]:
                         category=conversation.category,
                         prompt=sample.token_ids[:start],
                         reply=sample.token_ids[start:end],
+                        sampling={
+                            key: value
+                            for key in ("temperature", "top_p", "top_k")
+                            if (value := conversation.sampling.get(key)) is not None
+                        },
                     )
                 )
     return turns
@@ -65,7 +78,7 @@ def read_turns(conversations: Iterable[Conversation]) -> list[Turn]:
 async def send_all(
     base_url: str, model: str, turns: Sequence[Turn], *, concurrency: int, max_tokens: int, title: str
 ) -> tuple[list[Answer], float]:
-    """`(answers in the order of the turns, seconds from the first request to the last answer)`, greedy."""
+    """`(answers in the order of the turns, seconds from the first request to the last answer)`, sampled as recorded."""
     client = openai.AsyncOpenAI(base_url=base_url, api_key="EMPTY", timeout=600, max_retries=0)
     answers: dict[str, Answer] = {}
     waiting = iter(turns)
@@ -95,8 +108,7 @@ async def _send(client: openai.AsyncOpenAI, model: str, turn: Turn, max_tokens: 
             model=model,
             prompt=turn.prompt,
             max_tokens=max_tokens,
-            temperature=0.0,
-            extra_body={"return_token_ids": True},
+            extra_body={"temperature": 0.0, **turn.sampling, "return_token_ids": True},
         )
     except openai.APIError as error:
         raise IncompleteError(
