@@ -8,12 +8,15 @@ from contracts.recipe import Recipe, TrainSection
 from contracts.store import Manifest
 from contracts.target import Target
 from train.dflash import DFlash
+from train.eagle3 import Eagle3
 from train.mask_token import choose_mask_token
 
+Draft = DFlash | Eagle3
 
-def make_draft(config: DraftConfig, section: TrainSection | None = None) -> DFlash:
+
+def make_draft(config: DraftConfig, section: TrainSection | None = None) -> Draft:
     """The draft that a config names."""
-    return DFlash(config, section)
+    return DFlash(config, section) if config.method == "dflash" else Eagle3(config, section)
 
 
 def make_draft_config(recipe: Recipe, target: Target, manifest: Manifest) -> DraftConfig:
@@ -38,6 +41,13 @@ def make_draft_config(recipe: Recipe, target: Target, manifest: Manifest) -> Dra
             fix="Dump them un-normed, or set train.objective to tokens.",
         )
     dflash = section.method == "dflash"
+    if section.draft_vocab_size is not None:
+        raise UserError(
+            "train.draft_vocab_size",
+            found=str(section.draft_vocab_size),
+            expected="nothing: drafts know all of the target's tokens in this version",
+            fix="Remove it.",
+        )
     return DraftConfig(
         method=section.method,
         hidden_size=target.hidden_size,

@@ -69,11 +69,29 @@ def export(recipe: Recipe, run_folder: Path, output: Path, evaluation: Path | No
 
 
 def make_config(config: DraftConfig, dtype: str, target: Target) -> dict[str, Any]:
-    """The exported config.json. `rope_parameters` is transformers 5's schema, `rope_scaling` the one before."""
+    """The exported config.json. `rope_parameters` is transformers 5's schema, `rope_scaling` the one before.
+
+    EAGLE3 counts the captured layers as vLLM does, from 1.
+    """
     rope = rope_parameters(config)
+    if config.method == "dflash":
+        own = {
+            "architectures": ["DFlashDraftModel"],
+            "model_type": "qwen3",
+            "use_sliding_window": False,
+            "layer_types": ["full_attention"] * config.num_layers,
+            "dflash_config": {"mask_token_id": config.mask_token_id, "target_layer_ids": config.layer_ids},
+        }
+    else:
+        own = {
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "model_type": "llama",
+            "draft_vocab_size": config.vocab_size,
+            "num_aux_hidden_states": len(config.layer_ids),
+            "eagle_aux_hidden_state_layer_ids": [layer_id + 1 for layer_id in config.layer_ids],
+        }
     return {
-        "architectures": ["DFlashDraftModel"],
-        "model_type": "qwen3",
+        **own,
         "dtype": dtype,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -91,20 +109,17 @@ def make_config(config: DraftConfig, dtype: str, target: Target) -> dict[str, An
         "attention_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
-        "use_sliding_window": False,
-        "layer_types": ["full_attention"] * config.num_layers,
         "bos_token_id": target.config.get("bos_token_id"),
         "eos_token_id": target.config.get("eos_token_id"),
         "block_size": config.block_size,
         "num_target_layers": config.num_target_layers,
-        "dflash_config": {"mask_token_id": config.mask_token_id, "target_layer_ids": config.layer_ids},
     }
 
 
 def make_card(config: DraftConfig, recipe: Recipe, origin: dict[str, Any], figures: dict[str, Any] | None) -> str:
     """The model card: what this draft is, what it was trained on, what it is worth, how it is served."""
     num_draft_tokens = config.block_size - 1
-    speculation = {"method": "dflash", "model": "<this folder>", "num_speculative_tokens": num_draft_tokens}
+    speculation = {"method": config.method, "model": "<this folder>", "num_speculative_tokens": num_draft_tokens}
     worth = "Not evaluated: give `train export` the report of `train eval`."
     if figures is not None:
         low, high = figures["interval"]

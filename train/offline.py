@@ -33,8 +33,8 @@ from contracts.target import Target
 from contracts.target_weights import TargetHead, read_head
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.data import AnyStore, Samples, open_states, read_ahead
-from train.dflash import DFlash, init_weights
-from train.drafts import make_draft, make_draft_config
+from train.dflash import init_weights
+from train.drafts import Draft, make_draft, make_draft_config
 from train.evaluate import walk
 from train.log import LOG_EVERY, Log, cut_metrics
 from train.processes import Processes, start_processes
@@ -174,7 +174,7 @@ def _train(
     }
 
 
-def held_out_length(model: nn.Module, draft: DFlash, head: TargetHead, samples: Samples) -> float:
+def held_out_length(model: nn.Module, draft: Draft, head: TargetHead, samples: Samples) -> float:
     """Predicted acceptance length on the held-out conversations; every process walks all of them."""
     sharded = model if isinstance(model, FSDPModule) else None
     if sharded is not None:

@@ -1,6 +1,6 @@
-"""Serve a draft in real vLLM and keep the logits it computes: `logits_probe.py TARGET DRAFT PROMPT_LENGTH OUTPUT`.
+"""Serve a draft in real vLLM and keep the logits it computes: `logits_probe.py METHOD TARGET DRAFT LENGTH OUTPUT`.
 
-Writes a dictionary: `logits`, one tensor of K rows for each time the draft was asked, and `token_ids`, the reply.
+Writes a dictionary: `logits` of every call in turn (DFlash: K rows; EAGLE3: K calls of a row), `token_ids`, the reply.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from serve.engine import engine_env
 K = 3
 
 
-def main(target: str, draft: str, prompt_length: str, output: str) -> None:
+def main(method: str, target: str, draft: str, prompt_length: str, output: str) -> None:
     os.environ.update(engine_env({}))
     from vllm import LLM, SamplingParams
-    from vllm.model_executor.models import qwen3_dflash
+    from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
+    from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
 
     recorded: list[torch.Tensor] = []
-    compute = qwen3_dflash.DFlashQwen3ForCausalLM.compute_logits
+    served = DFlashQwen3ForCausalLM if method == "dflash" else Eagle3LlamaForCausalLM
+    compute = served.compute_logits
 
     def record(self, hidden):  # type: ignore[no-untyped-def]
         logits = compute(self, hidden)
         recorded.append(logits.detach().float().clone())
         return logits
 
-    qwen3_dflash.DFlashQwen3ForCausalLM.compute_logits = record
-    speculation = {"method": "dflash", "model": draft, "num_speculative_tokens": K}
+    served.compute_logits = record
+    speculation = {"method": method, "model": draft, "num_speculative_tokens": K}
     llm = LLM(model=target, dtype="float32", enforce_eager=True, max_model_len=256, speculative_config=speculation)
     recorded.clear()
     prompt = {"prompt_token_ids": list(range(10, 10 + int(prompt_length)))}

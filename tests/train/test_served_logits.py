@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,57 @@ from transformers import AutoModelForCausalLM
 from written import write_store
 
 from contracts.draft import DraftRun
+from contracts.store import StoredSample
 from contracts.target import Target
+from contracts.target_weights import read_head
+from train.dflash import DFlash
 from train.drafts import make_draft
+from train.eagle3 import Eagle3
 
 PROMPT = 150  # beyond the YaRN draft's original window of 128
+
+
+def serve(method: str, target_folder: Path, folder: Path) -> dict[str, Any]:
+    """What the probe found of the export in `folder`."""
+    probe = Path(__file__).with_name("logits_probe.py")
+    command = [sys.executable, probe, method, target_folder, folder / "export", str(PROMPT), folder / "served.pt"]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=280)
+    return dict(torch.load(folder / "served.pt", weights_only=True))
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("yarn", [True, False])
+def test_logits_of_an_exported_eagle3_draft_are_the_trainers(
+    recipe_path: Path, target_folder: Path, tmp_path: Path, yarn: bool
+) -> None:
+    args = ["--recipe", recipe_path, "--set", "train.method=eagle3", "--set", "train.ttt_steps=3"]
+    args += [] if yarn else ["--set", "export.yarn=null"]
+    store = write_store(tmp_path / "store", Target.read(target_folder))
+    run("train", "offline", *args, "--store", store, "--output", tmp_path / "draft")
+    draft_run = DraftRun(tmp_path / "draft")
+    draft = make_draft(draft_run.read_config())
+    weights = load_file(draft_run.chosen_weights())
+    weights = {name: 4 * tensor if tensor.dim() > 1 else tensor for name, tensor in weights.items()}
+    save_file(weights, draft_run.chosen_weights())
+    draft.load_state_dict(weights)
+    run("train", "export", *args, "--run", tmp_path / "draft", "--output", tmp_path / "export")
+    served = serve("eagle3", target_folder, tmp_path)
+
+    target = Target.read(target_folder)
+    model = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32).eval()
+    token_ids = torch.tensor([*range(10, 10 + PROMPT), *served["token_ids"]])
+    with torch.no_grad():
+        states = model(token_ids[None], output_hidden_states=True).hidden_states
+    aux = torch.cat([states[i + 1][0] for i in draft.config.layer_ids], dim=-1)
+    mask = torch.arange(len(token_ids)) >= PROMPT
+    sample = StoredSample(token_ids, mask, torch.zeros(len(token_ids), target.hidden_size), aux, {})
+    assert isinstance(draft, Eagle3)
+    _, ours = draft.draft_logits(sample, read_head(target))
+    for step in range(3):  # the chain from the first token of the reply
+        assert ours[step][0].abs().max() > 1
+        tolerance = 1e-4 * float(ours[step][0].abs().max())
+        torch.testing.assert_close(served["logits"][step][0], ours[step][0], rtol=0, atol=tolerance)
 
 
 @pytest.mark.vllm
@@ -32,6 +80,7 @@ def test_logits_of_an_exported_dflash_draft_are_the_trainers(
     run("train", "offline", *args, "--store", store, "--output", tmp_path / "draft")
     draft_run = DraftRun(tmp_path / "draft")
     draft = make_draft(draft_run.read_config())
+    assert isinstance(draft, DFlash)
     weights = load_file(draft_run.chosen_weights())
     # Larger than training leaves them, so that no two logits are near.
     weights = {name: 4 * tensor if tensor.dim() > 1 else tensor for name, tensor in weights.items()}
@@ -40,11 +89,7 @@ def test_logits_of_an_exported_dflash_draft_are_the_trainers(
     run("train", "export", *args, "--run", tmp_path / "draft", "--output", tmp_path / "export")
     assert bool(json.loads((tmp_path / "export/config.json").read_text())["rope_scaling"]) == yarn
 
-    probe = Path(__file__).with_name("logits_probe.py")
-    command = [sys.executable, probe, target_folder, tmp_path / "export", str(PROMPT), tmp_path / "served.pt"]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=280)
-    served = torch.load(tmp_path / "served.pt", weights_only=True)
-
+    served = serve("dflash", target_folder, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32).eval()
     token_ids = torch.tensor([*range(10, 10 + PROMPT), *served["token_ids"]])
     with torch.no_grad():
