@@ -41,12 +41,12 @@ def make_draft_config(recipe: Recipe, target: Target, manifest: Manifest) -> Dra
             fix="Dump them un-normed, or set train.objective to tokens.",
         )
     dflash = section.method == "dflash"
-    if section.draft_vocab_size is not None:
+    if section.draft_vocab_size is not None and section.draft_vocab_size > target.vocab_size:
         raise UserError(
             "train.draft_vocab_size",
             found=str(section.draft_vocab_size),
-            expected="nothing: drafts know all of the target's tokens in this version",
-            fix="Remove it.",
+            expected=f"at most the target's {target.vocab_size} tokens",
+            fix="Lower it, or leave it out: then the draft knows all of them.",
         )
     return DraftConfig(
         method=section.method,

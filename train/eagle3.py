@@ -29,7 +29,7 @@ from contracts.target_weights import TargetHead
 from train.batch import Batch
 from train.dflash import anchor_places
 from train.norm import RMSNorm, gated
-from train.objective import StepLoss, fused_cross_entropy, make_teacher
+from train.objective import StepLoss, Teacher, fused_cross_entropy, make_teacher
 from train.rope import Rope, rotate
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -113,7 +113,13 @@ class Layer(nn.Module):
 
 
 class Eagle3(nn.Module):
-    """The draft without embedding and lm_head, which are the target's."""
+    """The draft without embedding and lm_head, which are the target's; one that knows fewer tokens has its own lm_head.
+
+    Such a draft's `lm_head` starts from the target's rows and is trained; d2t and t2d are as train/vocabulary.py says.
+    """
+
+    d2t: torch.Tensor
+    t2d: torch.Tensor
 
     def __init__(self, config: DraftConfig, section: TrainSection | None = None) -> None:
         super().__init__()
@@ -123,6 +129,20 @@ class Eagle3(nn.Module):
         self.midlayer = Layer(config)
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
         self.rope = Rope(config)
+        self.lm_head = None
+        if config.draft_vocab_size is not None:
+            self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
+            self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+
+    def set_vocabulary(self, kept: torch.Tensor, head: TargetHead) -> None:
+        """Know only the tokens `kept (n,)`, ascending."""
+        assert self.lm_head is not None
+        with torch.no_grad():
+            self.lm_head.weight.copy_(head.lm_head[kept])
+        self.d2t.copy_(kept - torch.arange(len(kept), device=kept.device))
+        self.t2d.zero_()
+        self.t2d[kept] = True
 
     def plan(self, batch: Batch) -> Chains:
         """Start a chain at every place that serving can draft from.
@@ -148,8 +168,11 @@ class Eagle3(nn.Module):
         inside = wanted < len(batch.token_ids)
         wanted = wanted.clamp(max=len(batch.token_ids) - 1)
         # A chain ends with its run of generated tokens; documents begin with a prompt, which ends it, too.
-        valid = (batch.loss_mask[wanted] & inside).long().cumprod(dim=1).bool()
-        return Chains(documents, rows_of_places, batch.token_ids[wanted], valid)
+        valid, labels = batch.loss_mask[wanted] & inside, batch.token_ids[wanted]
+        if self.lm_head is not None:  # a token that the draft does not know ends what it can draft
+            valid = valid & self.t2d[labels]
+            labels = (self.t2d.long().cumsum(0) - 1)[labels]
+        return Chains(documents, rows_of_places, labels, valid.long().cumprod(dim=1).bool())
 
     def forward(self, batch: Batch, chains: Chains, head: TargetHead) -> StepLoss:
         """The training loss: cross-entropy of every step, step i weighing `ttt_decay ** i`."""
@@ -176,9 +199,10 @@ class Eagle3(nn.Module):
         if self.section.objective == "distill":
             before = chains.places[:, None] + torch.arange(steps, device=valid.device)
             teacher = make_teacher(head, batch.hidden_states, before[valid])
-        loss_sum, hits, _ = fused_cross_entropy(
-            normed[valid], head.lm_head, chains.labels[valid], weights.float(), teacher
-        )
+            if self.lm_head is not None:
+                teacher = keep_known(teacher, self.t2d)
+        lm_head = head.lm_head if self.lm_head is None else self.lm_head.weight
+        loss_sum, hits, _ = fused_cross_entropy(normed[valid], lm_head, chains.labels[valid], weights.float(), teacher)
         right = torch.zeros_like(valid).masked_scatter(valid, hits)
         return StepLoss(
             loss_sum=loss_sum,
@@ -225,7 +249,7 @@ class Eagle3(nn.Module):
 
     @torch.inference_mode()
     def draft_logits(self, sample: StoredSample, head: TargetHead) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """`draft`, and the logits `(N, V)` of each step of its N chains."""
+        """`draft`, and the logits `(N, V)` of each step of its N chains; over the tokens that it knows."""
         places = anchor_places(sample.loss_mask)
         num_tokens = self.config.block_size - 1
         drafted, logits = torch.full((sample.num_tokens, num_tokens), -1), []
@@ -237,7 +261,20 @@ class Eagle3(nn.Module):
             hidden, tokens, own = features[first], token_ids[places], list[Pair]()
             for step in range(num_tokens):
                 hidden = self._step(tokens, hidden, known, first, own, step, head.embedding)
-                logits.append(functional.linear(self.norm(hidden), head.lm_head))
+                lm_head = head.lm_head if self.lm_head is None else self.lm_head.weight
+                logits.append(functional.linear(self.norm(hidden), lm_head))
                 tokens = logits[-1].argmax(-1)
+                if self.lm_head is not None:
+                    tokens = tokens + self.d2t[tokens]
                 drafted[places, step] = tokens
         return drafted, logits
+
+
+def keep_known(teacher: Teacher, known: torch.Tensor) -> Teacher:
+    """A teacher's distribution over the tokens `known (V,)` alone, summing to 1."""
+
+    def restricted(rows: slice) -> torch.Tensor:
+        q = teacher(rows)[:, known]
+        return q / q.sum(-1, keepdim=True).clamp_min(1e-20)
+
+    return restricted

@@ -58,7 +58,10 @@ def export(recipe: Recipe, run_folder: Path, output: Path, evaluation: Path | No
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     dtype = DTYPES[recipe.export.dtype]
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in load_file(weights).items()}
+    tensors = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in load_file(weights).items()
+    }
     save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
     write_json(temporary / "config.json", make_config(config, recipe.export.dtype, Target.read(recipe.target.path)))
     write_json(temporary / ORIGIN_FILE, origin)
@@ -86,7 +89,7 @@ def make_config(config: DraftConfig, dtype: str, target: Target) -> dict[str, An
         own = {
             "architectures": ["LlamaForCausalLMEagle3"],
             "model_type": "llama",
-            "draft_vocab_size": config.vocab_size,
+            "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
             "num_aux_hidden_states": len(config.layer_ids),
             "eagle_aux_hidden_state_layer_ids": [layer_id + 1 for layer_id in config.layer_ids],
         }

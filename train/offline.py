@@ -35,10 +35,12 @@ from train.checkpoint import load_checkpoint, save_checkpoint
 from train.data import AnyStore, Samples, open_states, read_ahead
 from train.dflash import init_weights
 from train.drafts import Draft, make_draft, make_draft_config
+from train.eagle3 import Eagle3
 from train.evaluate import walk
 from train.log import LOG_EVERY, Log, cut_metrics
 from train.processes import Processes, start_processes
 from train.schedule import learning_rate
+from train.vocabulary import choose_vocabulary
 
 
 def train_offline(recipe: Recipe, store_folder: Path, output: Path) -> dict[str, Any]:
@@ -102,6 +104,14 @@ def _train(
         )
     draft = make_draft(config, section).to(device)
     init_weights(draft, section.seed)
+    if isinstance(draft, Eagle3) and draft.lm_head is not None:
+        vocabulary = choose_vocabulary(samples, config.vocab_size, draft.lm_head.out_features)
+        draft.set_vocabulary(vocabulary.kept.to(device), head)
+        if processes.is_first:
+            print(
+                f"train: the draft knows {len(vocabulary.kept)} of {config.vocab_size} tokens, "
+                f"{vocabulary.coverage:.2%} of the supervised ones"
+            )
     num_parameters = sum(p.numel() for p in draft.parameters())
     model = processes.wrap(draft, section)
     parameters = list(model.parameters())

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 
 from contracts.conversation import Conversation, Loop, Sample
 from contracts.recipe import load_recipe
+from contracts.target import Target
 from dump.capture import Captured, CaptureError, Staged, Staging, load_staged
+from dump.rendered import TemplateMasks
 from dump.samples import Row, judge, read_rows
 from dump.writer import make_stored
 
@@ -110,15 +112,17 @@ def test_a_sample_is_taken_or_left_out_with_a_reason(
         assert verdict.row.sample.loss_spans == [(2, min(4, max_tokens))]
 
 
-def test_shards_hold_every_sample_once_whatever_the_order(tmp_path: Path) -> None:
+def test_shards_hold_every_sample_once_whatever_the_order(recipe_path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_path)
+    masks = TemplateMasks(recipe.target, Target.read(recipe.target.path))
     ids = [f"{number * 7919:032x}" for number in range(40)]
     for name, order in (("a", ids), ("b", ids[::-1])):
         lines = [make_conversation(id=id_).model_dump_json() for id_ in order]
         (tmp_path / name).write_text("\n".join(lines) + "\n")
     for number in range(3):
-        parts = [{row.sample_id for row in read_rows(tmp_path / name, (number, 3))} for name in "ab"]
+        parts = [{row.sample_id for row in read_rows(tmp_path / name, masks, (number, 3))} for name in "ab"]
         assert parts[0] == parts[1]
-    whole = [row.sample_id for number in range(3) for row in read_rows(tmp_path / "a", (number, 3))]
+    whole = [row.sample_id for number in range(3) for row in read_rows(tmp_path / "a", masks, (number, 3))]
     assert sorted(whole) == sorted(f"{id_}-0" for id_ in ids)
 
 

@@ -151,7 +151,7 @@ def test_a_few_samples_are_learned_by_heart(draft: Eagle3, head: TargetHead, obj
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < (0.5 if objective == "tokens" else 0.9) * losses[0]
 
 
@@ -160,3 +160,31 @@ def test_a_document_without_a_place_is_named(draft: Eagle3) -> None:
     batch.loss_mask[14:] = False
     with pytest.raises(UserError, match="sample sample-1: found no place to draft from"):
         draft.plan(batch)
+
+
+def test_a_reduced_vocabulary_maps_both_ways_and_unknown_tokens_end_a_chain(draft: Eagle3, head: TargetHead) -> None:
+    small = Eagle3(draft.config.model_copy(update={"draft_vocab_size": 10}), draft.section)
+    init_weights(small, seed=0)
+    kept = torch.arange(0, VOCABULARY, 4)
+    small.set_vocabulary(kept, head)
+    assert small.lm_head is not None
+    assert torch.equal(torch.arange(10) + small.d2t, kept)
+    assert torch.equal(small.t2d.nonzero()[:, 0], kept)
+    assert torch.equal(small.lm_head.weight, head.lm_head[kept])
+    batch = make_batch([14])
+    batch.token_ids[5:] = torch.tensor([0, 4, 8, 12, 13, 16, 20, 24, 28])  # 13, at place 9, is unknown
+    chains = small.plan(batch)
+    assert chains.valid[:5].tolist() == [
+        [True, True, True],
+        [True, True, False],
+        [True, False, False],
+        [False] * 3,
+        [True] * 3,
+    ]
+    assert chains.labels[0].tolist() == [1, 2, 3]
+    found = small(batch, chains, head)
+    found.loss_sum.backward()
+    assert small.lm_head.weight.grad is not None
+    sample = StoredSample(batch.token_ids, batch.loss_mask, batch.hidden_states, batch.aux_hidden_states, {})
+    drafted = small.draft(sample, head)
+    assert set(drafted[drafted >= 0].tolist()) <= set(kept.tolist())

@@ -36,14 +36,16 @@ def serve(method: str, target_folder: Path, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.vllm
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("yarn", [True, False])
+@pytest.mark.parametrize(("yarn", "known"), [(True, None), (False, None), (False, 300)])
 def test_logits_of_an_exported_eagle3_draft_are_the_trainers(
-    recipe_path: Path, target_folder: Path, tmp_path: Path, yarn: bool
+    recipe_path: Path, target_folder: Path, tmp_path: Path, yarn: bool, known: int | None
 ) -> None:
     args = ["--recipe", recipe_path, "--set", "train.method=eagle3", "--set", "train.ttt_steps=3"]
+    args += ["--set", f"train.draft_vocab_size={known}"] if known else []
     args += [] if yarn else ["--set", "export.yarn=null"]
     store = write_store(tmp_path / "store", Target.read(target_folder))
-    run("train", "offline", *args, "--store", store, "--output", tmp_path / "draft")
+    printed = run("train", "offline", *args, "--store", store, "--output", tmp_path / "draft").stdout
+    assert bool(known) == ("the draft knows 300 of" in printed)
     draft_run = DraftRun(tmp_path / "draft")
     draft = make_draft(draft_run.read_config())
     weights = load_file(draft_run.chosen_weights())
@@ -66,7 +68,11 @@ def test_logits_of_an_exported_eagle3_draft_are_the_trainers(
     for step in range(3):  # the chain from the first token of the reply
         assert ours[step][0].abs().max() > 1
         tolerance = 1e-4 * float(ours[step][0].abs().max())
-        torch.testing.assert_close(served["logits"][step][0], ours[step][0], rtol=0, atol=tolerance)
+        found = served["logits"][step][0]
+        if known:
+            assert torch.equal(found.isfinite(), draft.t2d)
+            found = found[draft.t2d]
+        torch.testing.assert_close(found, ours[step][0], rtol=0, atol=tolerance)
 
 
 @pytest.mark.vllm

@@ -1,0 +1,32 @@
+"""The reduced vocabulary of an EAGLE3 draft: the tokens that the target generates most.
+
+In the weights, as vLLM loads them: d2t (n,) int64, what to add to a draft's token to get the target's; t2d (V,) bool,
+which of the target's tokens the draft knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from train.data import Samples
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens that are kept, ascending (n,), and the share of the supervised tokens that they cover."""
+
+    kept: torch.Tensor
+    coverage: float
+
+
+def choose_vocabulary(samples: Samples, vocab_size: int, size: int) -> Vocabulary:
+    """The `size` tokens that are supervised most often in the training samples; ties go to the lower id."""
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for sample_id in tqdm(samples.ids, desc="vocabulary", unit="sample", mininterval=2, disable=None):
+        sample = samples.read(sample_id)
+        counts += torch.bincount(sample.input_ids[sample.loss_mask].long(), minlength=vocab_size)
+    kept = counts.argsort(descending=True, stable=True)[:size].sort().values
+    return Vocabulary(kept, float(counts[kept].sum() / counts.sum().clamp(min=1)))
