@@ -108,5 +108,5 @@ def speculative_config(draft: Path, target: Target) -> dict[str, str | int]:
                 expected=f"one for {target.fingerprint[:12]} ({target.path})",
                 fix="Train a draft for this target, or serve the other one.",
             )
-    method = "eagle3" if config["architectures"] == ["LlamaForCausalLMEagle3"] else "dflash"
+    method = "eagle3" if config.get("architectures") == ["LlamaForCausalLMEagle3"] else "dflash"
     return {"method": method, "model": str(draft), "num_speculative_tokens": config["block_size"] - 1}

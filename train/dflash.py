@@ -236,10 +236,11 @@ class DFlash(nn.Module):
         anchors = anchor_places(sample.loss_mask)
         drafted = torch.full((sample.num_tokens, self.config.block_size - 1), -1)
         if len(anchors):
-            token_ids = sample.input_ids.long()
-            blocks = self.lay_out(token_ids, sample.loss_mask, [sample.num_tokens], [anchors])
-            hidden = self.hidden(token_ids, sample.aux_hidden_states.float(), blocks, head.embedding)
-            drafted[anchors] = functional.linear(hidden, head.lm_head).argmax(-1)
+            device = head.lm_head.device
+            token_ids, aux = sample.input_ids.long().to(device), sample.aux_hidden_states.float().to(device)
+            blocks = self.lay_out(token_ids, sample.loss_mask.to(device), [sample.num_tokens], [anchors])
+            hidden = self.hidden(token_ids, aux, blocks, head.embedding)
+            drafted[anchors] = functional.linear(hidden, head.lm_head).argmax(-1).cpu()
         return drafted
 
 

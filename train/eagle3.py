@@ -254,11 +254,14 @@ class Eagle3(nn.Module):
         num_tokens = self.config.block_size - 1
         drafted, logits = torch.full((sample.num_tokens, num_tokens), -1), []
         if len(places):
-            token_ids = sample.input_ids.long()
-            features = self.fc(sample.aux_hidden_states.float())
+            device = head.lm_head.device
+            token_ids, features = (
+                sample.input_ids.long().to(device),
+                self.fc(sample.aux_hidden_states.float().to(device)),
+            )
             known = self._known(token_ids, features, head.embedding)
-            first = places - 1
-            hidden, tokens, own = features[first], token_ids[places], list[Pair]()
+            first = places.to(device) - 1
+            hidden, tokens, own = features[first], token_ids[first + 1], list[Pair]()
             for step in range(num_tokens):
                 hidden = self._step(tokens, hidden, known, first, own, step, head.embedding)
                 lm_head = head.lm_head if self.lm_head is None else self.lm_head.weight
@@ -266,7 +269,7 @@ class Eagle3(nn.Module):
                 tokens = logits[-1].argmax(-1)
                 if self.lm_head is not None:
                     tokens = tokens + self.d2t[tokens]
-                drafted[places, step] = tokens
+                drafted[places, step] = tokens.cpu()
         return drafted, logits
 
 

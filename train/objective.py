@@ -40,9 +40,9 @@ class StepLoss:
     num_blocks: torch.Tensor
 
     def counts(self) -> torch.Tensor:
-        """All but the loss in one vector, to be summed over batches and processes: `(3 + 2K,)`."""
-        parts = [getattr(self, field.name).reshape(-1).double() for field in fields(self) if field.name != "loss_sum"]
-        return torch.cat([self.loss_sum.detach().reshape(1).double(), *parts])
+        """All of it in one vector, to be summed over batches and processes: `(4 + 2K,)`."""
+        parts = [getattr(self, field.name).detach().reshape(-1) for field in fields(self)]
+        return torch.cat([part.to(self.loss_sum.device, torch.float64) for part in parts])
 
 
 def fused_cross_entropy(
