@@ -120,7 +120,7 @@ def explain(
         "mask token (dflash_config.mask_token_id)": (dflash.get("mask_token_id"), trained.mask_token_id),
         "rope (rope_theta)": (rope.get("rope_theta", config.get("rope_theta")), target.rope_theta),
         "rope (YaRN factor)": (served_yarn, trained.yarn.factor if trained.yarn else None),
-        "norm (rms_norm_eps)": (config.get("rms_norm_eps"), target.rms_norm_eps),
+        "norm (rms_norm_eps)": (config.get("rms_norm_eps"), target.norm_eps),
     }
     for name, (value, wanted) in expected.items():
         if value != wanted:

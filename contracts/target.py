@@ -22,6 +22,8 @@ from contracts.recipe import TargetSection
 
 NESTED_CONFIGS = ("text_config", "llm_config", "language_config")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+RMS_NORM_EPS = "rms_norm_eps"
+LAYER_NORM_EPS = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
 WINDOW_BYTES = 1 << 16
 
 
@@ -34,7 +36,11 @@ class Target:
 
     @classmethod
     def read(cls, path: Path) -> Target:
-        """Read `path/config.json`. Raises UserError when the folder holds no model."""
+        """Read `path/config.json`; a hub name (`org/model`) is looked for in the local hub cache.
+
+        Raises UserError when the folder holds no model.
+        """
+        path = _in_hub_cache(path)
         outer = read_json(path / "config.json", "a target's config.json")
         inner: dict[str, Any] = next((outer[key] for key in NESTED_CONFIGS if isinstance(outer.get(key), dict)), {})
         return cls(path, {**outer, **inner})
@@ -61,8 +67,8 @@ class Target:
         return self.get("vocab_size")
 
     @property
-    def rms_norm_eps(self) -> float:
-        return float(self.config.get("rms_norm_eps", 1e-6))
+    def norm_eps(self) -> float:
+        return float(next((self.config[key] for key in (RMS_NORM_EPS, *LAYER_NORM_EPS) if key in self.config), 1e-6))
 
     @property
     def rope_theta(self) -> float:
@@ -71,7 +77,9 @@ class Target:
 
     @property
     def final_norm(self) -> str:
-        """`rms` (x * w) or `gemma` (x * (1 + w), as MiniMax-M3 and the Gemma family have it)."""
+        """`rms` (x * w), `gemma` (x * (1 + w), as MiniMax-M3 and the Gemma family have it) or `layer` (LayerNorm)."""
+        if RMS_NORM_EPS not in self.config and any(key in self.config for key in LAYER_NORM_EPS):
+            return "layer"
         gemma = self.config.get("use_gemma_norm") or str(self.config.get("model_type", "")).startswith("gemma")
         return "gemma" if gemma else "rms"
 
@@ -112,6 +120,16 @@ class Target:
     def template_checksum(self) -> str:
         """sha256 of the chat template's text."""
         return hash_bytes(self.chat_template.encode())
+
+
+def _in_hub_cache(path: Path) -> Path:
+    """The folder of a hub name's snapshot, if it is no folder itself and the cache has one. Nothing is downloaded."""
+    if path.exists() or path.is_absolute() or len(path.parts) != 2:
+        return path
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(path.as_posix(), "config.json")
+    return Path(config).parent if isinstance(config, str) else path
 
 
 def _weights_signature(file: Path) -> list[Any]:

@@ -42,9 +42,9 @@ def name_defect(head: TargetHead, sample: StoredSample, manifest: Manifest) -> s
     def explains(logits: torch.Tensor, wanted: torch.Tensor) -> bool:
         return float((logits.argmax(-1) == wanted).float().mean()) >= ENOUGH
 
-    other = "rms" if head.norm_kind == "gemma" else "gemma"
-    if explains(replace(head, norm_kind=other).logits(states[places - 1]), tokens[places]):
-        return f"the states fit a {other} norm, the target is read as having a {head.norm_kind} norm"
+    for other in {"rms", "gemma", "layer"} - {head.norm_kind}:
+        if explains(replace(head, norm_kind=other).logits(states[places - 1]), tokens[places]):
+            return f"the states fit a {other} norm, the target is read as having a {head.norm_kind} norm"
     for shift, words in ((1, "later"), (-1, "earlier")):
         inside = places[(places - 1 + shift >= 0) & (places - 1 + shift < len(states))]
         if len(inside) and explains(head.logits(states[inside - 1 + shift]), tokens[inside]):

@@ -18,6 +18,8 @@ from contracts.recipe import Recipe
 from contracts.target import Target
 from dump.capture import Staged, Staging
 
+NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm")
+
 
 class Transformers:
     """The target in transformers, set up to hand out hidden states."""
@@ -75,7 +77,8 @@ def find_layers(model: torch.nn.Module, target: Target) -> tuple[torch.nn.Module
     """The decoder layers and the final norm beside them. Raises UserError when there is no one such list."""
     found = []
     for module in model.modules():
-        layers, norm = getattr(module, "layers", None), getattr(module, "norm", None)
+        layers = getattr(module, "layers", None)
+        norm = next((norm for name in NORM_NAMES if (norm := getattr(module, name, None)) is not None), None)
         if isinstance(layers, torch.nn.ModuleList) and len(layers) == target.num_layers and norm is not None:
             found.append((layers, norm))
     if len(found) != 1:

@@ -63,7 +63,7 @@ def resolve_sampling(recipe: Recipe) -> tuple[list[float], dict[str, Any]]:
     Raises UserError when neither gives a temperature, or when the values contradict each other.
     """
     synth = recipe.synth
-    path = recipe.target.path / "generation_config.json"
+    path = Target.read(recipe.target.path).path / "generation_config.json"
     of_target = read_json(path, "the target's generation_config.json") if path.exists() else {}
     temperature = synth.temperature
     if temperature is None:

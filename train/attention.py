@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from train.threads import share_out
 
-BLOCKS_A_GROUP = 16
+QUERIES_A_GROUP = 128
 ALIGNMENT = 16
 """Scores have rows of a multiple of so many elements: a vector register's."""
 KEPT_BYTES = 256 << 20
@@ -73,20 +73,33 @@ class Layout:
         return self.masks[num_queries]
 
 
-def lay_out(lengths: Sequence[int], anchors: Sequence[torch.Tensor], block_size: int, device: torch.device) -> Layout:
-    """Blocks at `anchors[i]`, ascending positions in document i, which is `lengths[i]` tokens long."""
+def lay_out(
+    lengths: Sequence[int],
+    anchors: Sequence[torch.Tensor],
+    block_size: int,
+    device: torch.device,
+    num_queries: int | None = None,
+) -> Layout:
+    """Blocks at `anchors[i]`, ascending positions in document i, which is `lengths[i]` tokens long.
+
+    Blocks have `block_size` keys of their own, and as many queries unless `num_queries` says otherwise.
+    """
     offsets = [0, *accumulate(lengths)]
     first_rows = torch.cat([torch.full((len(p),), offset) for offset, p in zip(offsets, anchors, strict=False)])
     anchor_rows = torch.cat([offset + positions for offset, positions in zip(offsets, anchors, strict=False)])
-    groups = plan_groups(lengths, anchors, block_size) if device.type == "cpu" else []
+    queries = num_queries or block_size
+    groups = plan_groups(lengths, anchors, block_size, queries) if device.type == "cpu" else []
     return Layout(groups, first_rows.to(device), anchor_rows.to(device), offsets[-1], block_size)
 
 
-def plan_groups(lengths: Sequence[int], anchors: Sequence[torch.Tensor], block_size: int) -> list[Group]:
+def plan_groups(
+    lengths: Sequence[int], anchors: Sequence[torch.Tensor], block_size: int, num_queries: int
+) -> list[Group]:
     """Group the blocks at `anchors[i]`, ascending positions in document i, which is `lengths[i]` tokens long."""
     groups, first = [], 0
+    size = max(1, QUERIES_A_GROUP // num_queries)
     for offset, positions in zip([0, *accumulate(lengths)], anchors, strict=False):
-        for members in positions.split(BLOCKS_A_GROUP):
+        for members in positions.split(size):
             low, high = int(members[0]), int(members[-1])
             high += -(high + block_size) % ALIGNMENT
             hidden = torch.arange(low, high)[None] >= members[:, None]

@@ -63,7 +63,7 @@ def make_draft_config(recipe: Recipe, target: Target, manifest: Manifest) -> Dra
         num_key_value_heads=section.num_key_value_heads,
         head_dim=section.head_dim,
         intermediate_size=section.intermediate_size,
-        rms_norm_eps=target.rms_norm_eps,
+        rms_norm_eps=target.norm_eps,
         rope_theta=target.rope_theta,
         max_position_embeddings=recipe.target.max_model_len,
         yarn=recipe.export.yarn if section.yarn else None,

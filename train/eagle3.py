@@ -14,23 +14,25 @@ Shapes: T packed tokens, N chains, S steps, H hidden size, n captured layers, D 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from contracts.draft import DraftConfig
 from contracts.errors import UserError
 from contracts.recipe import TrainSection
 from contracts.store import StoredSample
 from contracts.target_weights import TargetHead
+from train.attention import Layout, attend, lay_out
 from train.batch import Batch
 from train.dflash import anchor_places
 from train.norm import RMSNorm, gated
 from train.objective import StepLoss, Teacher, fused_cross_entropy, make_teacher
-from train.rope import Rope, rotate
+from train.rope import Rope, Tables, rotate
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, both (rows, KV heads, D)."""
@@ -38,16 +40,18 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Chains:
-    """The chains of one batch, document by document.
+    """The chains of one batch, and who sees what at each of their steps.
 
-    `documents` has for each the rows of its tokens in the pack and the first positions (N,) of its chains. Shapes over
-    all chains: labels and valid (N, S), places (N,) rows of the last known tokens.
+    Shapes: places (N,) rows of the last known tokens in the pack; positions (N,) of step 0, in the document; labels and
+    valid (N, S); context_rope at all T tokens.
     """
 
-    documents: list[tuple[slice, torch.Tensor]]
     places: torch.Tensor
+    positions: torch.Tensor
     labels: torch.Tensor
     valid: torch.Tensor
+    context_rope: Tables
+    layouts: list[Layout]
 
     @property
     def num_slots(self) -> int:
@@ -56,35 +60,33 @@ class Chains:
 
 
 class Attention(nn.Module):
-    """A chain's query over the known positions' keys and the chain's own later ones."""
+    """A chain's query over the known positions' keys before step 0's, and the chain's own from there on."""
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         hidden, size = config.hidden_size, config.head_dim
-        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, size
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.q_proj = nn.Linear(2 * hidden, self.heads * size, bias=False)
         self.k_proj = nn.Linear(2 * hidden, self.kv_heads * size, bias=False)
         self.v_proj = nn.Linear(2 * hidden, self.kv_heads * size, bias=False)
         self.o_proj = nn.Linear(self.heads * size, hidden, bias=False)
 
-    def forward(self, query: torch.Tensor, known: Pair, last: torch.Tensor, own: list[Pair]) -> torch.Tensor:
-        """Shapes: query (N, heads, D), known (T, KV, D), last (N,) the last position seen, own (N, KV, D) each."""
-        query = query.unflatten(1, (self.kv_heads, -1)) * self.head_dim**-0.5  # (N, KV, R, D)
-        scores = torch.einsum("ngrd,tgd->ngrt", query, known[0])
-        hidden = torch.arange(len(known[0]), device=last.device)[None] > last[:, None]
-        scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
-        later = [torch.einsum("ngrd,ngd->ngr", query, key) for key, _ in own]
-        weights = torch.cat([scores, *(part[..., None] for part in later)], dim=-1).softmax(-1)
-        length = len(known[0])
-        output = torch.einsum("ngrt,tgd->ngrd", weights[..., :length], known[1])
-        for place, (_, value) in enumerate(own):
-            output = output + weights[..., length + place, None] * value[:, :, None]
+    def keys(self, x: torch.Tensor, rope: Tables) -> Pair:
+        """Keys and values of `x (rows, 2H)`."""
+        key = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, -1)), rope)
+        return key, self.v_proj(x).unflatten(-1, (self.kv_heads, -1))
+
+    def forward(self, x: torch.Tensor, rope: Tables, known: Pair, own: list[Pair], layout: Layout) -> torch.Tensor:
+        """Shapes: x (N, 2H), known (T, KV, D), own (N, KV, D) each -> (N, H)."""
+        query = rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)), rope)
+        key, value = (torch.stack(part, dim=1) for part in zip(*own, strict=True))
+        output = attend(query[:, None], *known, key, value, layout)
         projected: torch.Tensor = self.o_proj(output.flatten(1))
         return projected
 
 
 class Layer(nn.Module):
-    """The one layer. `input` and `output` are the two sides of its attention."""
+    """The one layer."""
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
@@ -102,14 +104,25 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
 
     def input(self, embedded: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """`(rows, H)` both -> `(rows, 2H)`."""
+        """What attention takes: `(rows, H)` both -> `(rows, 2H)`."""
         return torch.cat([self.input_layernorm(embedded), self.hidden_norm(features)], dim=-1)
 
-    def output(self, features: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """The layer's output before the final norm: what the next step takes as its feature."""
-        x = features + attended
+    def forward(
+        self,
+        embedded: torch.Tensor,
+        features: torch.Tensor,
+        rope: Tables,
+        known: Pair,
+        earlier: tuple[Pair, ...],
+        layout: Layout,
+    ) -> tuple[torch.Tensor, Pair]:
+        """One step of all chains: the outputs `(N, H)` before the final norm, which are the next step's features, and
+        this step's own keys."""
+        attention, x = self.self_attn, self.input(embedded, features)
+        pair = attention.keys(x, rope)
+        x = features + attention(x, rope, known, [*earlier, pair], layout)
         y = self.post_attention_layernorm(x)
-        return x + self.mlp["down_proj"](gated(self.mlp["gate_proj"](y), self.mlp["up_proj"](y)))
+        return x + self.mlp["down_proj"](gated(self.mlp["gate_proj"](y), self.mlp["up_proj"](y))), pair
 
 
 class Eagle3(nn.Module):
@@ -149,11 +162,9 @@ class Eagle3(nn.Module):
 
         Raises UserError, with the sample's id, for a document that has none.
         """
-        steps, documents, places = self.config.ttt_steps or 1, [], []
-        offsets = [0, *accumulate(batch.lengths)]
-        for sample_id, offset, length in zip(batch.sample_ids, offsets, batch.lengths, strict=False):
-            rows = slice(offset, offset + length)
-            found = anchor_places(batch.loss_mask[rows])
+        places = []
+        for sample_id, mask in zip(batch.sample_ids, batch.loss_mask.cpu().split(batch.lengths), strict=True):
+            found = anchor_places(mask)
             if not len(found):
                 raise UserError(
                     f"sample {sample_id}",
@@ -161,38 +172,55 @@ class Eagle3(nn.Module):
                     expected="two generated tokens in a row",
                     fix="Dump again: such samples are worth nothing.",
                 )
-            documents.append((rows, found - 1))
-            places.append(offset + found)
-        rows_of_places = torch.cat(places)
-        wanted = rows_of_places[:, None] + torch.arange(1, steps + 1, device=rows_of_places.device)
-        inside = wanted < len(batch.token_ids)
-        wanted = wanted.clamp(max=len(batch.token_ids) - 1)
-        # A chain ends with its run of generated tokens; documents begin with a prompt, which ends it, too.
-        valid, labels = batch.loss_mask[wanted] & inside, batch.token_ids[wanted]
+            places.append(found)
+        return self.lay_out(batch.token_ids, batch.loss_mask, batch.lengths, places, self.config.ttt_steps or 1)
+
+    def lay_out(
+        self,
+        token_ids: torch.Tensor,
+        loss_mask: torch.Tensor,
+        lengths: Sequence[int],
+        places: Sequence[torch.Tensor],
+        steps: int,
+    ) -> Chains:
+        """Chains of so many steps from `places[i]`, ascending positions in document i of the pack.
+
+        A chain ends with its run of generated tokens: what lies beyond is another turn's prompt, or nothing. Documents
+        need no boundary of their own, as each begins with its prompt.
+        """
+        device = token_ids.device
+        firsts = [part - 1 for part in places]
+        layouts = [lay_out(lengths, firsts, step + 1, device, num_queries=1) for step in range(steps)]
+        rows = layouts[0].anchor_rows + 1
+        wanted = rows[:, None] + torch.arange(1, steps + 1, device=device)
+        inside = wanted < len(token_ids)
+        wanted = wanted.clamp(max=len(token_ids) - 1)
+        valid, labels = loss_mask[wanted] & inside, token_ids[wanted]
         if self.lm_head is not None:  # a token that the draft does not know ends what it can draft
             valid = valid & self.t2d[labels]
             labels = (self.t2d.long().cumsum(0) - 1)[labels]
-        return Chains(documents, rows_of_places, labels, valid.long().cumprod(dim=1).bool())
+        return Chains(
+            places=rows,
+            positions=torch.cat(firsts).to(device),
+            labels=labels,
+            valid=valid.long().cumprod(dim=1).bool(),
+            context_rope=self.rope.at(torch.cat([torch.arange(length) for length in lengths]).to(device)),
+            layouts=layouts,
+        )
 
     def forward(self, batch: Batch, chains: Chains, head: TargetHead) -> StepLoss:
         """The training loss: cross-entropy of every step, step i weighing `ttt_decay ** i`."""
         assert self.section is not None
         steps = chains.labels.shape[1]
-        features = self.fc(batch.aux_hidden_states)
-        parts = []
-        for rows, first in chains.documents:
-            tokens = batch.token_ids[rows]
-            run = self._known(tokens, features[rows], head.embedding)
-            outputs = []
-            hidden = features[rows][first]
-            own: list[Pair] = []
-            for step in range(steps):
-                # Beyond the document's end there is nothing to learn; any token will do.
-                known_token = tokens[(first + 1 + step).clamp(max=len(tokens) - 1)]
-                hidden = self._step(known_token, hidden, run, first, own, step, head.embedding)
-                outputs.append(hidden)
-            parts.append(torch.stack(outputs, dim=1))
-        normed = self.norm(torch.cat(parts))  # (N, S, H)
+        outputs = list[torch.Tensor]()
+
+        def given(step: int) -> torch.Tensor:
+            # Beyond the end there is nothing to learn; any token will do.
+            return batch.token_ids[(chains.places + step).clamp(max=len(batch.token_ids) - 1)]
+
+        for hidden in self._unroll(batch.token_ids, batch.aux_hidden_states, chains, head.embedding, given):
+            outputs.append(hidden)
+        normed = self.norm(torch.stack(outputs, dim=1))  # (N, S, H)
         valid = chains.valid
         weights = (self.section.ttt_decay ** torch.arange(steps, device=valid.device)).expand(valid.shape)[valid]
         teacher = None
@@ -213,34 +241,28 @@ class Eagle3(nn.Module):
             num_blocks=torch.tensor(len(valid)),
         )
 
-    def _known(self, tokens: torch.Tensor, features: torch.Tensor, embedding: torch.Tensor) -> Pair:
-        """Keys and values of the known positions: position t takes token t+1, so that the last token has none."""
-        positions = torch.arange(len(tokens) - 1, device=tokens.device)
-        x = self.midlayer.input(functional.embedding(tokens[1:], embedding), features[:-1])
-        return self._keys(x, positions)
-
-    def _keys(self, x: torch.Tensor, positions: torch.Tensor) -> Pair:
-        attention = self.midlayer.self_attn
-        key = rotate(attention.k_proj(x).unflatten(-1, (attention.kv_heads, -1)), self.rope.at(positions))
-        return key, attention.v_proj(x).unflatten(-1, (attention.kv_heads, -1))
-
-    def _step(
+    def _unroll(
         self,
-        tokens: torch.Tensor,
-        hidden: torch.Tensor,
-        known: Pair,
-        first: torch.Tensor,
-        own: list[Pair],
-        step: int,
+        token_ids: torch.Tensor,
+        aux_hidden_states: torch.Tensor,
+        chains: Chains,
         embedding: torch.Tensor,
-    ) -> torch.Tensor:
-        """One step of all chains of a document: their outputs `(N, H)`. Adds the chains' own keys to `own`."""
-        attention, positions = self.midlayer.self_attn, first + step
-        x = self.midlayer.input(functional.embedding(tokens, embedding), hidden)
-        if step:  # step 0 stands on a known position, whose key is among those already
-            own.append(self._keys(x, positions))
-        query = rotate(attention.q_proj(x).unflatten(-1, (attention.heads, -1)), self.rope.at(positions))
-        return self.midlayer.output(hidden, attention(query, known, first, own))
+        token_of_step: Callable[[int], torch.Tensor],
+    ) -> Iterator[torch.Tensor]:
+        """Step after step the outputs `(N, H)` of all chains; `token_of_step` is asked for (N,) once a step begins."""
+        layer, attention = self.midlayer, self.midlayer.self_attn
+        save_memory = self.training and self.section is not None and self.section.gradient_checkpointing
+        features = self.fc(aux_hidden_states)
+        # Position t takes token t+1. The last of a document has none, and no chain sees it.
+        following = functional.embedding(token_ids.roll(-1), embedding)
+        known = attention.keys(layer.input(following, features), chains.context_rope)
+        hidden, own = features[chains.places - 1], list[Pair]()
+        for step, layout in enumerate(chains.layouts):
+            embedded = functional.embedding(token_of_step(step), embedding)
+            arguments = embedded, hidden, self.rope.at(chains.positions + step), known, tuple(own), layout
+            hidden, pair = checkpoint(layer, *arguments, use_reentrant=False) if save_memory else layer(*arguments)
+            own.append(pair)
+            yield hidden
 
     @torch.inference_mode()
     def draft(self, sample: StoredSample, head: TargetHead) -> torch.Tensor:
@@ -252,24 +274,23 @@ class Eagle3(nn.Module):
         """`draft`, and the logits `(N, V)` of each step of its N chains; over the tokens that it knows."""
         places = anchor_places(sample.loss_mask)
         num_tokens = self.config.block_size - 1
-        drafted, logits = torch.full((sample.num_tokens, num_tokens), -1), []
-        if len(places):
-            device = head.lm_head.device
-            token_ids, features = (
-                sample.input_ids.long().to(device),
-                self.fc(sample.aux_hidden_states.float().to(device)),
-            )
-            known = self._known(token_ids, features, head.embedding)
-            first = places.to(device) - 1
-            hidden, tokens, own = features[first], token_ids[first + 1], list[Pair]()
-            for step in range(num_tokens):
-                hidden = self._step(tokens, hidden, known, first, own, step, head.embedding)
-                lm_head = head.lm_head if self.lm_head is None else self.lm_head.weight
-                logits.append(functional.linear(self.norm(hidden), lm_head))
-                tokens = logits[-1].argmax(-1)
-                if self.lm_head is not None:
-                    tokens = tokens + self.d2t[tokens]
-                drafted[places, step] = tokens.cpu()
+        drafted, logits = torch.full((sample.num_tokens, num_tokens), -1), list[torch.Tensor]()
+        if not len(places):
+            return drafted, logits
+        device = head.lm_head.device
+        token_ids, aux = sample.input_ids.long().to(device), sample.aux_hidden_states.float().to(device)
+        lm_head = head.lm_head if self.lm_head is None else self.lm_head.weight
+        chains = self.lay_out(token_ids, sample.loss_mask.to(device), [sample.num_tokens], [places], num_tokens)
+
+        def latest(step: int) -> torch.Tensor:
+            return drafted[places, step - 1].to(device) if step else token_ids[chains.places]
+
+        for step, hidden in enumerate(self._unroll(token_ids, aux, chains, head.embedding, latest)):
+            logits.append(functional.linear(self.norm(hidden), lm_head))
+            tokens = logits[-1].argmax(-1)
+            if self.lm_head is not None:
+                tokens = tokens + self.d2t[tokens]
+            drafted[places, step] = tokens.cpu()
         return drafted, logits
 
 

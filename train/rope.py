@@ -16,10 +16,9 @@ Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 class Rope(nn.Module):
-    """Tables for all positions; they are looked up once a step and used by every layer."""
+    """Tables for the positions of a step, computed once and used by every layer; any position has them."""
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    inverse_frequencies: torch.Tensor
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
@@ -27,24 +26,21 @@ class Rope(nn.Module):
         kind = parameters["rope_type"]
         if kind == "default":
             exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-            inverse_frequencies, scale = config.rope_theta**-exponents, 1.0
+            inverse_frequencies, self.scale = config.rope_theta**-exponents, 1.0
         else:
             qwen = Qwen3Config(
                 head_dim=config.head_dim,
                 max_position_embeddings=config.max_position_embeddings,
                 rope_parameters=parameters,
             )
-            inverse_frequencies, scale = ROPE_INIT_FUNCTIONS[kind](qwen, torch.device("cpu"))
-        # A block that starts at the last position reaches block_size - 1 further.
-        positions = torch.arange(config.max_position_embeddings + config.block_size).float()
-        angles = torch.outer(positions, inverse_frequencies)
-        angles = torch.cat([angles, angles], dim=-1)
-        self.register_buffer("cos", angles.cos() * scale, persistent=False)
-        self.register_buffer("sin", angles.sin() * scale, persistent=False)
+            inverse_frequencies, self.scale = ROPE_INIT_FUNCTIONS[kind](qwen, torch.device("cpu"))
+        self.register_buffer("inverse_frequencies", inverse_frequencies, persistent=False)
 
     def at(self, positions: torch.Tensor) -> Tables:
         """Tables at `positions (...)`: two of (..., 1, D)."""
-        return self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
+        angles = positions[..., None, None].float() * self.inverse_frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos() * self.scale, angles.sin() * self.scale
 
 
 def rotate(x: torch.Tensor, tables: Tables) -> torch.Tensor:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from contracts.errors import UserError
 from contracts.target import Target, default_dflash_layers, to_vllm_layer_ids
 from contracts.target_weights import read_head
+from dump.hf import find_layers
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,39 @@ def test_a_gemma_norm_multiplies_by_one_plus_the_weight(tmp_path: Path) -> None:
     normed = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
     torch.testing.assert_close(plain.logits(hidden), (normed * plain.norm) @ plain.lm_head.T)
     torch.testing.assert_close(gemma.logits(hidden), (normed * (1 + gemma.norm)) @ gemma.lm_head.T)
+
+
+@pytest.mark.parametrize("family", ["Starcoder2", "StableLm", "Cohere", "Gemma2", "Granite", "GPTNeoX"])
+def test_logits_from_the_final_state_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+    """LayerNorms with and without bias, scaled and capped logits, tied and untied heads."""
+    config = getattr(transformers, family + "Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, torch_dtype="float32",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    model.save_pretrained(tmp_path)
+    target = Target.read(tmp_path)
+    kept = []
+    find_layers(model, target)[1].register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
+    with torch.no_grad():
+        expected = model(input_ids=torch.arange(12)[None]).logits
+        torch.testing.assert_close(read_head(target).logits(kept[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hub_name_is_found_in_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "hub/models--org--model/snapshots/abc"
+    expected = write_target(snapshot, {"hidden_size": 4})
+    (tmp_path / "hub/models--org--model/refs").mkdir()
+    (tmp_path / "hub/models--org--model/refs/main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = Target.read(Path("org/model"))
+    assert (found.path, found.fingerprint) == (snapshot, expected.fingerprint)
+    with pytest.raises(UserError, match="org/other"):
+        Target.read(Path("org/other"))
 
 
 def test_other_weights_have_another_fingerprint_and_a_copy_has_the_same(tmp_path: Path) -> None:

@@ -143,7 +143,8 @@ def dense_hidden(
     def turn(y: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         half = y.shape[-1] // 2
         turned = torch.cat([-y[..., half:], y[..., :half]], -1)
-        return y * model.rope.cos[places][:, None] + turned * model.rope.sin[places][:, None]
+        cos, sin = model.rope.at(places)
+        return y * cos + turned * sin
 
     for layer in model.layers:
         attention, y = layer.self_attn, functional.rms_norm(x, (HIDDEN,), layer.input_layernorm.weight, 1e-6)

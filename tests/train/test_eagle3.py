@@ -63,7 +63,7 @@ def serve_step(draft: Eagle3, tokens: torch.Tensor, features: torch.Tensor, head
         return functional.rms_norm(x, (x.shape[-1],), weight, 1e-6)
 
     def turn(y: torch.Tensor) -> torch.Tensor:
-        cos, sin = (table[: len(y), None] for table in (draft.rope.cos, draft.rope.sin))
+        cos, sin = draft.rope.at(torch.arange(len(y)))
         return y * cos + torch.cat([-y[..., 4:], y[..., :4]], -1) * sin
 
     x = torch.cat(
