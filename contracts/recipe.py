@@ -204,6 +204,9 @@ class YarnSection(Section):
 
 class ExportSection(Section):
     yarn: YarnSection | None = None
+    max_position_embeddings: int | None = Field(
+        default=None, gt=0, description="the served context length, YaRN's whole window; default: target.max_model_len"
+    )
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 

@@ -73,4 +73,6 @@ def _write_speculators(output: Path, samples: Iterator[tuple[str, StoredSample]]
                 "seq_len": sample.num_tokens,
             }
 
-    datasets.Dataset.from_list(list(rows())).save_to_disk(str(output))
+    dataset = datasets.Dataset.from_list(list(rows()))
+    dataset.set_format("torch")  # the trainer compares its tokens with those of the states
+    dataset.save_to_disk(str(output))

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from contracts.errors import UserError
 from contracts.files import read_json
@@ -84,7 +85,11 @@ def speculative_config(draft: Path, target: Target) -> dict[str, str | int]:
 
     Raises UserError when hidden size, vocabulary, layers or fingerprint are not the target's.
     """
-    config = read_json(draft / "config.json", "a draft exported by `train export`")
+    config: dict[str, Any] = read_json(draft / "config.json", "a draft exported by `train export`")
+    method = config.get("speculators_model_type") or (
+        "eagle3" if config.get("architectures") == ["LlamaForCausalLMEagle3"] else "dflash"
+    )
+    config = {**config, **config.get("transformer_layer_config", {})}  # speculators' format
     ours = draft / "draftline.json"
     expected = {
         "hidden_size": target.hidden_size,
@@ -108,5 +113,6 @@ def speculative_config(draft: Path, target: Target) -> dict[str, str | int]:
                 expected=f"one for {target.fingerprint[:12]} ({target.path})",
                 fix="Train a draft for this target, or serve the other one.",
             )
-    method = "eagle3" if config.get("architectures") == ["LlamaForCausalLMEagle3"] else "dflash"
-    return {"method": method, "model": str(draft), "num_speculative_tokens": config["block_size"] - 1}
+    proposals = config.get("speculators_config", {}).get("proposal_methods")
+    num_draft_tokens = proposals[0]["speculative_tokens"] if proposals else config["block_size"] - 1
+    return {"method": method, "model": str(draft), "num_speculative_tokens": num_draft_tokens}

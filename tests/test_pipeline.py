@@ -237,7 +237,7 @@ def test_the_gate_opens_for_a_right_export_and_names_what_is_wrong_in_others(pip
         (output / name).unlink()
     result = run(*args, check=False)
     assert result.returncode == 1
-    assert f"The layers (dflash_config.target_layer_ids): the export says {layers}" in result.stderr
+    assert f"The layers that it reads: the export says {layers}" in result.stderr
 
 
 def test_conversations_of_another_target_are_refused_in_one_line(

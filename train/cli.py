@@ -58,13 +58,14 @@ def export(
     evaluation: Annotated[
         Path | None, typer.Option("--eval", help="Report of `train eval`, for the model card.")
     ] = None,
+    layout: Annotated[str, typer.Option("--format", help="native (z-lab's DFlash, EAGLE3) or speculators.")] = "native",
     set_: OverridesOption = None,
 ) -> None:
     """Write the directory that vLLM and SGLang load."""
     from contracts.recipe import load_recipe
     from train.export import export as export_draft
 
-    export_draft(load_recipe(recipe, set_ or []), run, output, evaluation)
+    export_draft(load_recipe(recipe, set_ or []), run, output, evaluation, layout)
 
 
 def main() -> None:

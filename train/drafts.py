@@ -19,6 +19,24 @@ def make_draft(config: DraftConfig, section: TrainSection | None = None) -> Draf
     return DFlash(config, section) if config.method == "dflash" else Eagle3(config, section)
 
 
+def served_config(config: DraftConfig, recipe: Recipe) -> DraftConfig:
+    """The config that a draft is exported and evaluated with: its context length, and YaRN where it trained without.
+
+    Raises UserError when YaRN's window is not the context length.
+    """
+    yarn = config.yarn or recipe.export.yarn
+    length = recipe.export.max_position_embeddings or config.max_position_embeddings
+    window = yarn.factor * yarn.original_max_position_embeddings if yarn else length
+    if yarn and window != length:
+        raise UserError(
+            "export.yarn",
+            found=f"{yarn.original_max_position_embeddings} x {yarn.factor:g} = {window:g} positions",
+            expected=f"export.max_position_embeddings (default: target.max_model_len) = {length}",
+            fix="Choose a factor or a length that give it.",
+        )
+    return config.model_copy(update={"yarn": yarn, "max_position_embeddings": length})
+
+
 def make_draft_config(recipe: Recipe, target: Target, manifest: Manifest) -> DraftConfig:
     """The draft's config: the recipe's dimensions, and from target and store what must match them.
 

@@ -164,7 +164,7 @@ class Eagle3(nn.Module):
         """
         places = []
         for sample_id, mask in zip(batch.sample_ids, batch.loss_mask.cpu().split(batch.lengths), strict=True):
-            found = anchor_places(mask)
+            found = chain_places(mask)
             if not len(found):
                 raise UserError(
                     f"sample {sample_id}",
@@ -272,7 +272,7 @@ class Eagle3(nn.Module):
     @torch.inference_mode()
     def draft_logits(self, sample: StoredSample, head: TargetHead) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """`draft`, and the logits `(N, V)` of each step of its N chains; over the tokens that it knows."""
-        places = anchor_places(sample.loss_mask)
+        places = chain_places(sample.loss_mask)
         num_tokens = self.config.block_size - 1
         drafted, logits = torch.full((sample.num_tokens, num_tokens), -1), list[torch.Tensor]()
         if not len(places):
@@ -292,6 +292,12 @@ class Eagle3(nn.Module):
                 tokens = tokens + self.d2t[tokens]
             drafted[places, step] = tokens.cpu()
         return drafted, logits
+
+
+def chain_places(loss_mask: torch.Tensor) -> torch.Tensor:
+    """`anchor_places`, without the very first token: a chain takes the feature of the one before."""
+    places = anchor_places(loss_mask)
+    return places[places > 0]
 
 
 def keep_known(teacher: Teacher, known: torch.Tensor) -> Teacher:

@@ -1,6 +1,7 @@
 """Predict what a draft is worth: walk held-out conversations as speculative decoding walks them.
 
-Reads:  a training run's chosen checkpoint and a store of held-out conversations.
+Reads:  a training run's chosen checkpoint, with the rope that it will be exported with, and a store of held-out
+        conversations.
 Writes: OUTPUT (JSON): acceptance length with its bootstrap interval, per position; per thinking mode, category, length.
 
 The walk of one reply: the first token comes from the prefill and is the first anchor. Draft a block there, accept its
@@ -35,7 +36,7 @@ from contracts.store import StoredSample
 from contracts.target import Target
 from contracts.target_weights import TargetHead, read_head, sampling_probabilities
 from train.data import open_states
-from train.drafts import make_draft
+from train.drafts import make_draft, served_config
 
 PLACES_A_CHUNK = 1024
 
@@ -66,7 +67,7 @@ def evaluate(
     store, manifest = open_states(recipe, store_folder, target)
     read_run(run_folder, "train offline")
     run = DraftRun(run_folder)
-    config = run.read_config()
+    config = served_config(run.read_config(), recipe)
     if manifest.layer_ids != config.layer_ids or config.target_fingerprint != target.fingerprint:
         raise UserError(
             store_folder,
@@ -74,7 +75,12 @@ def evaluate(
             expected=f"layers {config.layer_ids} of target {config.target_fingerprint[:12]}, the draft's own",
             fix="Dump the held-out conversations with the recipe that the draft was trained with.",
         )
-    inputs = {"draft": hash_file(run.chosen_weights()), "store": store.checksum, "samples": num_samples}
+    inputs = {
+        "draft": hash_file(run.chosen_weights()),
+        "yarn": config.yarn.model_dump() if config.yarn else None,
+        "store": store.checksum,
+        "samples": num_samples,
+    }
     if output.exists():
         report = read_json(output, "an evaluation")
         if report.get("inputs") == inputs:

@@ -1,6 +1,6 @@
-"""Export a trained draft to the directory that vLLM and SGLang load: z-lab's DFlash layout.
+"""Export a trained draft to the directory that vLLM and SGLang load: z-lab's DFlash layout, EAGLE3's, or speculators'.
 
-Reads:  a training run's last checkpoint.
+Reads:  a training run's chosen checkpoint.
 Writes: OUTPUT/config.json (Qwen3 names, `dflash_config` with mask token and layers, rope in both schemas),
         OUTPUT/model.safetensors (no embedding, no lm_head: the server shares the target's),
         OUTPUT/README.md, the model card; OUTPUT/draftline.json (where it came from). Made under a temporary name and
@@ -23,31 +23,36 @@ from contracts.recipe import Recipe
 from contracts.run import read_run
 from contracts.store import DTYPES
 from contracts.target import Target
+from train.drafts import served_config
 from train.rope import rope_parameters
 
 ORIGIN_FILE = "draftline.json"
+LAYOUTS = ("native", "speculators")
 
 
-def export(recipe: Recipe, run_folder: Path, output: Path, evaluation: Path | None = None) -> None:
+def export(
+    recipe: Recipe, run_folder: Path, output: Path, evaluation: Path | None = None, layout: str = "native"
+) -> None:
     """Write the draft of a finished run to `output`; an export of the same weights is kept.
 
-    `evaluation`, a report of `train eval`, gives the model card its figures.
+    `evaluation`, a report of `train eval`, gives the model card its figures. `layout` is one of LAYOUTS.
 
-    Raises UserError when `output` holds something else, or when YaRN's window is not the context length.
+    Raises UserError when `output` holds something else, when YaRN's window is not the context length, or for an unknown
+    layout.
     """
+    if layout not in LAYOUTS:
+        raise UserError("--format", found=layout, expected=f"one of {', '.join(LAYOUTS)}", fix="Correct it.")
     read_run(run_folder, "train offline")
     run = DraftRun(run_folder)
-    config = run.read_config()
+    config = served_config(run.read_config(), recipe)
     weights = run.chosen_weights()
-    if recipe.export.yarn and not config.yarn:
-        config = config.model_copy(update={"yarn": recipe.export.yarn})
-    _check_yarn(config)
     origin = {
         "target_fingerprint": config.target_fingerprint,
         "store": config.store,
         "weights": f"{weights.parent.name}/{weights.name}",
         "sha256": hash_file(weights),
         "dtype": recipe.export.dtype,
+        "layout": layout,
         "recipe": recipe.model_dump(mode="json"),
     }
     if output.exists():
@@ -62,8 +67,13 @@ def export(recipe: Recipe, run_folder: Path, output: Path, evaluation: Path | No
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in load_file(weights).items()
     }
+    target = Target.read(recipe.target.path)
+    exported = make_config(config, recipe.export.dtype, target)
+    if layout == "speculators":
+        exported = make_speculators_config(config, exported, target)
+        tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
     save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-    write_json(temporary / "config.json", make_config(config, recipe.export.dtype, Target.read(recipe.target.path)))
+    write_json(temporary / "config.json", exported)
     write_json(temporary / ORIGIN_FILE, origin)
     figures = read_json(evaluation, "a report of `train eval`") if evaluation else None
     (temporary / "README.md").write_text(make_card(config, recipe, origin, figures), encoding="utf-8")
@@ -119,6 +129,46 @@ def make_config(config: DraftConfig, dtype: str, target: Target) -> dict[str, An
     }
 
 
+def make_speculators_config(config: DraftConfig, native: dict[str, Any], target: Target) -> dict[str, Any]:
+    """The config in the format of speculators 0.9 (its SpeculatorModelConfig), from the native one.
+
+    It counts captured layers from the embeddings on, for both methods.
+    """
+    layer_ids = [layer_id + 1 for layer_id in config.layer_ids]
+    own_keys = ("architectures", "dtype", "block_size", "dflash_config", "draft_vocab_size", "num_aux_hidden_states")
+    if config.method == "dflash":
+        own = {
+            "architectures": ["DFlashSpeculator"],
+            "block_size": config.block_size,
+            "aux_hidden_state_layer_ids": layer_ids,
+            "mask_token_id": config.mask_token_id,
+            "sample_from_anchor": False,
+            "sliding_window_non_causal": True,
+        }
+    else:
+        own = {
+            "architectures": ["Eagle3Speculator"],
+            "eagle_aux_hidden_state_layer_ids": layer_ids,
+            "norm_before_residual": False,
+            "norm_before_fc": False,
+            "norm_output": False,
+        }
+    return {
+        "speculators_model_type": config.method,
+        "speculators_version": "0.9.0",
+        "dtype": native["dtype"],
+        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
+        **own,
+        "transformer_layer_config": {key: value for key, value in native.items() if key not in own_keys},
+        "speculators_config": {
+            "algorithm": config.method,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": config.block_size - 1}],
+            "verifier": {"name_or_path": str(target.path), "architectures": target.config.get("architectures", [])},
+        },
+    }
+
+
 def make_card(config: DraftConfig, recipe: Recipe, origin: dict[str, Any], figures: dict[str, Any] | None) -> str:
     """The model card: what this draft is, what it was trained on, what it is worth, how it is served."""
     num_draft_tokens = config.block_size - 1
@@ -166,22 +216,9 @@ The whole recipe is in `{ORIGIN_FILE}`.
 """
 
 
-def _check_yarn(config: DraftConfig) -> None:
-    if config.yarn is None:
-        return
-    window = config.yarn.factor * config.yarn.original_max_position_embeddings
-    if window != config.max_position_embeddings:
-        raise UserError(
-            "export.yarn",
-            found=f"{config.yarn.original_max_position_embeddings} x {config.yarn.factor:g} = {window:g} positions",
-            expected=f"target.max_model_len = {config.max_position_embeddings}",
-            fix="Choose a factor or a length that give it.",
-        )
-
-
 def _refuse_foreign(output: Path, origin: dict[str, Any]) -> None:
     found = read_json(output / ORIGIN_FILE, "an export of `train export`")
-    for key in ("sha256", "dtype", "target_fingerprint"):
+    for key in ("sha256", "dtype", "layout", "target_fingerprint"):
         if found.get(key) != origin[key]:
             raise UserError(
                 output,

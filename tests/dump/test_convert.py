@@ -91,8 +91,9 @@ def test_speculators_layout_holds_the_same_samples_row_by_row(store: Store, tmp_
     for number in range(0, 60, 10):
         sample = store.read_sample(store.sample_ids()[number])
         found = load_file(tmp_path / f"hidden_states/hs_{number}.safetensors")
-        assert rows[number]["input_ids"] == found["token_ids"].tolist() == sample.input_ids.tolist()
-        assert rows[number]["loss_mask"] == sample.loss_mask.int().tolist()
+        assert torch.equal(rows[number]["input_ids"], found["token_ids"])
+        assert torch.equal(rows[number]["input_ids"], sample.input_ids.long())
+        assert torch.equal(rows[number]["loss_mask"], sample.loss_mask.long())
         assert rows[number]["seq_len"] == sample.num_tokens
         states = found["hidden_states"]
         assert torch.equal(states[:, -1], sample.hidden_states)

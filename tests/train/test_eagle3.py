@@ -110,17 +110,21 @@ def test_training_unrolls_what_serving_would_compute_from_every_place(draft: Eag
 
 
 @torch.no_grad()
-def test_drafting_is_the_chain_that_serving_grows_token_by_token(draft: Eagle3, head: TargetHead) -> None:
-    batch = make_batch([14])
+@pytest.mark.parametrize(("length", "stride"), [(14, 1), (400, 39)])
+def test_drafting_is_the_chain_that_serving_grows_token_by_token(
+    draft: Eagle3, head: TargetHead, length: int, stride: int
+) -> None:
+    batch = make_batch([length])
     sample = StoredSample(batch.token_ids, batch.loss_mask, batch.hidden_states, batch.aux_hidden_states, {})
     drafted, logits = draft.draft_logits(sample, head)
-    for number, place in enumerate(range(5, 13)):
+    for place in range(5, length - 1, stride):
+        number = place - 5
         expected = serve_chain(draft, batch.token_ids, batch.aux_hidden_states, place, head, None)
         for step in range(STEPS):
             torch.testing.assert_close(logits[step][number], expected[step], rtol=1e-4, atol=1e-4)
         assert drafted[place].tolist() == [int(row.argmax()) for row in expected]
     assert (drafted[:5] == -1).all()
-    assert (drafted[13] == -1).all()
+    assert (drafted[-1] == -1).all()
 
 
 def test_documents_of_a_pack_do_not_see_one_another(draft: Eagle3, head: TargetHead) -> None:

@@ -36,9 +36,11 @@ def serve(method: str, target_folder: Path, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.vllm
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("yarn", "known"), [(True, None), (False, None), (False, 300)])
+@pytest.mark.parametrize(
+    ("yarn", "known", "layout"), [(True, None, "native"), (False, None, "speculators"), (False, 300, "native")]
+)
 def test_logits_of_an_exported_eagle3_draft_are_the_trainers(
-    recipe_path: Path, target_folder: Path, tmp_path: Path, yarn: bool, known: int | None
+    recipe_path: Path, target_folder: Path, tmp_path: Path, yarn: bool, known: int | None, layout: str
 ) -> None:
     args = ["--recipe", recipe_path, "--set", "train.method=eagle3", "--set", "train.ttt_steps=3"]
     args += ["--set", f"train.draft_vocab_size={known}"] if known else []
@@ -52,7 +54,7 @@ def test_logits_of_an_exported_eagle3_draft_are_the_trainers(
     weights = {name: 4 * tensor if tensor.dim() > 1 else tensor for name, tensor in weights.items()}
     save_file(weights, draft_run.chosen_weights())
     draft.load_state_dict(weights)
-    run("train", "export", *args, "--run", tmp_path / "draft", "--output", tmp_path / "export")
+    run(*("train", "export", *args, "--format", layout, "--run", tmp_path / "draft", "--output", tmp_path / "export"))
     served = serve("eagle3", target_folder, tmp_path)
 
     target = Target.read(target_folder)
@@ -77,9 +79,9 @@ def test_logits_of_an_exported_eagle3_draft_are_the_trainers(
 
 @pytest.mark.vllm
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("yarn", [True, False])
+@pytest.mark.parametrize(("yarn", "layout"), [(True, "native"), (False, "speculators")])
 def test_logits_of_an_exported_dflash_draft_are_the_trainers(
-    recipe_path: Path, target_folder: Path, tmp_path: Path, yarn: bool
+    recipe_path: Path, target_folder: Path, tmp_path: Path, yarn: bool, layout: str
 ) -> None:
     args = ["--recipe", recipe_path, *([] if yarn else ["--set", "export.yarn=null"])]
     store = write_store(tmp_path / "store", Target.read(target_folder))
@@ -92,8 +94,9 @@ def test_logits_of_an_exported_dflash_draft_are_the_trainers(
     weights = {name: 4 * tensor if tensor.dim() > 1 else tensor for name, tensor in weights.items()}
     save_file(weights, draft_run.chosen_weights())
     draft.load_state_dict(weights)
-    run("train", "export", *args, "--run", tmp_path / "draft", "--output", tmp_path / "export")
-    assert bool(json.loads((tmp_path / "export/config.json").read_text())["rope_scaling"]) == yarn
+    run(*("train", "export", *args, "--format", layout, "--run", tmp_path / "draft", "--output", tmp_path / "export"))
+    config = json.loads((tmp_path / "export/config.json").read_text())
+    assert bool({**config, **config.get("transformer_layer_config", {})}["rope_scaling"]) == yarn
 
     served = serve("dflash", target_folder, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32).eval()

@@ -1,0 +1,75 @@
+"""Claims about what the gate says when served and predicted acceptance differ (that it notices is test_pipeline's)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import run
+from written import write_store
+
+from bench.gate import explain
+from contracts.acceptance import Acceptance
+from contracts.draft import DraftRun
+from contracts.store import Store
+from contracts.target import Target
+
+PREDICTED, SERVED = Acceptance.from_steps([3, 3, 2], 3), Acceptance.from_steps([3, 0, 1], 3)
+
+
+@pytest.fixture(scope="module", params=["dflash", "eagle3"])
+def trained(request: Any, recipe_path: Path, target_folder: Path, tmp_path_factory: Any) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("gate")
+    args = ["--recipe", recipe_path, "--set", f"train.method={request.param}", "--set", "train.num_steps=1"]
+    store = write_store(folder / "store", Target.read(target_folder))
+    run("train", "offline", *args, "--store", store, "--output", folder / "draft")
+    run("train", "export", *args, "--run", folder / "draft", "--output", folder / "export")
+    return request.param, folder
+
+
+def explain_with(trained: tuple[str, Path], target_folder: Path, tmp_path: Path, **changes: Any) -> str:
+    _, folder = trained
+    config = json.loads((folder / "export/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    target = Target.read(target_folder)
+    return explain(tmp_path, DraftRun(folder / "draft"), Store(folder / "store"), target, PREDICTED, SERVED)
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}
+CAUSES = [
+    (
+        {"rope_parameters": {**YARN, "rope_theta": 500.0}},
+        "rope (rope_theta): the export says 500.0, training had 10000.0",
+    ),
+    ({"rope_parameters": {"rope_theta": 10000.0}}, "rope (YaRN factor): the export says None, training had 2.0"),
+    ({"rms_norm_eps": 0.1}, "norm (rms_norm_eps): the export says 0.1, training had 1e-06"),
+    ({}, "are not the store's. Run `dump verify`"),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), CAUSES)
+def test_each_cause_is_named(
+    trained: tuple[str, Path], target_folder: Path, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    assert named in explain_with(trained, target_folder, tmp_path, **changes)
+
+
+def test_layers_and_mask_token_are_compared_as_each_method_writes_them(
+    trained: tuple[str, Path], target_folder: Path, tmp_path: Path
+) -> None:
+    if trained[0] == "eagle3":
+        changes: dict[str, Any] = {"eagle_aux_hidden_state_layer_ids": [1, 2]}
+        assert "layers that it reads: the export says [0, 1], training had [1, 2]" in explain_with(
+            trained, target_folder, tmp_path, **changes
+        )
+        return
+    for changes, named in (
+        ({"target_layer_ids": [2, 3], "mask_token_id": 1000}, "layers that it reads: the export says [2, 3]"),
+        (
+            {"target_layer_ids": [1, 2], "mask_token_id": 5},
+            "mask token (dflash_config.mask_token_id): the export says 5",
+        ),
+    ):
+        assert named in explain_with(trained, target_folder, tmp_path, dflash_config=changes)
