@@ -225,7 +225,10 @@ def test_a_yarn_window_that_is_not_the_context_length_is_refused(
     run("train", "offline", *yarn, "--store", store, "--output", tmp_path / "draft")
     result = run("train", "export", *yarn, "--run", tmp_path / "draft", "--output", tmp_path / "export", check=False)
     assert result.returncode == 2
-    assert "found 128 x 3 = 384 positions, expected target.max_model_len = 256" in result.stderr
+    assert (
+        "found 128 x 3 = 384 positions, expected export.max_position_embeddings (default: target.max_model_len) = 256"
+        in result.stderr
+    )
 
 
 def test_the_mask_token_is_a_row_that_the_tokenizer_never_produces(target_folder: Path) -> None:
