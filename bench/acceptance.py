@@ -88,6 +88,7 @@ def serve_and_send(
         target,
         port=find_port(recipe.serve.host, recipe.serve.port),
         draft=draft,
+        purpose="bench",
         extra_args={
             "enable-prefix-caching": False,  # a second pass over the same prompts must cost what the first did
             **({"per-request-spec-decode-metrics": "detailed"} if draft else {}),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from contracts.cli import OverridesOption, RecipeOption, make_app
+from contracts.cli import OverridesOption, RecipeOption, load_checked, make_app
 from contracts.errors import run_app
 
 app = make_app("Measure a served draft, and gather a pipeline's figures.")
@@ -26,9 +26,8 @@ def acceptance(
 ) -> None:
     """Serve held-out prompts with and without the draft: acceptance, tokens/s, identical greedy output."""
     from bench.acceptance import measure
-    from contracts.recipe import load_recipe
 
-    measure(load_recipe(recipe, set_ or []), conversations, draft, output)
+    measure(load_checked(recipe, set_), conversations, draft, output)
 
 
 @app.command(
@@ -44,10 +43,9 @@ def gate(
 ) -> None:
     """Before a long run: overfit some samples, serve the draft, and compare what was predicted with what is served."""
     from bench.gate import gate as open_gate
-    from contracts.recipe import load_recipe
 
     words = ["--recipe", str(recipe), *(word for value in set_ or [] for word in ("--set", value))]
-    open_gate(load_recipe(recipe, set_ or []), words, store, output, samples, steps)
+    open_gate(load_checked(recipe, set_), words, store, output, samples, steps)
 
 
 @app.command(epilog="Example: see the last command of recipes/Tiny-DFlash/run.sh")

@@ -21,10 +21,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from contracts.mask_token import choose_mask_token
 from contracts.recipe import Recipe, load_recipe
 from contracts.run import read_run
 from contracts.target import Target, captured_layers
-from train.mask_token import choose_mask_token
 
 
 def main() -> None:

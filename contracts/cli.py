@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from contracts.errors import UserError, run_app
+
+if TYPE_CHECKING:
+    from contracts.recipe import Recipe
 
 RecipeOption = Annotated[Path, typer.Option("--recipe", "-r", help="The pipeline's recipe (YAML).")]
 OverridesOption = Annotated[
@@ -41,6 +44,16 @@ def make_app(help_text: str) -> typer.Typer:
     )
 
 
+def load_checked(path: Path, overrides: list[str] | None, flags: dict[str, Any] | None = None) -> Recipe:
+    """A stage's recipe: loaded, and checked as `recipe check` does."""
+    from contracts.check import check_recipe
+    from contracts.recipe import load_recipe
+
+    recipe = load_recipe(path, overrides or [], flags)
+    check_recipe(recipe)
+    return recipe
+
+
 app = make_app("Check recipes and show them resolved.")
 
 
@@ -51,19 +64,20 @@ def _callback() -> None:
 
 @app.command(epilog="Example: recipe show --recipe recipes/Tiny-DFlash/recipe.yaml --set train.num_steps=50")
 def show(recipe: RecipeOption, set_: OverridesOption = None) -> None:
-    """Print every key of the recipe, defaults filled in."""
-    from contracts.recipe import load_recipe
+    """Print every key of the recipe, defaults filled in, and where each value came from."""
+    from contracts.show_recipe import show_recipe
 
-    typer.echo(load_recipe(recipe, set_ or []).to_yaml(), nl=False)
+    typer.echo(show_recipe(recipe, set_ or []), nl=False)
 
 
 @app.command(epilog="Example: recipe check --recipe recipes/Tiny-DFlash/recipe.yaml")
 def check(recipe: RecipeOption, set_: OverridesOption = None) -> None:
     """Check the recipe; say so, or name the first thing wrong and exit 2."""
-    from contracts.recipe import load_recipe
+    from contracts.target import Target
 
-    load_recipe(recipe, set_ or [])
-    typer.echo(f"{recipe}: ok")
+    loaded = load_checked(recipe, set_)
+    here = Target.of(loaded.target).is_here if loaded.target.facts or loaded.target.path.exists() else False
+    typer.echo(f"{recipe}: ok" + ("" if here else f" (as far as it goes without the files of {loaded.target.path})"))
 
 
 def main() -> None:

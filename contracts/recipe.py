@@ -1,8 +1,9 @@
 """The recipe: one YAML that says everything about a pipeline, checked before anything starts.
 
 Sections `target, serve, synth, dump, train, export, bench`; facts that several stages share live only in `target`.
-Precedence: flag > `--set a.b=c` > recipe > default. Unknown keys are errors that name the nearest key. Relative paths
-are taken from the folder the command runs in.
+Precedence: flag > `--set a.b=c` > recipe > its `base` > default. Unknown keys are errors that name the nearest key.
+`base` names another recipe, from the folder of the one that names it; all other relative paths are taken from where the
+command runs.
 
 Fields marked operational (ports, time-outs, concurrency) may differ when a run goes on; all others may not.
 """
@@ -39,6 +40,27 @@ class Section(BaseModel):
         return self.model_dump(mode="json", exclude=operational)
 
 
+Purpose = Literal["synth", "dump", "bench", "production"]
+Args = dict[str, str | int | float | bool]
+"""vLLM's flags without the dashes."""
+
+
+class FactsSection(Section):
+    """What is known of a target without its files. Where these are, it is checked; where they are not, it stands in.
+
+    Names and meanings are those of transformers' configs.
+    """
+
+    architecture: str
+    hidden_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, description="rows of the embedding")
+    rope_theta: float = Field(gt=0)
+    final_norm: Literal["rms", "gemma", "layer"] = "rms"
+    highest_token_id: int = Field(gt=0, description="of the tokenizer, added tokens included")
+    sparse_block_size: int | None = Field(default=None, gt=0, description="of the attention's blocks, if it is sparse")
+
+
 class TargetSection(Section):
     path: Path = Field(description="folder of the target: config, safetensors, tokenizer, chat template")
     max_model_len: int = Field(default=8192, gt=0, description="tokens of prompt and reply together, in every stage")
@@ -54,6 +76,37 @@ class TargetSection(Section):
     mask_token_id: int | None = Field(
         default=None, description="default: the first row above the tokenizer's highest id"
     )
+    training_template: Path | None = Field(
+        default=None, description="renders as the target's chat template does, with {% generation %} tags"
+    )
+    training_template_sha256: str | None = Field(default=None, description="of that file")
+    facts: FactsSection | None = Field(
+        default=None, description="checked against the target's files, if these are here"
+    )
+
+
+class VariantSection(Section):
+    """The target in one precision."""
+
+    path: str = Field(description="folder or hub name of these weights")
+    memory_gb: float = Field(gt=0, description="GPU memory that it needs, weights and some KV cache (GB of 1e9 bytes)")
+    hardware: list[str] = Field(default=[], description="the only ones that it runs on; []: any")
+    args: Args = {}
+    env: dict[str, str] = {}
+    speculative: Args = Field(default={}, description="over serve.speculative")
+
+
+class PurposeSection(Section):
+    args: Args = {}
+    env: dict[str, str] = {}
+
+
+class HeadSection(Section):
+    """A published draft that is not ours."""
+
+    path: str = Field(description="folder or hub name")
+    method: str
+    num_speculative_tokens: int = Field(gt=0)
 
 
 class ServeSection(Section):
@@ -61,7 +114,16 @@ class ServeSection(Section):
     port: int | None = _operational(default=None, ge=1, le=65535, description="default: a free one")
     startup_timeout_s: float = _operational(default=600.0, gt=0)
     env: dict[str, str] = _operational(default={}, description="environment of every vLLM process")
-    args: dict[str, str | int | float | bool] = Field(default={}, description="vLLM's flags without the dashes")
+    args: Args = Field(default={}, description="vLLM's flags without the dashes")
+    speculative: Args = Field(default={}, description="into the speculative config of every draft")
+    variant: str | None = Field(default=None, description="one of serve.variants; default: target.path as it is")
+    hardware: str | None = Field(default=None, description="the node: h100, h200, b200, b300, gb200, gb300 or mi355x")
+    variants: dict[str, VariantSection] = Field(default={}, description="precisions that it is served in, by name")
+    purposes: dict[Purpose, PurposeSection] = Field(
+        default={}, description="flags of one purpose, over the variant's; the dump's are dump.args"
+    )
+    heads: dict[str, HeadSection] = Field(default={}, description="published drafts, by the name that --draft takes")
+    image: str = Field(default="vllm/vllm-openai:v0.32.0", description="of `serve command --format docker`")
 
 
 class SynthSection(Section):
@@ -95,14 +157,17 @@ class SynthSection(Section):
 
     @field_validator("thinking_modes")
     @classmethod
-    def _expand_weights(cls, modes: list[str]) -> list[str]:
-        expanded = []
-        for mode in modes:
-            name, separator, weight = mode.partition(":")
-            if not name.strip() or (separator and not (weight.isdecimal() and int(weight) > 0)):
-                raise ValueError(f"{mode!r} is neither a mode nor mode:weight with a whole weight above 0")
-            expanded += [name.strip()] * (int(weight) if separator else 1)
-        return expanded
+    def _modes_have_weights(cls, modes: list[str]) -> list[str]:
+        names = [_mode_and_weight(mode)[0] for mode in modes]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} stands there twice; write {name}:2 to have it twice as often")
+        return modes
+
+    @property
+    def modes_in_turn(self) -> list[str]:
+        """The modes that rows take in turn, each as often as it weighs."""
+        return [name for name, weight in map(_mode_and_weight, self.thinking_modes) for _ in range(weight)]
 
     @field_validator("temperature")
     @classmethod
@@ -128,9 +193,7 @@ class DumpSection(Section):
     include_truncated: bool = Field(default=False, description="whether conversations with a cut reply are dumped")
     include_loops: bool = Field(default=False, description="whether conversations that fell into a loop are dumped")
     truncate: bool = Field(default=False, description="cut over-length samples instead of leaving them out")
-    args: dict[str, str | int | float | bool] = Field(
-        default={}, description="vLLM's engine arguments, over serve.args"
-    )
+    args: Args = Field(default={}, description="vLLM's engine arguments, over serve.args")
     env: dict[str, str] = _operational(default={}, description="environment of the engine, over serve.env")
     endpoints: list[str] = _operational(
         default=[], description="servers with extraction on (`serve command --extract`)"
@@ -155,7 +218,7 @@ class TrainSection(Section):
     objective: Literal["tokens", "distill"] = Field(
         default="tokens", description="cross-entropy on the generated tokens, or on the target's own distribution"
     )
-    slot_weights: Literal["decay", "dpace"] = Field(default="decay", description="DFlash: static, or D-PACE's")
+    slot_weights: Literal["decay", "dpace"] = Field(default="dpace", description="DFlash: D-PACE's, or static")
     dpace_smoothing: float = Field(default=0.5, ge=0, le=1, description="D-PACE: a of q~ = (1-a)*q + a")
     schedule: Literal["cosine", "linear", "wsd"] = Field(
         default="cosine", description="after the warm-up; wsd: constant, then linear over the last fifth"
@@ -215,6 +278,14 @@ class BenchSection(Section):
     num_prompts: dict[int, int] = Field(default={}, description="by concurrency: only the first n prompts")
 
 
+def _mode_and_weight(text: str) -> tuple[str, int]:
+    """`"enabled:2"` as ("enabled", 2); without a weight it is 1. Raises ValueError for anything else."""
+    name, separator, weight = text.partition(":")
+    if not name.strip() or (separator and not (weight.isdecimal() and int(weight) > 0)):
+        raise ValueError(f"{text!r} is neither a mode nor mode:weight with a whole weight above 0")
+    return name.strip(), int(weight) if separator else 1
+
+
 class Recipe(Section):
     target: TargetSection
     serve: ServeSection = ServeSection()
@@ -235,16 +306,21 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, A
     Raises UserError for a missing file, broken YAML, an unknown key or a value that does not fit. Flags that are None
     were not given.
     """
+    values, _ = read_values(path, overrides, flags)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(path, found=error.strerror or "no file", expected="a recipe", fix="Correct --recipe.") from None
-    except yaml.YAMLError as error:
-        raise UserError(
-            path, found=f"broken YAML ({error})", expected="a recipe", fix="Mend the indentation or the quotes there."
-        ) from None
-    if not isinstance(values, dict):
-        raise UserError(path, found=type(values).__name__, expected="sections", fix="See recipes/Tiny-DFlash.")
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise _explain(path, error) from None
+
+
+def read_values(
+    path: Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], set[str]]:
+    """The recipe's values as `load_recipe` takes them, unchecked; and the dotted keys that --set or a flag gave."""
+    values: dict[str, Any] = {}
+    for _, above in reversed(read_files(path)):
+        values = _lay_over(values, above)
+    given = set()
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
@@ -256,13 +332,46 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, A
                 f"--set {override}", found=f"broken YAML {text!r}", expected="a YAML value", fix="Mend or quote it."
             ) from None
         _put(values, key.strip(), value, f"--set {override}")
+        given.add(key.strip())
     for key, value in (flags or {}).items():
         if value is not None:
             _put(values, key, value, key)
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise _explain(path, error) from None
+            given.add(key)
+    return values, given
+
+
+def read_files(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """A recipe's file and what it says, then its base's, and so on. Raises UserError for one that cannot be read."""
+    files: list[tuple[Path, dict[str, Any]]] = []
+    while True:
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(
+                path, found=error.strerror or "no file", expected="a recipe", fix="Correct the path."
+            ) from None
+        except yaml.YAMLError as error:
+            raise UserError(
+                path, found=f"broken YAML ({error})", expected="a recipe", fix="Mend the indentation or the quotes."
+            ) from None
+        if not isinstance(values, dict):
+            raise UserError(path, found=type(values).__name__, expected="sections", fix="See recipes/Tiny-DFlash.")
+        base = values.pop("base", None)
+        files.append((path, values))
+        if base is None:
+            return files
+        path = path.parent / str(base)
+        if any(path.samefile(known) for known, _ in files if path.exists()):
+            raise UserError(f"{files[-1][0]} (base)", found=str(base), expected="another recipe", fix="Correct it.")
+
+
+def _lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, section by section; what is no section, or is null, replaces."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _lay_over(merged[key], value) if both else value
+    return merged
 
 
 def _put(values: dict[str, Any], dotted: str, value: Any, where: str) -> None:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from contracts.errors import UserError
 from contracts.files import hash_bytes, hash_json, read_json
-from contracts.recipe import TargetSection
+from contracts.recipe import FactsSection, TargetSection
 
 NESTED_CONFIGS = ("text_config", "llm_config", "language_config")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -33,6 +33,26 @@ class Target:
 
     path: Path
     config: dict[str, Any]
+    facts: FactsSection | None = None
+
+    @classmethod
+    def of(cls, section: TargetSection) -> Target:
+        """A recipe's target: read, if it is on this machine, else made of the recipe's facts.
+
+        Raises UserError when there are neither.
+        """
+        if section.facts is None or (_in_hub_cache(section.path) / "config.json").exists():
+            return replace(cls.read(section.path), facts=section.facts)
+        config = section.facts.model_dump(exclude={"architecture", "final_norm", "sparse_block_size"})
+        config["architectures"] = [section.facts.architecture]
+        config["use_gemma_norm"] = section.facts.final_norm == "gemma"
+        config["sparse_attention_config"] = {"sparse_block_size": section.facts.sparse_block_size}
+        return cls(section.path, config, section.facts)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its files are on this machine."""
+        return (self.path / "config.json").exists()
 
     @classmethod
     def read(cls, path: Path) -> Target:
@@ -76,6 +96,11 @@ class Target:
         return float(parameters.get("rope_theta", self.config.get("rope_theta", 10000.0)))
 
     @property
+    def sparse_block_size(self) -> int | None:
+        """Tokens of a block of its sparse attention, if it has one."""
+        return (self.config.get("sparse_attention_config") or {}).get("sparse_block_size")
+
+    @property
     def final_norm(self) -> str:
         """`rms` (x * w), `gemma` (x * (1 + w), as MiniMax-M3 and the Gemma family have it) or `layer` (LayerNorm)."""
         if RMS_NORM_EPS not in self.config and any(key in self.config for key in LAYER_NORM_EPS):
@@ -102,15 +127,20 @@ class Target:
         present = [self.path / name for name in TOKENIZER_FILES if (self.path / name).exists()]
         return hash_json([(file.name, hash_bytes(file.read_bytes())) for file in present])
 
-    @cached_property
-    def chat_template(self) -> str:
-        """The template's text, from chat_template.jinja or tokenizer_config.json. Raises UserError without one."""
+    def find_chat_template(self) -> str | None:
+        """The template's text, from chat_template.jinja or tokenizer_config.json; None without one."""
         file = self.path / "chat_template.jinja"
         if file.exists():
             return file.read_text(encoding="utf-8")
         config_file = self.path / "tokenizer_config.json"
         template = json.loads(config_file.read_text()).get("chat_template") if config_file.exists() else None
-        if not isinstance(template, str):
+        return template if isinstance(template, str) else None
+
+    @cached_property
+    def chat_template(self) -> str:
+        """`find_chat_template`. Raises UserError without one."""
+        template = self.find_chat_template()
+        if template is None:
             raise UserError(
                 self.path, found="no chat template", expected="chat_template.jinja", fix="Add one to the target."
             )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from contracts.cli import OverridesOption, RecipeOption, ShardOption, make_app, parse_shard
+from contracts.cli import OverridesOption, RecipeOption, ShardOption, load_checked, make_app, parse_shard
 from contracts.errors import run_app
 
 app = make_app("Capture the target's hidden states over its own conversations.")
@@ -21,20 +21,30 @@ StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store th
 )
 def plan(
     recipe: RecipeOption,
-    conversations: ConversationsOption,
+    conversations: Annotated[Path | None, typer.Option(help="Output folder of `synth generate`.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Without conversations: so many of them,")] = None,
+    mean_tokens: Annotated[int, typer.Option(min=1, help="so long on average.")] = 2000,
     rate: Annotated[float | None, typer.Option(help="Tokens/s of one process, as an earlier run printed it.")] = None,
     shards: Annotated[int, typer.Option(help="Processes that share the work.")] = 1,
     set_: OverridesOption = None,
 ) -> None:
     """Tell beforehand: samples, tokens, bytes, files, hours."""
-    from contracts.recipe import load_recipe
+    from contracts.errors import UserError
     from contracts.target import Target, captured_layers
-    from dump.plan import make_plan, show_plan
+    from dump.plan import make_plan, show_plan, suppose_plan
 
-    loaded = load_recipe(recipe, set_ or [])
-    target = Target.read(loaded.target.path)
+    loaded = load_checked(recipe, set_)
+    target = Target.of(loaded.target)
     layer_ids = captured_layers(loaded.target, target)
-    show_plan(loaded, make_plan(loaded, target, layer_ids, conversations), target, layer_ids, rate, shards)
+    if conversations is not None:
+        planned = make_plan(loaded, target, layer_ids, conversations)
+    elif samples is not None:
+        planned = suppose_plan(loaded, target, layer_ids, samples, mean_tokens)
+    else:
+        raise UserError(
+            "--conversations", found="none", expected="a folder, or --samples", fix="Give what is to be dumped."
+        )
+    show_plan(loaded, planned, target, layer_ids, rate, shards)
 
 
 @app.command(
@@ -58,7 +68,6 @@ def run(
     set_: OverridesOption = None,
 ) -> None:
     """Fill the store, one file a sample; resumes by itself. Shards may fill one store together."""
-    from contracts.recipe import load_recipe
     from dump.run import dump
 
     flags = {
@@ -66,7 +75,7 @@ def run(
         "dump.max_reject_fraction": max_reject_fraction,
         "dump.staging_dir": staging_dir,
     }
-    dump(load_recipe(recipe, set_ or [], flags), conversations, output, shard=parse_shard(shard), force=force)
+    dump(load_checked(recipe, set_, flags), conversations, output, shard=parse_shard(shard), force=force)
 
 
 @app.command(epilog="Example: dump verify -r recipes/Tiny-DFlash/recipe.yaml --store runs/store")
@@ -78,10 +87,9 @@ def verify(
     set_: OverridesOption = None,
 ) -> None:
     """Prove the store: checksums, tokens, masks, states that predict the tokens, layers as transformers has them."""
-    from contracts.recipe import load_recipe
     from dump.verify import verify as verify_store
 
-    verify_store(load_recipe(recipe, set_ or []), store, once=once, num_reference=reference)
+    verify_store(load_checked(recipe, set_), store, once=once, num_reference=reference)
 
 
 @app.command(epilog="Example: dump inspect runs/store 3f9c --html sample.html")

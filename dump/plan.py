@@ -66,13 +66,20 @@ def make_plan(
     return plan
 
 
+def suppose_plan(recipe: Recipe, target: Target, layer_ids: list[int], samples: int, mean_tokens: int) -> Plan:
+    """The plan of conversations that do not exist yet, all `mean_tokens` long."""
+    size = FILE_OVERHEAD_BYTES + sample_bytes(mean_tokens, target.hidden_size, len(layer_ids), recipe.dump.dtype)
+    return Plan(samples=samples, tokens=samples * mean_tokens, bytes=samples * size, longest=mean_tokens)
+
+
 def show_plan(
     recipe: Recipe, plan: Plan, target: Target, layer_ids: list[int], rate: float | None, shards: int
 ) -> None:
     """Print a plan for people. `rate`: tokens/s of one process."""
     left_out = ", ".join(f"{count} {reason}" for reason, count in plan.left_out.items()) or "none"
     print(f"samples      {plan.samples} (left out: {left_out})")
-    print(f"tokens       {plan.tokens}, {plan.supervised} of them supervised; the longest sample has {plan.longest}")
+    supervised = f"{plan.supervised} of them supervised; " if plan.supervised else ""
+    print(f"tokens       {plan.tokens}, {supervised}the longest sample has {plan.longest}")
     print(f"layers       {layer_ids} and the final state, {target.hidden_size} wide, {recipe.dump.dtype}")
     print(f"bytes        {plan.bytes} ({plan.bytes / 1e9:.2f} GB), {plan.bytes / max(1, plan.tokens):.0f} a token")
     print(f"files        {plan.samples}, in at most 256 folders")

@@ -1,20 +1,21 @@
 """Loss spans of rendered rows, whose token ids are a tokenizer's since their server gave none.
 
-Reads: the target's tokenizer and chat template. Where the template tags what the assistant says (`{% generation %}`),
-the spans are those tags, rendered in the row's own thinking mode, less what the generation prompt already holds: the
-target did not generate that. Rows that render to other ids than they recorded keep their recorded spans.
+Reads: the target's tokenizer and chat template, or the recipe's training template. Where one tags what the assistant
+says (`{% generation %}`), the spans are those tags, rendered in the row's own thinking mode, less what the generation
+prompt already holds: the target did not generate that. Rows that render to other ids than they recorded keep their
+recorded spans.
 """
 
 from __future__ import annotations
 
-import re
+import json
 from typing import Any
 
 from contracts.conversation import Conversation, Sample
 from contracts.recipe import TargetSection
 from contracts.target import Target
+from contracts.templates import tagged_template
 
-GENERATION_TAG = re.compile(r"{%-?\+?\s*generation\s*-?%}")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -25,7 +26,7 @@ class TemplateMasks:
         self._section = section
         self._target = target
         self._tokenizer: Any = None
-        self._has_tags = True
+        self._template: str | None = None
         self.tagged = 0
         self.recorded = 0
 
@@ -58,11 +59,11 @@ class TemplateMasks:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            self._has_tags = bool(GENERATION_TAG.search(self._target.chat_template))
+            self._template = tagged_template(self._section, self._target)
             self._tokenizer = AutoTokenizer.from_pretrained(self._target.path)
-        if not self._has_tags:
+        if self._template is None:
             return None
-        messages = conversation.messages or [
+        messages = [_with_objects(message) for message in conversation.messages or []] or [
             {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
             for turn in conversation.conversations or []
         ]
@@ -70,7 +71,7 @@ class TemplateMasks:
         value = self._section.thinking_mode_values.get(mode, mode)
         kwargs = {
             "tools": conversation.tools,
-            "chat_template": self._target.chat_template,
+            "chat_template": self._template,
             **({self._section.thinking_mode_name: value} if mode and value is not None else {}),
         }
         whole = self._tokenizer.apply_chat_template(
@@ -89,3 +90,15 @@ class TemplateMasks:
                 if end > start:
                     spans.append((start, end))
         return ids, spans
+
+
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose tool calls have objects for arguments, as vLLM hands them to the template."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = call["function"].get("arguments")
+        parsed = json.loads(arguments or "{}") if arguments is None or isinstance(arguments, str) else arguments
+        calls.append({**call, "function": {**call["function"], "arguments": parsed}})
+    return {**message, "tool_calls": calls}

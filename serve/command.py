@@ -6,18 +6,20 @@ Reads: the recipe's `target` and `serve` sections; of a draft, its `config.json`
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from contracts.errors import UserError
 from contracts.files import read_json
-from contracts.recipe import Recipe
+from contracts.recipe import HeadSection, Purpose, PurposeSection, Recipe, VariantSection
 from contracts.target import Target
-from serve.engine import engine_env, is_cpu_engine
+from serve.engine import check_kv_dtype, engine_env, is_cpu_engine
+from serve.hardware import check_fit, find_node
 
 MODEL_NAME = "target"
 
@@ -30,6 +32,7 @@ class ServeCommand:
     env: dict[str, str]
     host: str
     port: int
+    on_cpu: bool = False
 
     @property
     def argv(self) -> list[str]:
@@ -37,10 +40,42 @@ class ServeCommand:
         return [sys.executable, "-m", "serve.vllm_main", *self.args]
 
     def to_shell(self) -> str:
-        """The command for a person to paste, environment first."""
-        program = ["python", "-m", "serve.vllm_main"] if is_cpu_engine() else ["vllm"]
-        env = [f"{key}={shlex.quote(value)}" for key, value in sorted(self.env.items())]
-        return " ".join([*env, shlex.join([*program, *self.args])])
+        """The command for a person to paste: environment first, one flag a line."""
+        program = "python -m serve.vllm_main" if self.on_cpu else "vllm"
+        lines = [f"{key}={shlex.quote(value)}" for key, value in sorted(self.env.items())]
+        return " \\\n".join([*lines, f"{program} {shlex.join(self.args[:2])}", *_indent(self.args[2:])])
+
+    def to_json(self) -> str:
+        """Environment and arguments as JSON."""
+        program = ["python", "-m", "serve.vllm_main"] if self.on_cpu else ["vllm"]
+        return json.dumps({"env": self.env, "command": [*program, *self.args]}, indent=2)
+
+    def to_docker(self, image: str, *, rocm: bool = False) -> str:
+        """The command in a container of `image`, whose entry point is `vllm serve`.
+
+        Folders of this machine are mounted under their own paths; the port is published where the server would listen.
+        """
+        lines = ["docker run --rm --ipc=host"]
+        lines += ["  --device /dev/kfd", "  --device /dev/dri", "  --group-add video"] if rocm else ["  --gpus all"]
+        lines += [f"  -e {key}={shlex.quote(value)}" for key, value in sorted(self.env.items())]
+        lines += [
+            f"  -p {self.host}:{self.port}:{self.port}",
+            '  -v "$HOME/.cache/huggingface:/root/.cache/huggingface"',
+        ]
+        folders = [word for word in (*self.args, *_strings_in_json(self.args)) if Path(word).is_absolute()]
+        lines += [f"  -v {shlex.quote(f'{folder}:{folder}:ro')}" for folder in dict.fromkeys(folders)]
+        args = list(self.args)
+        args[args.index("--host") + 1] = "0.0.0.0"  # noqa: S104 (inside the container; -p says who reaches it)
+        return " \\\n".join([*lines, f"  {image} {shlex.quote(args[1])}", *_indent(args[2:], "    ")])
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens in and out of a request, and requests at a time, for which a server is sized."""
+
+    isl: int | None = None
+    osl: int | None = None
+    concurrency: int | None = None
 
 
 def build_command(
@@ -48,28 +83,117 @@ def build_command(
     target: Target,
     *,
     port: int,
-    draft: Path | None = None,
-    extra_args: Mapping[str, str | int | float | bool] | None = None,
+    draft: Path | str | None = None,
+    purpose: Purpose | None = None,
+    sizes: Sizes = Sizes(),
+    extra_args: Mapping[str, Any] | None = None,
 ) -> ServeCommand:
-    """The command that serves `target` on `port`, drafting with `draft` where one is given.
+    """The command that serves `target` on `port`, drafting with `draft`: an export's folder, or one of serve.heads.
 
-    Raises UserError when the draft was not made for this target.
+    Layers of flags, of which the last one wins: the recipe's `serve.args`; the node's GPUs; `serve.variants`;
+    `serve.purposes` (and `dump.args` for the dump); `sizes`; `extra_args`.
+
+    Raises UserError when the draft was not made for this target, or when the flags contradict target, purpose or node.
     """
-    flags: dict[str, str | int | float | bool] = {
+    section = recipe.serve
+    variant = _find(section.variants, section.variant, "--variant")
+    node = find_node(section.hardware) if section.hardware else None
+    of_purpose = section.purposes.get(purpose, PurposeSection()) if purpose else PurposeSection()
+    speculative: dict[str, Any] = {}
+    if draft is not None:
+        head = section.heads.get(str(draft))
+        speculative = of_head(head, target) if head else speculative_config(Path(draft), target)
+        speculative |= {**section.speculative, **(variant.speculative if variant else {})}
+    flags: dict[str, Any] = {
         "served-model-name": MODEL_NAME,
-        "host": recipe.serve.host,
+        "host": section.host,
         "port": port,
         "max-model-len": recipe.target.max_model_len,
-        **recipe.serve.args,
+        **section.args,
+        **({"tensor-parallel-size": node.num_gpus} if node else {}),
+        **(variant.args if variant else {}),
+        **of_purpose.args,
+        **(recipe.dump.args if purpose == "dump" else {}),
+        **size_flags(sizes, int(speculative.get("num_speculative_tokens", 0))),
         **(extra_args or {}),
     }
-    if draft is not None:
-        flags["speculative-config"] = json.dumps(speculative_config(draft, target))
-    args = ["serve", str(target.path), *to_flags(flags)]
-    return ServeCommand(args, engine_env(recipe.serve.env), recipe.serve.host, port)
+    if speculative:
+        flags["speculative-config"] = json.dumps(speculative)
+    env = {**section.env, **(variant.env if variant else {}), **of_purpose.env}
+    env |= recipe.dump.env if purpose == "dump" else {}
+    check_flags(flags, target, purpose)
+    if node and variant and section.hardware:
+        if variant.hardware and section.hardware not in variant.hardware:
+            raise UserError(
+                f"--variant {section.variant} --hardware {section.hardware}",
+                found=f"{section.hardware}, which cannot run {section.variant}",
+                expected=f"one of {', '.join(variant.hardware)}",
+                fix="Choose another variant for this hardware.",
+            )
+        check_fit(str(section.variant), variant.memory_gb, section.hardware, node, _count_gpus(flags))
+    model = variant.path if variant else str(target.path)
+    on_cpu = node is None and is_cpu_engine()
+    environment = engine_env(env, on_cpu=on_cpu)
+    if not Path(model).exists():
+        environment.pop("HF_HUB_OFFLINE")  # a hub name may have to be fetched
+    return ServeCommand(["serve", model, *to_flags(flags)], environment, section.host, port, on_cpu=on_cpu)
 
 
-def to_flags(values: Mapping[str, str | int | float | bool]) -> list[str]:
+def size_flags(sizes: Sizes, num_draft_tokens: int) -> dict[str, int]:
+    """Flags for a load: a context of ISL + OSL + 256, 2 * ISL batched tokens, CUDA graphs for all that run at a time.
+
+    The capture size is the next power of two from concurrency * (1 + draft tokens) on, from 4 to 2048.
+    """
+    flags = {}
+    if sizes.isl is not None and sizes.osl is not None:
+        flags["max-model-len"] = sizes.isl + sizes.osl + 256
+        flags["max-num-batched-tokens"] = 2 * sizes.isl
+    if sizes.concurrency is not None:
+        wanted = sizes.concurrency * (1 + num_draft_tokens)
+        flags["max-cudagraph-capture-size"] = min(2048, max(4, 1 << (wanted - 1).bit_length()))
+    return flags
+
+
+def check_flags(flags: Mapping[str, Any], target: Target, purpose: str | None) -> None:
+    """Raise UserError for flags that would spoil what comes out."""
+    size, wanted = flags.get("block-size"), target.sparse_block_size
+    if wanted and size != wanted:
+        raise UserError(
+            "block-size",
+            found=str(size),
+            expected=f"{wanted}, the block of the target's sparse attention",
+            fix=f"Set serve.args.block-size to {wanted}.",
+        )
+    if purpose == "dump":
+        check_kv_dtype(str(flags.get("kv-cache-dtype", "auto")))
+    if purpose in ("synth", "dump"):
+        for flag in ("reasoning-parser", "tool-call-parser"):
+            if flag in flags:
+                raise UserError(
+                    flag,
+                    found=str(flags[flag]),
+                    expected=f"none for {purpose}: it takes tokens out of the reply",
+                    fix="Set it in serve.purposes.production.args.",
+                )
+
+
+def parse_flags(words: Sequence[str]) -> dict[str, str | bool]:
+    """vLLM's own words (`--name value`, `--name=value`, `--name`) as flags. Raises UserError for a word of no flag."""
+    flags: dict[str, str | bool] = {}
+    name = None
+    for word in words:
+        if word.startswith("--"):
+            name, separator, value = word[2:].partition("=")
+            flags[name] = value if separator else True
+            name = None if separator else name
+        elif name is None:
+            raise UserError("vLLM's flags", found=repr(word), expected="--name value", fix="Quote values with spaces.")
+        else:
+            flags[name], name = word, None
+    return flags
+
+
+def to_flags(values: Mapping[str, Any]) -> list[str]:
     """vLLM flags: true becomes `--name`, false `--no-name`, anything else `--name value`."""
     flags: list[str] = []
     for name, value in values.items():
@@ -80,7 +204,14 @@ def to_flags(values: Mapping[str, str | int | float | bool]) -> list[str]:
     return flags
 
 
-def speculative_config(draft: Path, target: Target) -> dict[str, str | int]:
+def of_head(head: HeadSection, target: Target) -> dict[str, Any]:
+    """vLLM's speculative config of a published draft, whose sizes are checked if it is on this machine."""
+    if (Path(head.path) / "config.json").exists():
+        _check_sizes(Path(head.path), read_json(Path(head.path) / "config.json", "a draft's config"), target)
+    return {"method": head.method, "model": head.path, "num_speculative_tokens": head.num_speculative_tokens}
+
+
+def speculative_config(draft: Path, target: Target) -> dict[str, Any]:
     """vLLM's speculative config of an exported draft: block_size - 1 draft tokens, as the block includes its anchor.
 
     Raises UserError when hidden size, vocabulary, layers or fingerprint are not the target's.
@@ -90,21 +221,9 @@ def speculative_config(draft: Path, target: Target) -> dict[str, str | int]:
         "eagle3" if config.get("architectures") == ["LlamaForCausalLMEagle3"] else "dflash"
     )
     config = {**config, **config.get("transformer_layer_config", {})}  # speculators' format
+    _check_sizes(draft, config, target)
     ours = draft / "draftline.json"
-    expected = {
-        "hidden_size": target.hidden_size,
-        "vocab_size": target.vocab_size,
-        "num_target_layers": target.num_layers,
-    }
-    for key, value in expected.items():
-        if config.get(key) != value:
-            raise UserError(
-                draft / "config.json",
-                found=f"{key} = {config.get(key)}",
-                expected=f"{value} as in {target.path}",
-                fix="Serve the draft with the target it was trained for.",
-            )
-    if ours.exists():
+    if ours.exists() and target.is_here:
         fingerprint = read_json(ours, "the draft's origin")["target_fingerprint"]
         if fingerprint != target.fingerprint:
             raise UserError(
@@ -116,3 +235,59 @@ def speculative_config(draft: Path, target: Target) -> dict[str, str | int]:
     proposals = config.get("speculators_config", {}).get("proposal_methods")
     num_draft_tokens = proposals[0]["speculative_tokens"] if proposals else config["block_size"] - 1
     return {"method": method, "model": str(draft), "num_speculative_tokens": num_draft_tokens}
+
+
+def _check_sizes(draft: Path, config: Mapping[str, Any], target: Target) -> None:
+    layer_ids = (config.get("dflash_config") or {}).get("target_layer_ids") or [
+        layer_id - 1 for layer_id in config.get("eagle_aux_hidden_state_layer_ids") or []
+    ]
+    expected = {
+        "hidden_size": target.hidden_size,
+        "vocab_size": target.vocab_size,
+        "num_target_layers": target.num_layers,
+    }
+    for key, value in expected.items():
+        if config.get(key, value if key == "num_target_layers" else None) != value:
+            raise UserError(
+                draft / "config.json",
+                found=f"{key} = {config.get(key)}",
+                expected=f"{value} as in {target.path}",
+                fix="Serve the draft with the target it was trained for.",
+            )
+    if any(not 0 <= layer_id < target.num_layers for layer_id in layer_ids):
+        raise UserError(
+            draft / "config.json",
+            found=f"layers {layer_ids}",
+            expected=f"layers of {target.path}, which has {target.num_layers}",
+            fix="Serve the draft with the target it was trained for.",
+        )
+
+
+def _find(variants: Mapping[str, VariantSection], name: str | None, where: str) -> VariantSection | None:
+    if name is None:
+        return None
+    if name not in variants:
+        known = ", ".join(variants) or "none: the recipe has no serve.variants"
+        raise UserError(where, found=name, expected=f"one of {known}", fix="Correct it.")
+    return variants[name]
+
+
+def _count_gpus(flags: Mapping[str, Any]) -> int:
+    names = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
+    return math.prod(int(flags.get(name, 1)) for name in names)
+
+
+def _indent(args: Sequence[str], by: str = "  ") -> list[str]:
+    """One line for each flag with its value."""
+    lines: list[str] = []
+    for word in args:
+        if word.startswith("--") or not lines:
+            lines.append(by + shlex.quote(word))
+        else:
+            lines[-1] += " " + shlex.quote(word)
+    return lines
+
+
+def _strings_in_json(args: Sequence[str]) -> list[str]:
+    """Strings inside of arguments that are JSON objects: a draft's folder."""
+    return [v for word in args if word.startswith("{") for v in json.loads(word).values() if isinstance(v, str)]

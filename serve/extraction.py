@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from contracts.errors import UserError
 from contracts.recipe import Recipe
 from contracts.target import Target, to_vllm_layer_ids
-from serve.engine import is_cpu_engine
+from serve.engine import check_kv_dtype, is_cpu_engine
 
 JSON_ARGS = ("speculative_config", "kv_transfer_config")
 
@@ -33,14 +32,7 @@ def extraction_args(recipe: Recipe, target: Target, layer_ids: Sequence[int], st
     args: dict[str, Any] = {
         key.replace("-", "_"): value for key, value in {**recipe.serve.args, **recipe.dump.args}.items()
     }
-    kv_dtype = str(args.get("kv_cache_dtype", "auto"))
-    if kv_dtype not in ("auto", "bfloat16", "float16", "float32"):
-        raise UserError(
-            "kv-cache-dtype",
-            found=kv_dtype,
-            expected="a KV cache of the model's own precision: the captured states pass through it",
-            fix="Set dump.args.kv-cache-dtype to auto.",
-        )
+    check_kv_dtype(str(args.get("kv_cache_dtype", "auto")))
     connector = {"kv_connector": "ExampleHiddenStatesConnector"}
     if is_cpu_engine():
         connector = {

@@ -102,10 +102,11 @@ def is_healthy(url: str) -> bool:
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log_path: Path, deadline: float) -> None:
-    last_told = time.monotonic()
+    started = last_told = time.monotonic()
     while not is_healthy(url):
         code = process.poll()
         if code is not None:
+            print(_tail(log_path), file=sys.stderr)
             raise UserError(
                 log_path,
                 found=f"a server that ended at its start with code {code}: {last_words(log_path)}",
@@ -113,6 +114,7 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log_path: Pa
                 fix="Read the log, then mend serve.args or target.path.",
             )
         if time.monotonic() > deadline:
+            print(_tail(log_path), file=sys.stderr)
             raise UserError(
                 log_path,
                 found=f"a server that is not healthy in time: {last_words(log_path)}",
@@ -121,7 +123,8 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log_path: Pa
             )
         if time.monotonic() - last_told > 15:
             last_told = time.monotonic()
-            print("server: starting ...", file=sys.stderr)
+            passed = time.monotonic() - started
+            print(f"server: starting for {passed:.0f} s ... {_last_line(log_path)}", file=sys.stderr)
         time.sleep(0.25)
 
 
@@ -137,6 +140,16 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
     process.wait()
+
+
+def _last_line(log_path: Path, max_chars: int = 100) -> str:
+    return (_tail(log_path, 1).strip() or "it said nothing yet")[:max_chars]
+
+
+def _tail(log_path: Path, num_lines: int = 15) -> str:
+    """The last lines of a log that are not empty."""
+    lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    return "\n".join(lines[-num_lines:])
 
 
 def last_words(log_path: Path, max_chars: int = 300) -> str:

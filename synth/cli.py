@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from contracts.cli import OverridesOption, RecipeOption, ShardOption, make_app, parse_shard
+from contracts.cli import OverridesOption, RecipeOption, ShardOption, load_checked, make_app, parse_shard
 from contracts.errors import run_app
 
 app = make_app("Have the target write conversations, token ids and all.")
@@ -49,7 +49,6 @@ def generate(
     set_: OverridesOption = None,
 ) -> None:
     """Let the target take every turn of every prompt; resumes by itself, exactly once a row."""
-    from contracts.recipe import load_recipe
     from synth.generate import generate as generate_all
 
     flags = {
@@ -58,7 +57,7 @@ def generate(
         "synth.output_format": output_format,
         "synth.endpoints": endpoint or None,
     }
-    loaded = load_recipe(recipe, set_ or [], flags)
+    loaded = load_checked(recipe, set_, flags)
     generate_all(loaded, prompts, output, shard=parse_shard(shard), retry_failed=retry_failed)
 
 
@@ -105,11 +104,10 @@ def verify(
     set_: OverridesOption = None,
 ) -> None:
     """Prove every turn: its tokens decode to its text, and its context is what the server renders in its mode."""
-    from contracts.recipe import load_recipe
     from synth.verify import verify as verify_run
 
     flags = {"synth.endpoints": [endpoint] if endpoint else None}
-    verify_run(load_recipe(recipe, set_ or [], flags), run)
+    verify_run(load_checked(recipe, set_, flags), run)
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ def resolve_sampling(recipe: Recipe) -> tuple[list[float], dict[str, Any]]:
 def check_modes(recipe: Recipe) -> None:
     """Raise UserError when a thinking mode has no value for the template."""
     values = recipe.target.thinking_mode_values
-    for mode in recipe.synth.thinking_modes:
+    for mode in recipe.synth.modes_in_turn:
         if values and mode not in values:
             raise UserError(
                 "synth.thinking_modes",

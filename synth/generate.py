@@ -93,7 +93,7 @@ def generate(
     todo = (
         item
         for item in read_prompts(
-            prompt_set.rows(wanted), recipe.synth.thinking_modes, temperatures, recipe.synth.num_samples, seen
+            prompt_set.rows(wanted), recipe.synth.modes_in_turn, temperatures, recipe.synth.num_samples, seen
         )
         if isinstance(item, Reject) or out.status(item.index, item.sample) in again
     )
@@ -128,7 +128,7 @@ def serve_target(recipe: Recipe, target: Target, folder: Path) -> Iterator[tuple
     if recipe.synth.endpoints:
         yield recipe.synth.endpoints, lambda: False
         return
-    command = build_command(recipe, target, port=find_port(recipe.serve.host, recipe.serve.port))
+    command = build_command(recipe, target, port=find_port(recipe.serve.host, recipe.serve.port), purpose="synth")
     timeout_s = recipe.serve.startup_timeout_s
     with run_server(command, log_path=folder / "server.log", startup_timeout_s=timeout_s) as server:
         yield [f"{server.url}/v1"], lambda: server.process.poll() is not None

@@ -11,7 +11,9 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from contracts.recipe import TargetSection
 from contracts.target import Target
+from contracts.templates import rendering_template
 
 WHOLE = ("stop", "tool_calls")
 """Finish reasons of a reply that the target itself ended."""
@@ -20,7 +22,8 @@ WHOLE = ("stop", "tool_calls")
 class Renderer:
     """The target's tokenizer, for servers without `return_token_ids`; loaded when it is first needed."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, section: TargetSection, target: Target) -> None:
+        self._section = section
         self._target = target
         self._tokenizer: Any = None
         self._lock = threading.Lock()  # tokenizers are not safe to share between threads
@@ -33,7 +36,7 @@ class Renderer:
             prompt = self._tokenizer.apply_chat_template(
                 request["messages"],
                 tools=request.get("tools"),
-                chat_template=self._target.chat_template,
+                chat_template=rendering_template(self._section, self._target),
                 add_generation_prompt=True,
                 tokenize=False,
                 **request.get("chat_template_kwargs", {}),

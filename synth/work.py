@@ -83,7 +83,7 @@ async def write_all(job: Job, urls: list[str], is_gone: Callable[[], bool]) -> b
 
     try:
         async with Endpoints(urls, job.recipe.synth, is_gone) as endpoints:
-            writer = Writer(endpoints, job.recipe, job.target, job.sampling, Renderer(job.target))
+            writer = Writer(endpoints, job.recipe, job.target, job.sampling, Renderer(job.recipe.target, job.target))
             async with asyncio.TaskGroup() as group:
                 polling = group.create_task(watch.poll(endpoints, pace, job.run))
                 workers = [group.create_task(work(number)) for number in range(min(pace.ceiling, job.num_expected))]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from contracts.cli import OverridesOption, RecipeOption, make_app
+from contracts.cli import OverridesOption, RecipeOption, load_checked, make_app
 from contracts.errors import run_app
 
 app = make_app("Train a draft from a store, evaluate it, export it.")
@@ -24,10 +24,9 @@ def offline(
     set_: OverridesOption = None,
 ) -> None:
     """Train to the recipe's number of steps; goes on from the last checkpoint by itself."""
-    from contracts.recipe import load_recipe
     from train.offline import train_offline
 
-    train_offline(load_recipe(recipe, set_ or []), store, output)
+    train_offline(load_checked(recipe, set_), store, output)
 
 
 @app.command(
@@ -44,10 +43,9 @@ def eval_(
     set_: OverridesOption = None,
 ) -> None:
     """Predict the acceptance length by walking held-out conversations as serving does."""
-    from contracts.recipe import load_recipe
     from train.evaluate import evaluate
 
-    evaluate(load_recipe(recipe, set_ or []), run, store, output, samples)
+    evaluate(load_checked(recipe, set_), run, store, output, samples)
 
 
 @app.command(epilog="Example: train export -r recipes/Tiny-DFlash/recipe.yaml --run runs/draft --output runs/export")
@@ -62,10 +60,9 @@ def export(
     set_: OverridesOption = None,
 ) -> None:
     """Write the directory that vLLM and SGLang load."""
-    from contracts.recipe import load_recipe
     from train.export import export as export_draft
 
-    export_draft(load_recipe(recipe, set_ or []), run, output, evaluation, layout)
+    export_draft(load_checked(recipe, set_), run, output, evaluation, layout)
 
 
 def main() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from contracts.draft import DraftConfig
 from contracts.errors import UserError
+from contracts.mask_token import choose_mask_token
 from contracts.recipe import Recipe, TrainSection
 from contracts.store import Manifest
 from contracts.target import Target
 from train.dflash import DFlash
 from train.eagle3 import Eagle3
-from train.mask_token import choose_mask_token
 
 Draft = DFlash | Eagle3
 

@@ -17,10 +17,10 @@ from written import write_store
 
 from contracts.draft import DraftRun
 from contracts.errors import UserError
+from contracts.mask_token import choose_mask_token
 from contracts.recipe import TrainSection
 from contracts.store import Store
 from contracts.target import Target
-from train.mask_token import choose_mask_token
 from train.schedule import learning_rate
 
 

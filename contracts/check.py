@@ -1,0 +1,148 @@
+"""What a recipe says that can be wrong: checked against itself, its template and its target before anything starts.
+
+Reads: the recipe; `target.training_template`; of the target config, tokenizer and chat template if they are on this
+machine, else `target.facts`. Rules that need what is not there are left out: the stage that needs it will have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from contracts.errors import UserError
+from contracts.files import hash_bytes
+from contracts.mask_token import choose_mask_token, used_token_ids
+from contracts.recipe import Recipe
+from contracts.target import Target, captured_layers, to_vllm_layer_ids
+from contracts.templates import TAG, check_training_template
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise UserError for the first rule that the recipe breaks."""
+    for problem in _problems(recipe):
+        raise problem
+
+
+def _problems(recipe: Recipe) -> Iterator[UserError]:
+    section = recipe.target
+    yield from _check_yarn(recipe)
+    template = section.training_template
+    if template is not None:
+        if not template.exists():
+            yield UserError(
+                "target.training_template", found=f"no {template}", expected="a template", fix="Correct the path."
+            )
+        text = template.read_text(encoding="utf-8")
+        checksum = hash_bytes(text.encode())
+        if section.training_template_sha256 not in (None, checksum):
+            yield UserError(
+                "target.training_template_sha256",
+                found=str(section.training_template_sha256)[:12],
+                expected=f"{checksum[:12]}, the checksum of {template}",
+                fix="Find out who changed the template; then write its own checksum there.",
+            )
+        if not TAG.search(text):
+            yield UserError(
+                f"target.training_template ({template})",
+                found="no {% generation %} tags",
+                expected="them around what the assistant says",
+                fix="Add them: they tell which tokens are supervised.",
+            )
+    try:
+        target = Target.of(section)
+    except UserError:
+        if section.path.exists():
+            raise
+        return  # made by an earlier step, as the tiny recipe's
+    yield from _check_facts(recipe, target)
+    yield from _check_layers(recipe, target)
+    if recipe.train.method == "dflash" and (target.is_here or target.facts is not None):
+        choose_mask_token(target, section.mask_token_id)
+    known = recipe.train.draft_vocab_size
+    if known is not None and known > target.vocab_size:
+        yield UserError(
+            "train.draft_vocab_size",
+            found=str(known),
+            expected=f"at most the target's {target.vocab_size} tokens",
+            fix="Lower it, or leave it out: then the draft knows all of them.",
+        )
+    yield from _check_engine(recipe, target)
+    yield from _check_thinking(recipe, target)
+
+
+def _check_yarn(recipe: Recipe) -> Iterator[UserError]:
+    yarn, length = recipe.export.yarn, recipe.export.max_position_embeddings or recipe.target.max_model_len
+    if yarn is None:
+        return
+    window = yarn.factor * yarn.original_max_position_embeddings
+    if window != length:
+        yield UserError(
+            "export.yarn",
+            found=f"{yarn.original_max_position_embeddings} x {yarn.factor:g} = {window:g} positions",
+            expected=f"export.max_position_embeddings (default: target.max_model_len) = {length}",
+            fix="Choose a factor or a length that give it.",
+        )
+
+
+def _check_facts(recipe: Recipe, target: Target) -> Iterator[UserError]:
+    facts = recipe.target.facts
+    if facts is None or not target.is_here:
+        return
+    found = {
+        "architecture": next(iter(target.config.get("architectures") or [None])),
+        "hidden_size": target.hidden_size,
+        "num_hidden_layers": target.num_layers,
+        "vocab_size": target.vocab_size,
+        "rope_theta": target.rope_theta,
+        "final_norm": target.final_norm,
+        "sparse_block_size": target.sparse_block_size,
+        "highest_token_id": max(used_token_ids(target)),
+    }
+    for name, value in found.items():
+        if getattr(facts, name) != value:
+            yield UserError(
+                f"target.facts.{name}",
+                found=str(getattr(facts, name)),
+                expected=f"{value} as {target.path} has it",
+                fix="Correct the recipe, or target.path.",
+            )
+
+
+def _check_layers(recipe: Recipe, target: Target) -> Iterator[UserError]:
+    layer_ids = captured_layers(recipe.target, target)
+    try:
+        to_vllm_layer_ids(layer_ids, target.num_layers)
+    except ValueError:
+        yield UserError(
+            "target.aux_layers",
+            found=str(layer_ids),
+            expected=f"sorted, unique layers from 0 to {target.num_layers - 2}",
+            fix="Correct them; the last layer's output is the final state, which is stored anyway.",
+        )
+
+
+def _check_engine(recipe: Recipe, target: Target) -> Iterator[UserError]:
+    for where, args in (("serve.args", recipe.serve.args), ("dump.args", {**recipe.serve.args, **recipe.dump.args})):
+        size, wanted = args.get("block-size"), target.sparse_block_size
+        if wanted and size != wanted:
+            yield UserError(
+                f"{where}.block-size",
+                found=str(size),
+                expected=f"{wanted}, the block of the target's sparse attention",
+                fix=f"Set serve.args.block-size to {wanted}.",
+            )
+
+
+def _check_thinking(recipe: Recipe, target: Target) -> Iterator[UserError]:
+    section = recipe.target
+    if recipe.synth.thinking_modes:
+        own = target.find_chat_template()
+        ours = section.training_template
+        texts = [own] if own else [ours.read_text(encoding="utf-8")] if ours else []
+        if texts and section.thinking_mode_name not in texts[0]:
+            yield UserError(
+                "target.thinking_mode_name",
+                found=section.thinking_mode_name,
+                expected="a variable of the chat template: nothing would change with the mode",
+                fix="Look it up in the template, or set synth.thinking_modes to [].",
+            )
+    check_training_template(section, target)

@@ -1,0 +1,96 @@
+"""Training templates: chat templates that render exactly as a target's own and tag what the assistant says.
+
+Reads: the target's chat template, `target.training_template`. Masks of rendered rows come from `{% generation %}` tags;
+few targets ship a template that has them, so a recipe may bring one (chat_templates/), which must render the same text.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from contracts.errors import UserError
+from contracts.recipe import TargetSection
+from contracts.target import Target
+
+TAG = re.compile(r"{%[-+]?\s*generation\s*-?%}")
+
+_TOOL = {
+    "type": "function",
+    "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}},
+}
+_CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": {"x": [1, True, "y"]}}}}
+_USER, _REPLY = {"role": "user", "content": "How many? ¿Sí?"}, {"role": "assistant", "content": "Four."}
+PROBES: list[dict[str, Any]] = [
+    {"messages": [_USER]},
+    {"messages": [_USER, _REPLY, _USER, _REPLY]},
+    {"messages": [{"role": "system", "content": "Be terse."}, _USER, _REPLY]},
+    {"messages": [_USER, {**_REPLY, "reasoning_content": "Two and two."}, _USER, _REPLY]},
+    {
+        "messages": [_USER, {**_REPLY, "tool_calls": [_CALL]}, {"role": "tool", "content": "5"}, _REPLY],
+        "tools": [_TOOL],
+    },
+]
+
+
+def tagged_template(section: TargetSection, target: Target) -> str | None:
+    """The template with generation tags: the target's own, or the recipe's. None without any."""
+    own = target.find_chat_template()
+    if own and TAG.search(own):
+        return own
+    return section.training_template.read_text(encoding="utf-8") if section.training_template else None
+
+
+def rendering_template(section: TargetSection, target: Target) -> str:
+    """The template that rows are rendered with: the target's own, or the recipe's for a target that has none."""
+    own = target.find_chat_template()
+    if own is None and section.training_template:
+        return section.training_template.read_text(encoding="utf-8")
+    return own if own is not None else target.chat_template  # which says what is missing
+
+
+def check_training_template(section: TargetSection, target: Target) -> None:
+    """Raise UserError when the recipe's template renders another text than the target's, in any mode.
+
+    Conversations that neither can render are left out: not every target has tools.
+    """
+    own = target.find_chat_template()
+    if section.training_template is None or own is None:
+        return
+    ours = section.training_template.read_text(encoding="utf-8")
+    for number, probe in enumerate(PROBES):
+        for mode in (None, "enabled", "disabled", "adaptive"):
+            value = section.thinking_mode_values.get(mode, mode) if mode else None
+            kwargs = {} if value is None else {section.thinking_mode_name: value}
+            for end in (False, True):
+                expected, found = (_render(text, probe, end, kwargs) for text in (own, ours))
+                if expected is not None and found != expected:
+                    raise UserError(
+                        f"target.training_template ({section.training_template})",
+                        found=f"for probe {number}, mode {mode or 'unset'}: {_from_difference(found or '', expected)}",
+                        expected=f"{_from_difference(expected, found or '')}, as the template of {target.path} renders",
+                        fix="Bring the template up to date with the target's.",
+                    )
+
+
+def _render(template: str, probe: dict[str, Any], add_generation_prompt: bool, kwargs: dict[str, Any]) -> str | None:
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        texts, _ = render_jinja_template(
+            conversations=[probe["messages"]],
+            tools=probe.get("tools"),
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            **kwargs,
+        )
+    except (TemplateError, TypeError):
+        return None
+    return str(texts[0])
+
+
+def _from_difference(text: str, other: str) -> str:
+    """Where a text begins to differ from another, quoted."""
+    place = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    return repr(text[max(0, place - 20) : place + 20])

@@ -1,0 +1,58 @@
+"""Nodes that targets are served on: how many GPUs, how much memory; and whether a target fits.
+
+Memory in GB of 1e9 bytes, as the vendors print it on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from contracts.errors import UserError
+
+
+@dataclass(frozen=True)
+class Node:
+    num_gpus: int
+    gpu_memory_gb: int
+    rocm: bool = False
+
+    @property
+    def memory_gb(self) -> int:
+        """Of all its GPUs."""
+        return self.num_gpus * self.gpu_memory_gb
+
+
+NODES = {
+    "h100": Node(8, 80),
+    "h200": Node(8, 141),
+    "b200": Node(8, 180),
+    "b300": Node(8, 268),
+    "gb200": Node(4, 192),
+    "gb300": Node(4, 288),
+    "mi355x": Node(8, 288, rocm=True),
+}
+
+
+def find_node(name: str) -> Node:
+    """Raises UserError for hardware that is not known."""
+    if name not in NODES:
+        raise UserError("--hardware", found=name, expected=f"one of {', '.join(NODES)}", fix="Correct it.")
+    return NODES[name]
+
+
+def check_fit(variant: str, memory_gb: float, hardware: str, node: Node, num_gpus: int) -> None:
+    """Raise UserError when `num_gpus` of the node do not exist, or do not hold a variant that needs `memory_gb`."""
+    if num_gpus > node.num_gpus:
+        raise UserError(
+            "tensor-parallel-size",
+            found=f"{num_gpus} GPUs",
+            expected=f"at most the {node.num_gpus} of {hardware}",
+            fix="Lower it, or serve over several nodes with vLLM's own flags.",
+        )
+    if memory_gb > num_gpus * node.gpu_memory_gb:
+        raise UserError(
+            f"--variant {variant} --hardware {hardware}",
+            found=f"{num_gpus} GPUs with {num_gpus * node.gpu_memory_gb} GB",
+            expected=f"{memory_gb:g} GB, which the target needs",
+            fix="Choose a smaller variant, more GPUs (tensor-parallel-size), or nodes with more memory.",
+        )
