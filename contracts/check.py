@@ -6,20 +6,44 @@ machine, else `target.facts`. Rules that need what is not there are left out: th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from contracts.errors import UserError
 from contracts.files import hash_bytes
 from contracts.mask_token import choose_mask_token, used_token_ids
 from contracts.recipe import Recipe
 from contracts.target import Target, captured_layers, to_vllm_layer_ids
-from contracts.templates import TAG, check_training_template
+from contracts.templates import TAG, check_training_template, variables_of
 
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise UserError for the first rule that the recipe breaks."""
     for problem in _problems(recipe):
         raise problem
+
+
+def check_kv_dtype(name: str) -> None:
+    """Raise UserError for a quantized KV cache under a dump: the states pass through it and would be quantized, too."""
+    if name not in ("auto", "bfloat16", "float16", "float32"):
+        raise UserError(
+            "kv-cache-dtype",
+            found=name,
+            expected="a KV cache of the model's own precision: the captured states pass through it",
+            fix="Set dump.args.kv-cache-dtype to auto.",
+        )
+
+
+def check_block_size(where: str, args: Mapping[str, Any], target: Target) -> None:
+    """Raise UserError for a KV block that is not that of the target's sparse attention."""
+    size, wanted = args.get("block-size"), target.sparse_block_size
+    if wanted and size != wanted:
+        raise UserError(
+            f"{where}block-size",
+            found=str(size),
+            expected=f"{wanted}, the block of the target's sparse attention",
+            fix=f"Set serve.args.block-size to {wanted}.",
+        )
 
 
 def _problems(recipe: Recipe) -> Iterator[UserError]:
@@ -65,7 +89,7 @@ def _problems(recipe: Recipe) -> Iterator[UserError]:
             expected=f"at most the target's {target.vocab_size} tokens",
             fix="Lower it, or leave it out: then the draft knows all of them.",
         )
-    yield from _check_engine(recipe, target)
+    _check_engine(recipe, target)
     yield from _check_thinking(recipe, target)
 
 
@@ -120,16 +144,11 @@ def _check_layers(recipe: Recipe, target: Target) -> Iterator[UserError]:
         )
 
 
-def _check_engine(recipe: Recipe, target: Target) -> Iterator[UserError]:
-    for where, args in (("serve.args", recipe.serve.args), ("dump.args", {**recipe.serve.args, **recipe.dump.args})):
-        size, wanted = args.get("block-size"), target.sparse_block_size
-        if wanted and size != wanted:
-            yield UserError(
-                f"{where}.block-size",
-                found=str(size),
-                expected=f"{wanted}, the block of the target's sparse attention",
-                fix=f"Set serve.args.block-size to {wanted}.",
-            )
+def _check_engine(recipe: Recipe, target: Target) -> None:
+    of_dump = {**recipe.serve.args, **recipe.dump.args}
+    check_block_size("serve.args.", recipe.serve.args, target)
+    check_block_size("dump.args.", of_dump, target)
+    check_kv_dtype(str(of_dump.get("kv-cache-dtype", "auto")))
 
 
 def _check_thinking(recipe: Recipe, target: Target) -> Iterator[UserError]:
@@ -138,7 +157,7 @@ def _check_thinking(recipe: Recipe, target: Target) -> Iterator[UserError]:
         own = target.find_chat_template()
         ours = section.training_template
         texts = [own] if own else [ours.read_text(encoding="utf-8")] if ours else []
-        if texts and section.thinking_mode_name not in texts[0]:
+        if texts and section.thinking_mode_name not in variables_of(texts[0]):
             yield UserError(
                 "target.thinking_mode_name",
                 found=section.thinking_mode_name,

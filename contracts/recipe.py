@@ -122,8 +122,10 @@ class ServeSection(Section):
     purposes: dict[Purpose, PurposeSection] = Field(
         default={}, description="flags of one purpose, over the variant's; the dump's are dump.args"
     )
-    heads: dict[str, HeadSection] = Field(default={}, description="published drafts, by the name that --draft takes")
-    image: str = Field(default="vllm/vllm-openai:v0.32.0", description="of `serve command --format docker`")
+    heads: dict[str, HeadSection] = _operational(
+        default={}, description="published drafts, by the name that --draft takes"
+    )
+    image: str = _operational(default="vllm/vllm-openai:v0.32.0", description="of `serve command --format docker`")
 
 
 class SynthSection(Section):

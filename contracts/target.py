@@ -63,7 +63,7 @@ class Target:
         path = _in_hub_cache(path)
         outer = read_json(path / "config.json", "a target's config.json")
         inner: dict[str, Any] = next((outer[key] for key in NESTED_CONFIGS if isinstance(outer.get(key), dict)), {})
-        return cls(path, {**outer, **inner})
+        return cls(path, {**outer, **inner, "architectures": outer.get("architectures")})
 
     def get(self, key: str) -> int:
         """An integer of the config. Raises UserError when it is missing."""

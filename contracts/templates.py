@@ -73,6 +73,23 @@ def check_training_template(section: TargetSection, target: Target) -> None:
                     )
 
 
+def variables_of(template: str) -> set[str]:
+    """The names that a template expects to be given."""
+    from jinja2 import Environment, meta, nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012 (as jinja2 wants it)
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = Environment(extensions=[Generation, "jinja2.ext.loopcontrols"])  # noqa: S701 (text, not HTML)
+    return meta.find_undeclared_variables(environment.parse(template))
+
+
 def _render(template: str, probe: dict[str, Any], add_generation_prompt: bool, kwargs: dict[str, Any]) -> str | None:
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template

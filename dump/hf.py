@@ -6,6 +6,7 @@ the final norm.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,10 @@ class Transformers:
 
     def __init__(self, recipe: Recipe, target: Target, layer_ids: Sequence[int]) -> None:
         """Load the target. Raises UserError when its decoder layers cannot be told."""
-        from transformers import AutoModelForCausalLM
-
         name = str({**recipe.serve.args, **recipe.dump.args}.get("dtype", "auto"))
         dtype = name if name == "auto" else getattr(torch, name)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = AutoModelForCausalLM.from_pretrained(target.path, dtype=dtype).to(device).eval()
+        self._model = load_model(target, dtype).to(device).eval()
         self._device = device
         layers, norm = find_layers(self._model, target)
         self._states: dict[int, torch.Tensor] = {}
@@ -71,6 +70,17 @@ class Transformers:
             self._states[place] = inputs[0]
 
         return hook
+
+
+def load_model(target: Target, dtype: Any) -> Any:
+    """The target in transformers, also where its language model is a part of one that sees."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_type = json.loads((target.path / "config.json").read_text())["model_type"]
+    text_only = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    auto = transformers.AutoModelForCausalLM if text_only else transformers.AutoModelForImageTextToText
+    return auto.from_pretrained(target.path, dtype=dtype)
 
 
 def find_layers(model: torch.nn.Module, target: Target) -> tuple[torch.nn.ModuleList, torch.nn.Module]:

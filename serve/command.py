@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from contracts.check import check_block_size, check_kv_dtype
 from contracts.errors import UserError
 from contracts.files import read_json
 from contracts.recipe import HeadSection, Purpose, PurposeSection, Recipe, VariantSection
 from contracts.target import Target
-from serve.engine import check_kv_dtype, engine_env, is_cpu_engine
+from serve.engine import engine_env, is_cpu_engine
 from serve.hardware import check_fit, find_node
 
 MODEL_NAME = "target"
@@ -156,14 +157,7 @@ def size_flags(sizes: Sizes, num_draft_tokens: int) -> dict[str, int]:
 
 def check_flags(flags: Mapping[str, Any], target: Target, purpose: str | None) -> None:
     """Raise UserError for flags that would spoil what comes out."""
-    size, wanted = flags.get("block-size"), target.sparse_block_size
-    if wanted and size != wanted:
-        raise UserError(
-            "block-size",
-            found=str(size),
-            expected=f"{wanted}, the block of the target's sparse attention",
-            fix=f"Set serve.args.block-size to {wanted}.",
-        )
+    check_block_size("", flags, target)
     if purpose == "dump":
         check_kv_dtype(str(flags.get("kv-cache-dtype", "auto")))
     if purpose in ("synth", "dump"):

@@ -50,14 +50,3 @@ def engine_env(recipe_env: Mapping[str, str], *, on_cpu: bool | None = None) -> 
     on_cpu = is_cpu_engine() if on_cpu is None else on_cpu
     defaults = {**COMMON_ENV, **(CPU_ENV if on_cpu else {})}
     return {key: os.environ.get(key, value) for key, value in defaults.items()} | dict(recipe_env)
-
-
-def check_kv_dtype(name: str) -> None:
-    """Raise UserError for a quantized KV cache under a dump: the states pass through it and would be quantized, too."""
-    if name not in ("auto", "bfloat16", "float16", "float32"):
-        raise UserError(
-            "kv-cache-dtype",
-            found=name,
-            expected="a KV cache of the model's own precision: the captured states pass through it",
-            fix="Set dump.args.kv-cache-dtype to auto.",
-        )

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from contracts.check import check_kv_dtype
 from contracts.recipe import Recipe
 from contracts.target import Target, to_vllm_layer_ids
-from serve.engine import check_kv_dtype, is_cpu_engine
+from serve.engine import is_cpu_engine
 
 JSON_ARGS = ("speculative_config", "kv_transfer_config")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from contracts.conversation import CONVERSATIONS_FILE, Conversation, Sample
 from contracts.ledger import Ledger
@@ -13,6 +12,7 @@ from contracts.run import Run
 from contracts.store import Manifest, Store
 from contracts.target import Target
 from dump.capture import Captured
+from dump.hf import load_model
 from dump.writer import make_stored
 
 REPLY_TOKENS = 10
@@ -21,8 +21,8 @@ REPLY_TOKENS = 10
 @torch.inference_mode()
 def write_conversations(target_folder: Path, folder: Path, count: int, shared: int = 0) -> Path:
     """A finished synthesis of `count` conversations: `shared` equal tokens, 8 to 40 more, a greedy reply."""
-    model = AutoModelForCausalLM.from_pretrained(target_folder).eval()
     target = Target.read(target_folder)
+    model = load_model(target, torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     inputs = {"prompts": "none", "target": target.fingerprint}
     run = Run.open(folder, "synth generate", settings={}, inputs=inputs, recipe_yaml="")
