@@ -30,7 +30,7 @@ from safetensors import safe_open
 
 from contracts.errors import UserError
 from contracts.files import hash_bytes, hash_file, read_json, write_json
-from contracts.ledger import Ledger
+from contracts.ledger import Ledger, read_entries
 from contracts.run import read_run
 from contracts.target import Target
 from contracts.tensor_file import Buffer, plan_file
@@ -200,6 +200,17 @@ class Store:
         ledger = Ledger(self.ledger_path)
         ledger.close()
         return sorted(ledger.ids("done"))
+
+    def lengths(self) -> dict[str, int]:
+        """Tokens of every finished sample, from the ledger."""
+        entries = read_entries(self.ledger_path)
+        return {entry["id"]: int(entry["tokens"]) for entry in entries if entry["status"] == "done"}
+
+    def read_mask(self, sample_id: str) -> torch.Tensor:
+        """A sample's loss mask `(T,)` alone."""
+        with safe_open(self.sample_path(sample_id), framework="pt") as file:
+            mask: torch.Tensor = file.get_tensor("loss_mask")
+        return mask
 
     def check_file(self, sample_id: str, entry: dict[str, Any]) -> None:
         """Raise UserError unless the file has the size and sha256 of its ledger entry."""

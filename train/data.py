@@ -32,7 +32,10 @@ def open_states(recipe: Recipe, folder: Path, target: Target) -> tuple[AnyStore,
 
 
 class Samples:
-    """A store's samples, split by conversation; reads are lazy and whole samples are kept while memory allows."""
+    """A store's samples, split by conversation; reads are lazy and whole samples are kept while memory allows.
+
+    `cut_away` are those that are left out, since a cut at `max_tokens` leaves nothing of them to draft.
+    """
 
     def __init__(
         self,
@@ -45,12 +48,17 @@ class Samples:
         """Raises UserError when the store holds no sample to train on."""
         self.store, self.section, self.max_tokens, self.mask_token_id = store, section, max_tokens, mask_token_id
         ids = store.sample_ids()[: section.max_samples]
+        self.cut_away = _cut_away(store, ids, max_tokens)
+        ids = [id_ for id_ in ids if id_ not in self.cut_away]
         self.held_out = [id_ for id_ in ids if _share(id_) < section.held_out_fraction]
         kept_back = set(self.held_out)
         self.ids = [id_ for id_ in ids if id_ not in kept_back]
         if not self.ids:
             raise UserError(
-                store.folder, found="no sample", expected="at least one", fix="Dump conversations that were finished."
+                store.folder,
+                found=f"no sample ({len(self.cut_away)} have nothing to draft within {max_tokens} tokens)",
+                expected="at least one",
+                fix="Dump conversations that were finished, or raise target.max_model_len.",
             )
         self.truncated: set[str] = set()
         self._cache: dict[str, StoredSample] = {}
@@ -120,6 +128,23 @@ def read_ahead(samples: Samples, first: int, end: int, rank: int, world: int) ->
             batch = following.result()
             following = pool.submit(samples.batch, number + 1, rank, world) if number + 1 < end else None
             yield batch
+
+
+def _cut_away(store: AnyStore, ids: list[str], max_tokens: int) -> set[str]:
+    """Samples of which a cut leaves nothing to draft. Only those that are longer are looked into."""
+    if isinstance(store, ModelOptStore):
+        return set()  # it has no lengths; such a sample is an error when its turn comes
+    lengths = store.lengths()
+    return {
+        id_
+        for id_ in ids
+        if lengths.get(id_, 0) > max_tokens and not len(anchor_places(store.read_mask(id_)[:max_tokens]))
+    }
+
+
+def anchor_places(loss_mask: torch.Tensor) -> torch.Tensor:
+    """Positions that serving can draft from: a generated token followed by another. Ascending, (N,)."""
+    return (loss_mask[:-1] & loss_mask[1:]).nonzero()[:, 0]
 
 
 def _share(sample_id: str) -> float:

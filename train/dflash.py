@@ -29,6 +29,7 @@ from contracts.store import StoredSample
 from contracts.target_weights import TargetHead
 from train.attention import Layout, attend, lay_out
 from train.batch import Batch
+from train.data import anchor_places
 from train.norm import RMSNorm, gated
 from train.objective import StepLoss, Weights, dpace_weights, fused_cross_entropy, make_teacher, slot_weights
 from train.rope import Rope, Tables, rotate
@@ -242,11 +243,6 @@ class DFlash(nn.Module):
             hidden = self.hidden(token_ids, aux, blocks, head.embedding)
             drafted[anchors] = functional.linear(hidden, head.lm_head).argmax(-1).cpu()
         return drafted
-
-
-def anchor_places(loss_mask: torch.Tensor) -> torch.Tensor:
-    """Positions that serving can draft from: a generated token followed by another. Ascending, (N,)."""
-    return (loss_mask[:-1] & loss_mask[1:]).nonzero()[:, 0]
 
 
 def init_weights(model: nn.Module, seed: int) -> None:

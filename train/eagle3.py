@@ -29,7 +29,7 @@ from contracts.store import StoredSample
 from contracts.target_weights import TargetHead
 from train.attention import Layout, attend, lay_out
 from train.batch import Batch
-from train.dflash import anchor_places
+from train.data import anchor_places
 from train.norm import RMSNorm, gated
 from train.objective import StepLoss, Teacher, fused_cross_entropy, make_teacher
 from train.rope import Rope, Tables, rotate

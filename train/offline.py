@@ -179,6 +179,7 @@ def _train(
         "samples": len(samples.ids),
         "held_out": len(samples.held_out),
         "truncated": len(samples.truncated),
+        "cut_away": len(samples.cut_away),
         "loss": round(loss_value, 5),
         **({"best": best_length} if best_length else {}),
     }
@@ -217,5 +218,6 @@ def _describe(summary: dict[str, Any]) -> str:
         f"{summary['steps']} steps on {summary['samples']} samples, {summary['parameters'] / 1e6:.2f}M parameters, "
         f"loss {summary['loss']}"
         + (f", {summary['truncated']} samples cut" if summary.get("truncated") else "")
+        + (f", {summary['cut_away']} left out as nothing was left of them" if summary.get("cut_away") else "")
         + (f", best predicted acceptance length {summary['best']:.3f}" if "best" in summary else "")
     )

@@ -18,9 +18,10 @@ from written import write_store
 from contracts.draft import DraftRun
 from contracts.errors import UserError
 from contracts.mask_token import choose_mask_token
-from contracts.recipe import TrainSection
+from contracts.recipe import TrainSection, load_recipe
 from contracts.store import Store
 from contracts.target import Target
+from train.data import Samples
 from train.schedule import learning_rate
 
 
@@ -217,14 +218,32 @@ def test_an_export_holds_what_vllm_reads_and_neither_embedding_nor_head(
     assert json.loads((tmp_path / "export/draftline.json").read_text())["sha256"] in card
 
 
-def test_a_yarn_window_that_is_not_the_context_length_is_refused(
+def test_samples_of_which_a_cut_leaves_nothing_are_left_out_and_counted(
+    recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    store = Store(write_store(tmp_path, Target.read(target_folder)))
+    section = load_recipe(recipe_path).train
+    short = store.sample_ids()[0]
+    sample = store.read_sample(short)
+    sample.loss_mask[:] = False
+    sample.loss_mask[2:5] = True
+    store.write_sample(short, sample)
+    samples = Samples(store, section, 11, None)  # the others' first span begins at 10
+    assert samples.ids == [short]
+    assert len(samples.cut_away) == 9
+    assert samples.read(short).num_tokens == 11
+    with pytest.raises(UserError, match=r"no sample \(10 have nothing to draft within 3 tokens\)"):
+        Samples(store, section, 3, None)
+
+
+def test_a_yarn_window_that_is_not_the_context_length_is_refused_before_training(
     recipe_path: Path, target_folder: Path, tmp_path: Path
 ) -> None:
     store = write_store(tmp_path / "store", Target.read(target_folder))
     yarn = ["--recipe", recipe_path, "--set", "export.yarn.factor=3"]
-    run("train", "offline", *yarn, "--store", store, "--output", tmp_path / "draft")
-    result = run("train", "export", *yarn, "--run", tmp_path / "draft", "--output", tmp_path / "export", check=False)
+    result = run("train", "offline", *yarn, "--store", store, "--output", tmp_path / "draft", check=False)
     assert result.returncode == 2
+    assert not (tmp_path / "draft").exists()
     assert (
         "found 128 x 3 = 384 positions, expected export.max_position_embeddings (default: target.max_model_len) = 256"
         in result.stderr

@@ -1,0 +1,72 @@
+"""Claims about the recipes' run.sh: every command in it exists with every flag it is given, in their order."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from conftest import ROOT
+
+import bench.cli
+import contracts.cli
+import dump.cli
+import serve.cli
+import synth.cli
+import train.cli
+
+APPS = {
+    "recipe": contracts.cli.app, "synth": synth.cli.app, "dump": dump.cli.app, "train": train.cli.app,
+    "serve": serve.cli.app, "bench": bench.cli.app,
+}  # fmt: skip
+STUB = """#!{python}
+import json, sys
+with open({log!r}, "a") as log:
+    log.write(json.dumps([sys.argv[0].rpartition("/")[2], *sys.argv[1:]]) + "\\n")
+"""
+
+
+@pytest.mark.parametrize(("recipe", "num_train", "num_held_out"), [("recipe.yaml", 297, 3), ("smoke.yaml", 8, 2)])
+def test_m3s_script_gives_every_command_flags_that_it_has(
+    tmp_path: Path, recipe: str, num_train: int, num_held_out: int
+) -> None:
+    log, stubs = tmp_path / "log", tmp_path / "bin"
+    stubs.mkdir()
+    for name in (*APPS, "torchrun"):
+        (stubs / name).write_text(STUB.format(python=sys.executable, log=str(log)))
+        (stubs / name).chmod(0o755)
+    prompts, run = tmp_path / "prompts.jsonl", tmp_path / "run"
+    prompts.write_text("".join(json.dumps({"prompt": f"{n}"}) + "\n" for n in range(300)))
+    environment = {
+        **os.environ,
+        "DRAFTLINE_BIN": str(stubs),
+        "GPUS": "8",
+        "RECIPE": f"recipes/MiniMax-M3-DFlash/{recipe}",
+    }
+    script = ROOT / "recipes/MiniMax-M3-DFlash/run.sh"
+    subprocess.run([script, prompts, run, "--set", "train.seed=1"], check=True, env=environment)
+
+    assert len((run / "prompts/train.jsonl").read_text().splitlines()) == num_train
+    assert len((run / "prompts/held_out.jsonl").read_text().splitlines()) == num_held_out
+    called = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = []
+    for name, *args in called:
+        if name == "torchrun":
+            assert args[:5] == ["--standalone", "--nproc-per-node", "8", "-m", "train.cli"]
+            name, args = "train", args[5:]
+        command: Any = typer.main.get_command(APPS[name])
+        # Raises for a flag that does not exist, or one that is missing.
+        command.commands[args[0]].make_context(args[0], args[1:])
+        steps.append(f"{name} {args[0]}")
+        if "--recipe" in args:
+            assert args[args.index("--recipe") + 1] == environment["RECIPE"]
+            assert "train.seed=1" in args
+    assert list(dict.fromkeys(steps)) == [
+        "recipe check", "synth generate", "synth stats", "dump plan", "dump run", "dump verify", "bench gate",
+        "train offline", "train eval", "train export", "bench acceptance", "serve command",
+    ]  # fmt: skip
