@@ -230,7 +230,7 @@ class TrainSection(Section):
         default=0.0, ge=0, lt=0.5, description="conversations kept from training, for the best checkpoint"
     )
     gradient_checkpointing: bool = _operational(default=False)
-    compile: bool = _operational(default=False, description="torch.compile")
+    compile: bool = _operational(default=False, description="torch.compile, layer by layer; for GPUs")
     parallel: Literal["ddp", "fsdp2"] = _operational(default="ddp", description="under torchrun with several processes")
     evaluate_every: int = _operational(default=0, ge=0, description="steps between looks at held-out rows; 0: never")
     num_layers: int = Field(default=5, gt=0)

@@ -120,7 +120,12 @@ def attend(
     tensors = query, context_key, context_value, block_key, block_value
     if query.device.type != "cpu":
         return attend_flex(*tensors, layout, _compiled_flex())
-    output: torch.Tensor = _BlockAttention.apply(*tensors, layout.groups)
+    return _attend_on_cpu(*tensors, layout.groups)
+
+
+@torch.compiler.disable
+def _attend_on_cpu(*arguments: Any) -> torch.Tensor:
+    output: torch.Tensor = _BlockAttention.apply(*arguments)
     return output
 
 

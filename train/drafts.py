@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from contracts.draft import DraftConfig
 from contracts.errors import UserError
 from contracts.mask_token import choose_mask_token
@@ -17,6 +19,11 @@ Draft = DFlash | Eagle3
 def make_draft(config: DraftConfig, section: TrainSection | None = None) -> Draft:
     """The draft that a config names."""
     return DFlash(config, section) if config.method == "dflash" else Eagle3(config, section)
+
+
+def layers_of(draft: Draft) -> list[nn.Module]:
+    """The layers, which torch.compile takes one by one."""
+    return list(draft.layers) if isinstance(draft, DFlash) else [draft.midlayer]
 
 
 def served_config(config: DraftConfig, recipe: Recipe) -> DraftConfig:

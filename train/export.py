@@ -135,7 +135,7 @@ def make_speculators_config(config: DraftConfig, native: dict[str, Any], target:
     It counts captured layers from the embeddings on, for both methods.
     """
     layer_ids = [layer_id + 1 for layer_id in config.layer_ids]
-    own_keys = ("architectures", "dtype", "block_size", "dflash_config", "draft_vocab_size", "num_aux_hidden_states")
+    own_keys = ("architectures", "dtype", "block_size", "dflash_config", "draft_vocab_size")
     if config.method == "dflash":
         own = {
             "architectures": ["DFlashSpeculator"],

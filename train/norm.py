@@ -31,7 +31,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.float()
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(weight.shape[0]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (wide * scale).mul_(weight).to(x.dtype)
 
@@ -43,7 +43,7 @@ class _RMSNorm(torch.autograd.Function):
         product = gradient * normed
         grad_weight = product.flatten(0, -2).sum(0)
         # mean(g*w*x*r) is a product with a vector: no further pass through memory.
-        mean = (product @ weight.float()).div_(x.shape[-1]).unsqueeze(-1)
+        mean = (product @ weight.float()).div_(weight.shape[0]).unsqueeze(-1)
         grad_x = torch.addcmul(gradient * weight, normed, mean, value=-1).mul_(scale)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 

@@ -45,6 +45,7 @@ class StepLoss:
         return torch.cat([part.to(self.loss_sum.device, torch.float64) for part in parts])
 
 
+@torch.compiler.disable  # loops over chunks of matrix products: nothing to fuse
 def fused_cross_entropy(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,

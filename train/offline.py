@@ -34,7 +34,7 @@ from contracts.target_weights import TargetHead, read_head
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.data import AnyStore, Samples, open_states, read_ahead
 from train.dflash import init_weights
-from train.drafts import Draft, make_draft, make_draft_config
+from train.drafts import Draft, layers_of, make_draft, make_draft_config
 from train.eagle3 import Eagle3
 from train.evaluate import walk
 from train.log import LOG_EVERY, Log, cut_metrics
@@ -113,13 +113,15 @@ def _train(
                 f"{vocabulary.coverage:.2%} of the supervised ones"
             )
     num_parameters = sum(p.numel() for p in draft.parameters())
+    if section.compile:
+        for layer in layers_of(draft):
+            layer.compile()
     model = processes.wrap(draft, section)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr=section.learning_rate, betas=(0.9, 0.95), weight_decay=section.weight_decay, fused=True
     )
     first_step = load_checkpoint(draft_run, processes, model, optimizer)
-    step_model = torch.compile(model) if section.compile else model
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     loss_value = cut_metrics(draft_run.metrics_path, first_step) if processes.is_first else math.nan
     best_length, improved = draft_run.best_length(), False
@@ -145,7 +147,7 @@ def _train(
             for batch, plan in zip(micro, plans, strict=True):
                 log.start("forward")
                 with autocast:
-                    result = step_model(batch, plan, head)
+                    result = model(batch, plan, head)
                 log.start("backward")
                 # Gradients are averaged over processes, the loss is one mean over all slots.
                 (result.loss_sum * (processes.world / num_slots)).backward()
