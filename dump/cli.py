@@ -55,6 +55,9 @@ def run(
     conversations: ConversationsOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="The store's folder.")],
     shard: ShardOption = None,
+    backend: Annotated[
+        str | None, typer.Option(help="vllm, server or hf (transformers).", show_default="the recipe's")
+    ] = None,
     truncate: Annotated[
         bool | None, typer.Option("--truncate", help="Cut over-length samples.", show_default="leave them out")
     ] = None,
@@ -71,6 +74,7 @@ def run(
     from dump.run import dump
 
     flags = {
+        "dump.backend": backend,
         "dump.truncate": truncate,
         "dump.max_reject_fraction": max_reject_fraction,
         "dump.staging_dir": staging_dir,

@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run
 
+from contracts.check import check_recipe
 from contracts.errors import UserError
 from contracts.recipe import load_recipe
 
 TINY = ROOT / "recipes/Tiny-DFlash/recipe.yaml"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: path.parent.name)
-def test_every_shipped_recipe_loads(path: Path) -> None:
-    load_recipe(path)
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_every_shipped_recipe_loads_and_passes_its_check(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    check_recipe(load_recipe(path))
 
 
 def test_an_unknown_key_is_an_error_that_names_the_nearest_key() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -50,3 +52,20 @@ def test_a_row_of_other_ids_and_one_that_is_not_rendered_keep_their_recorded_spa
     other.samples[0].token_ids[3] += 1
     assert masks.apply(other)[0].loss_spans == [(0, 1)]
     assert (masks.tagged, masks.recorded) == (0, 1)
+
+
+def test_a_target_without_tags_takes_those_of_the_recipes_template(recipe_path, target_folder, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    tagged = (target_folder / "chat_template.jinja").read_text()
+    bare = tagged.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    shutil.copytree(target_folder, tmp_path / "target")
+    (tmp_path / "target/chat_template.jinja").write_text(bare)
+    (tmp_path / "ours.jinja").write_text(tagged)
+    path = f"target.path={tmp_path / 'target'}"
+    recipe = load_recipe(recipe_path, [path, f"target.training_template={tmp_path / 'ours.jinja'}"])
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    reply = {"role": "assistant", "content": "Yes.", "tool_calls": [call]}
+    for wanted, other in ((recipe, 1), (load_recipe(recipe_path, [path]), 0)):
+        masks = TemplateMasks(wanted.target, Target.read(wanted.target.path))
+        conversation, start, end = make(wanted, "enabled", reply)  # type: ignore[arg-type]
+        assert masks.apply(conversation)[0].loss_spans == ([(start, end)] if other else [(0, 1)])
+        assert masks.tagged == other

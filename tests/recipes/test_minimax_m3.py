@@ -39,7 +39,7 @@ def sizes_of(target_folder: Path) -> list[str]:
     values = {
         "target.path": target_folder, "target.max_model_len": 512, "target.aux_layers": [0, 2, 4],
         "target.mask_token_id": highest + 1, "target.facts.hidden_size": HIDDEN, "target.facts.vocab_size": 1024,
-        "target.facts.num_hidden_layers": NUM_LAYERS, "target.facts.highest_token_id": highest, "dump.backend": "hf",
+        "target.facts.num_hidden_layers": NUM_LAYERS, "target.facts.highest_token_id": highest,
         "dump.args.dtype": "float32", "dump.dtype": "float32", "train.num_layers": 2, "train.num_attention_heads": 4,
         "train.num_key_value_heads": 2, "train.head_dim": 32, "train.intermediate_size": 512, "train.num_anchors": 32,
         "train.batch_samples": 8, "train.num_steps": 250, "train.warmup_steps": 10, "train.learning_rate": 6e-3,
@@ -53,7 +53,7 @@ def test_a_tiny_m3_goes_through_the_recipe_from_end_to_end(tiny_m3: Path, tmp_pa
     args = ["--recipe", RECIPE, *sizes_of(tiny_m3)]
     conversations = write_conversations(tiny_m3, tmp_path / "conversations", 50)
     run("recipe", "check", *args)
-    run("dump", "run", *args, "--conversations", conversations, "--output", tmp_path / "store")
+    run("dump", "run", *args, "--backend", "hf", "--conversations", conversations, "--output", tmp_path / "store")
     printed = run("dump", "verify", *args, "--store", tmp_path / "store").stdout
     assert "500 of 500 generated tokens of 50 greedy samples are the states' argmax" in printed
     assert "all layers of 8 samples are as transformers computes them" in printed

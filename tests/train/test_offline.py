@@ -218,6 +218,18 @@ def test_an_export_holds_what_vllm_reads_and_neither_embedding_nor_head(
     assert json.loads((tmp_path / "export/draftline.json").read_text())["sha256"] in card
 
 
+@pytest.mark.long  # half a minute of C++ compilers
+@pytest.mark.timeout(600)
+def test_a_compiled_draft_learns_the_same(recipe_path: Path, target_folder: Path, tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", Target.read(target_folder))
+    losses = []
+    for compiled in ("true", "false"):
+        args = ["--recipe", recipe_path, "--set", f"train.compile={compiled}", "--set", "train.num_steps=4"]
+        run("train", "offline", *args, "--store", store, "--output", tmp_path / compiled)
+        losses.append(read_lines(tmp_path / compiled / "metrics.jsonl")[-1]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_samples_of_which_a_cut_leaves_nothing_are_left_out_and_counted(
     recipe_path: Path, target_folder: Path, tmp_path: Path
 ) -> None:
