@@ -32,6 +32,7 @@ from contracts.errors import UserError
 from contracts.files import hash_bytes, hash_file, read_json, write_json
 from contracts.ledger import Ledger, read_entries
 from contracts.run import read_run
+from contracts.shards import shard_folder
 from contracts.target import Target
 from contracts.tensor_file import Buffer, plan_file
 
@@ -110,7 +111,7 @@ class Store:
 
     def shard_folder(self, number: int, count: int) -> Path:
         """Where a shard keeps its ledger until all are joined."""
-        return self.folder / "shards" / f"{number:05d}-of-{count:05d}"
+        return shard_folder(self.folder, number, count)
 
     def write_manifest(self, manifest: Manifest) -> None:
         write_json(self.manifest_path, manifest.model_dump())

@@ -45,10 +45,11 @@ def make_plan(
     conversations: Path,
     shard: tuple[int, int] | None = None,
     is_done: Callable[[str], bool] = lambda _: False,
+    elsewhere: frozenset[str] = frozenset(),
 ) -> Plan:
     """Count what is to be captured; of samples that are there already (`is_done`) only their row."""
     plan, max_tokens = Plan(), longest_sample(recipe, target)
-    for row in read_rows(conversations, TemplateMasks(recipe.target, target), shard):
+    for row in read_rows(conversations, TemplateMasks(recipe.target, target), shard, elsewhere):
         verdict = judge(recipe.dump, row, max_tokens)
         if is_done(row.sample_id):
             plan.left_out["there already"] += 1

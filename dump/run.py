@@ -38,7 +38,7 @@ from dump.capture import Staging
 from dump.plan import make_plan, refuse_full_disk
 from dump.rendered import TemplateMasks
 from dump.samples import Row, judge, read_rows
-from dump.shards import join_shards
+from dump.shards import ids_elsewhere, join_shards
 from dump.writer import StoreJob, make_pool, store_sample
 from serve.engine import engine_name
 from serve.extraction import longest_sample
@@ -62,6 +62,7 @@ def dump(
     layer_ids = captured_layers(recipe.target, target)
     store = Store(output)
     folder = output if shard is None else store.shard_folder(*shard)
+    elsewhere = ids_elsewhere(store, shard[1]) if shard else frozenset[str]()
     manifest = make_manifest(recipe, target, layer_ids, conversations)
     run = Run.open(
         folder,
@@ -81,13 +82,15 @@ def dump(
     else:
         store.claim(manifest)
         ledger = DumpLedger(folder / "ledger.jsonl")
-        plan = make_plan(recipe, target, layer_ids, conversations, shard, ledger.has)
+        plan = make_plan(recipe, target, layer_ids, conversations, shard, ledger.has, elsewhere)
         if ledger.counts.total():
             print(f"dump: {ledger.counts.total()} of {plan.rows} samples are there already, going on")
         if not force:
             refuse_full_disk(output, plan.bytes)
         masks = TemplateMasks(recipe.target, target)
-        rows = _take_rows(recipe, ledger, read_rows(conversations, masks, shard), longest_sample(recipe, target))
+        rows = _take_rows(
+            recipe, ledger, read_rows(conversations, masks, shard, elsewhere), longest_sample(recipe, target)
+        )
         if not plan.samples:
             assert next(rows, None) is None  # the ledger learns of those that are left out; no engine is needed
         else:

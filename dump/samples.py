@@ -24,12 +24,21 @@ class Row:
         return len(self.sample.token_ids)
 
 
-def read_rows(conversations: Path, masks: TemplateMasks, shard: tuple[int, int] | None = None) -> Iterator[Row]:
-    """Yield every sample, or those of the conversations whose id is i modulo n: stable whatever the order."""
+def read_rows(
+    conversations: Path,
+    masks: TemplateMasks,
+    shard: tuple[int, int] | None = None,
+    elsewhere: frozenset[str] = frozenset(),
+) -> Iterator[Row]:
+    """Yield every sample, or those of the conversations whose id is i modulo n: stable whatever the order.
+
+    Samples that are accounted for `elsewhere` are left out.
+    """
     for conversation in read_conversations(conversations):
         if shard is None or int(conversation.id, 16) % shard[1] == shard[0]:
             for number, sample in enumerate(masks.apply(conversation)):
-                yield Row(f"{conversation.id}-{number}", conversation, sample)
+                if (sample_id := f"{conversation.id}-{number}") not in elsewhere:
+                    yield Row(sample_id, conversation, sample)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from contracts.files import read_json, write_atomic
 from contracts.ledger import STATUSES, read_entries
 from contracts.recipe import Recipe
 from contracts.run import Run
+from contracts.shards import folders_of_others
 from contracts.store import Store
 
 
@@ -29,10 +30,9 @@ def join_shards(store: Store, count: int, recipe: Recipe) -> dict[str, Any]:
             store.folder, "dump run", settings=settings, inputs=states[0]["inputs"], recipe_yaml=recipe.to_yaml()
         )
         if not run.complete:
-            entries = sorted(
-                (entry for folder in folders for entry in read_entries(folder / "ledger.jsonl")),
-                key=lambda entry: str(entry["id"]),
-            )
+            everywhere = [*folders_of_others(store.folder, count), *folders]
+            latest = {str(entry["id"]): entry for path in everywhere for entry in read_entries(path / "ledger.jsonl")}
+            entries = [latest[id_] for id_ in sorted(latest)]
             lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
             write_atomic(store.ledger_path, "".join(lines))
             counts = Counter(entry["status"] for entry in entries)
@@ -48,6 +48,14 @@ def join_shards(store: Store, count: int, recipe: Recipe) -> dict[str, Any]:
             )
             print(f"dump: joined {count} shards, {counts['done']} samples -> {store.folder}")
         return dict(run.state["summary"])
+
+
+def ids_elsewhere(store: Store, count: int) -> frozenset[str]:
+    """Samples that shards of another number than `count` have accounted for, but for those that failed there."""
+    entries = (
+        entry for path in folders_of_others(store.folder, count) for entry in read_entries(path / "ledger.jsonl")
+    )
+    return frozenset(str(entry["id"]) for entry in entries if entry["status"] != "failed")
 
 
 def _read_state(folder: Any) -> dict[str, Any]:

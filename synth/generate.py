@@ -19,11 +19,12 @@ from contracts.ledger import STATUSES, check_counts, read_entries
 from contracts.recipe import Recipe
 from contracts.run import Run
 from contracts.seen import Seen
+from contracts.shards import folders_of_others, shard_folder
 from contracts.target import Target
 from serve.command import build_command
 from serve.server import find_port, run_server
 from synth.conversation import check_modes, resolve_sampling
-from synth.output import LEDGER_FILE, Output
+from synth.output import LEDGER_FILE, Elsewhere, Output
 from synth.prompts import Reject, read_prompts
 from synth.sources import open_prompts
 from synth.work import Job, write_all
@@ -49,7 +50,8 @@ def generate(
     temperatures, sampling = resolve_sampling(recipe)
     target = Target.read(recipe.target.path)
     prompt_set = open_prompts(prompts)
-    folder = output if shard is None else output / "shards" / f"{shard[0]:05d}-of-{shard[1]:05d}"
+    folder = output if shard is None else shard_folder(output, *shard)
+    others = [] if shard is None else folders_of_others(output, shard[1])
     run = Run.open(
         folder,
         STAGE,
@@ -66,7 +68,6 @@ def generate(
     samples_per_row = recipe.synth.num_samples * len(temperatures)
     first, step = shard or (0, 1)
     num_rows = len(range(first, prompt_set.num_rows, step))
-    num_expected = num_rows * samples_per_row
     seen = Seen()
 
     def note(entry: dict[str, Any]) -> None:
@@ -77,10 +78,22 @@ def generate(
 
     out = Output(folder, prompt_set.num_rows, samples_per_row, note)
     again = ("", "failed") if retry_failed else ("",)
+    elsewhere = Elsewhere(others, prompt_set.num_rows, samples_per_row)
+
+    def is_ours(index: int, sample: int) -> bool:
+        """Whether this shard accounts for a place: not if one of another number of shards has done so."""
+        return elsewhere.status(index, sample) in again or bool(out.status(index, sample))
+
+    def is_open(index: int, sample: int) -> bool:
+        return is_ours(index, sample) and out.status(index, sample) in again
 
     def wanted(index: int) -> bool:
-        return index % step == first and any(out.status(index, sample) in again for sample in range(samples_per_row))
+        return index % step == first and any(is_open(index, sample) for sample in range(samples_per_row))
 
+    rows = range(first, prompt_set.num_rows, step)
+    num_expected = num_rows * samples_per_row
+    if others:
+        num_expected = sum(is_ours(index, sample) for index in rows for sample in range(samples_per_row))
     num_open = num_expected - out.counts.total() + (out.counts["failed"] if retry_failed else 0)
     if run.complete and not num_open:
         out.close()
@@ -95,7 +108,7 @@ def generate(
         for item in read_prompts(
             prompt_set.rows(wanted), recipe.synth.modes_in_turn, temperatures, recipe.synth.num_samples, seen
         )
-        if isinstance(item, Reject) or out.status(item.index, item.sample) in again
+        if isinstance(item, Reject) or is_open(item.index, item.sample)
     )
     job = Job(recipe, target, sampling, todo, out, run, num_expected)
     stopped = False
@@ -112,6 +125,7 @@ def generate(
         **{status: out.counts[status] for status in STATUSES},
         "input": num_expected,
         "rows": num_rows,
+        "places": num_rows * samples_per_row,
         "tokens": out.tokens,
         **out.flags,
     }

@@ -1,6 +1,6 @@
 """Join the shards of a run into one output, rows in the order of the input.
 
-Reads:  RUN/shards/<i>-of-<n>/ of every i, each finished.
+Reads:  RUN/shards/<i>-of-<n>/ of every i, each finished; and what shards of an earlier number of them had written.
 Writes: RUN/conversations.jsonl, ledger.jsonl, rejects.jsonl, run.json: as if one process had written it all.
 
 A prompt that two shards hold in the same mode is kept once, the other filtered, as a single run would have it.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -22,14 +21,14 @@ from tqdm import tqdm
 
 from contracts.conversation import CONVERSATIONS_FILE
 from contracts.errors import UserError
+from contracts.files import read_json
 from contracts.ledger import STATUSES, check_counts, parse_entry
 from contracts.recipe import Recipe
 from contracts.run import Run, read_run
 from contracts.seen import Seen
+from contracts.shards import folders_by_count, shard_folder
 from synth.generate import STAGE, describe
 from synth.output import FLAGS, LEDGER_FILE, write_rejects
-
-SHARD_NAME = re.compile(r"(\d+)-of-(\d+)")
 
 
 def merge(folder: Path) -> dict[str, Any]:
@@ -38,11 +37,13 @@ def merge(folder: Path) -> dict[str, Any]:
     Raises UserError when a shard is missing, unfinished, or of other settings or inputs, and IncompleteError when the
     counts do not add up to the input.
     """
-    shards = find_shards(folder)
+    earlier, shards = find_shards(folder)
     states = [read_run(shard, STAGE) for shard in shards]
-    for shard, state in zip(shards, states, strict=True):
+    before = [read_json(shard / "run.json", "a shard's state") for shard in earlier]
+    for shard, state in zip([*shards, *earlier], [*states, *before], strict=True):
         _check_same(shard, state, states[0])
-    num_expected = sum(state["summary"]["input"] for state in states)
+    num_expected = sum(state["summary"]["places"] for state in states)
+    shards = [*earlier, *shards]  # of two lines for one place the later folder's counts
     settings = {key: value for key, value in states[0]["settings"].items() if key != "shard"}
     recipe = Recipe.model_validate(yaml.safe_load((shards[0] / "resolved.yaml").read_text()))
     run = Run.open(folder, STAGE, settings=settings, inputs=states[0]["inputs"], recipe_yaml=recipe.to_yaml())
@@ -57,10 +58,11 @@ def merge(folder: Path) -> dict[str, Any]:
         **counts,
         "input": num_expected,
         "rows": sum(state["summary"]["rows"] for state in states),
+        "places": num_expected,
         "tokens": tokens,
         "shards": len(shards),
         "shard_ledgers": ledgers,
-        "shard_seconds": round(sum(state["seconds"] for state in states), 1),
+        "shard_seconds": round(sum(state["seconds"] for state in (*before, *states)), 1),
         **flags,
     }
     write_rejects(folder)
@@ -69,27 +71,23 @@ def merge(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def find_shards(folder: Path) -> list[Path]:
-    """The shard folders in order. Raises UserError unless every one of them is there."""
-    found = {path.name: path for path in (folder / "shards").glob("*-of-*") if SHARD_NAME.fullmatch(path.name)}
-    totals = {int(name.partition("-of-")[2]) for name in found}
-    if len(totals) != 1:
+def find_shards(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The shard folders of earlier numbers, and in order those of the last one, of which none may be missing."""
+    found = folders_by_count(folder)
+    if not found:
         raise UserError(
-            folder / "shards",
-            found="no shards" if not totals else f"shards of runs of {', '.join(map(str, sorted(totals)))}",
-            expected="the shards of one run",
-            fix="Write them with `synth generate --shard I/N`, or remove those of the other run.",
+            folder / "shards", found="no shards", expected="some", fix="Write them with `synth generate --shard I/N`."
         )
-    total = totals.pop()
-    names = [f"{number:05d}-of-{total:05d}" for number in range(total)]
-    if missing := [name for name in names if name not in found]:
+    total = list(found)[-1]
+    names = [shard_folder(folder, number, total) for number in range(total)]
+    if missing := [path.name for path in names if path not in found[total]]:
         raise UserError(
             folder / "shards",
             found=f"{total - len(missing)} of {total} shards, {missing[0]} not among them",
             expected="all of them",
             fix=f"Run `synth generate --shard {int(missing[0][:5])}/{total}` with the others' flags.",
         )
-    return [found[name] for name in names]
+    return [path for count, paths in found.items() if count != total for path in paths], names
 
 
 def _check_same(shard: Path, state: dict[str, Any], first: dict[str, Any]) -> None:
@@ -158,7 +156,7 @@ def _index(shards: list[Path]) -> np.ndarray:
                 table.extend((entry["index"], entry["sample"], number, offset))
                 offset += len(line)
     rows = np.frombuffer(table, dtype=np.int64).reshape(-1, 4)
-    rows = rows[np.lexsort((rows[:, 3], rows[:, 1], rows[:, 0]))]
+    rows = rows[np.lexsort((rows[:, 3], rows[:, 2], rows[:, 1], rows[:, 0]))]
     last = np.append((np.diff(rows[:, :2], axis=0) != 0).any(axis=1), True)  # a retry's line wins
     return rows[last]
 

@@ -32,6 +32,23 @@ FLAGS = ("loop", "stopped", "rendered")
 Item = tuple[dict[str, Any], Conversation | None]
 
 
+class Elsewhere:
+    """What shards of another number have accounted for; one byte a place."""
+
+    def __init__(self, folders: list[Path], num_rows: int, samples_per_row: int) -> None:
+        self._samples_per_row = samples_per_row
+        self._status = bytearray(num_rows * samples_per_row if folders else 0)
+        for folder in folders:
+            for entry in read_entries(folder / LEDGER_FILE):
+                place = entry["index"] * samples_per_row + entry["sample"]
+                self._status[place] = 1 + STATUSES.index(entry["status"])
+
+    def status(self, index: int, sample: int) -> str:
+        """How a sample of a row ended there; "" where it has not."""
+        code = self._status[index * self._samples_per_row + sample] if self._status else 0
+        return STATUSES[code - 1] if code else ""
+
+
 class Output:
     """The conversations of one folder; every place (row * samples + sample) is accounted for once.
 

@@ -1,4 +1,4 @@
-"""A real SLURM of one node for tests: munged, slurmctld and slurmd of Debian's packages, in a folder and on ports of its own.
+"""A real SLURM of one node for tests: munged, slurmctld and slurmd, in a folder and on ports of their own.
 
 As root only: slurmd starts jobs. `apt-get install slurm-wlm munge`.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -276,6 +277,25 @@ def test_merged_shards_are_what_one_run_writes(recipe_path: Path, tmp_path: Path
     assert [r["index"] for r in read_lines(output / "rejects.jsonl")] == [20, 21]
     assert "is merged, skipped" in run("synth", "merge", output).stdout
     assert find_conversation(output, whole[7].id) == whole[7]
+
+
+def test_a_run_that_goes_on_with_another_number_of_shards_loses_and_repeats_nothing(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server
+) -> None:
+    whole = generate(recipe_path, tmp_path, shard_rows(), server)
+    output = tmp_path / "sharded"
+    args = ("-r", recipe_path, "--prompts", tmp_path / "prompts.jsonl", "--output", output, "--endpoint", server.url)
+    for shard in ("2/4", "0/4", "0/3", "1/3", "2/3"):
+        run("synth", "generate", *args, "--shard", shard)
+    held = (output / "shards/00001-of-00003/run.lock").open("a")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    refused = run("synth", "generate", *args, "--shard", "0/5", check=False)
+    assert "found a process at work on a shard of another number" in refused.stderr
+    held.close()
+    written = [line["index"] for path in output.glob("shards/*/ledger.jsonl") for line in read_lines(path)]
+    assert sorted(written) == list(range(23))
+    assert "merged 5 shards, 23 rows: 20 done, 1 truncated, 2 filtered" in run("synth", "merge", output).stdout
+    assert list(read_conversations(output)) == whole
 
 
 def test_a_shard_whose_failed_row_was_tried_again_is_merged_anew(recipe_path: Path, tmp_path: Path) -> None:
