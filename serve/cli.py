@@ -70,6 +70,8 @@ def command(
     built = _build(loaded, loaded.serve.port or 8000, draft, extract, purpose, Sizes(isl, osl, concurrency), extra)
     if format_ not in ("shell", "json", "docker"):
         raise UserError("--format", found=format_, expected="shell, json or docker", fix="Correct it.")
+    if format_ == "docker" and loaded.serve.backend != "vllm":
+        raise UserError("--format", found="docker", expected="shell or json for SGLang", fix="Write it by hand.")
     if format_ == "docker":
         rocm = bool(loaded.serve.hardware and find_node(loaded.serve.hardware).rocm)
         typer.echo(built.to_docker(loaded.serve.image, rocm=rocm))

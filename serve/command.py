@@ -34,22 +34,27 @@ class ServeCommand:
     host: str
     port: int
     on_cpu: bool = False
+    module: str = "serve.vllm_main"
 
     @property
     def argv(self) -> list[str]:
         """The command as our own processes start it."""
-        return [sys.executable, "-m", "serve.vllm_main", *self.args]
+        return [sys.executable, "-m", self.module, *self.args]
+
+    @property
+    def program(self) -> list[str]:
+        """The words before the arguments, as a person would type them."""
+        is_vllm = self.module == "serve.vllm_main" and not self.on_cpu
+        return ["vllm"] if is_vllm else ["python", "-m", self.module]
 
     def to_shell(self) -> str:
         """The command for a person to paste: environment first, one flag a line."""
-        program = "python -m serve.vllm_main" if self.on_cpu else "vllm"
         lines = [f"{key}={shlex.quote(value)}" for key, value in sorted(self.env.items())]
-        return " \\\n".join([*lines, f"{program} {shlex.join(self.args[:2])}", *_indent(self.args[2:])])
+        return " \\\n".join([*lines, shlex.join([*self.program, *self.args[:2]]), *_indent(self.args[2:])])
 
     def to_json(self) -> str:
         """Environment and arguments as JSON."""
-        program = ["python", "-m", "serve.vllm_main"] if self.on_cpu else ["vllm"]
-        return json.dumps({"env": self.env, "command": [*program, *self.args]}, indent=2)
+        return json.dumps({"env": self.env, "command": [*self.program, *self.args]}, indent=2)
 
     def to_docker(self, image: str, *, rocm: bool = False) -> str:
         """The command in a container of `image`, whose entry point is `vllm serve`.
@@ -97,6 +102,8 @@ def build_command(
     Raises UserError when the draft was not made for this target, or when the flags contradict target, purpose or node.
     """
     section = recipe.serve
+    if section.backend == "sglang":
+        return build_sglang_command(recipe, target, port=port, draft=draft, extra_args=extra_args)
     variant = _find(section.variants, section.variant, "--variant")
     node = find_node(section.hardware) if section.hardware else None
     of_purpose = section.purposes.get(purpose, PurposeSection()) if purpose else PurposeSection()
@@ -138,6 +145,35 @@ def build_command(
     if not Path(model).exists():
         environment.pop("HF_HUB_OFFLINE")  # a hub name may have to be fetched
     return ServeCommand(["serve", model, *to_flags(flags)], environment, section.host, port, on_cpu=on_cpu)
+
+
+def build_sglang_command(
+    recipe: Recipe,
+    target: Target,
+    *,
+    port: int,
+    draft: Path | str | None = None,
+    extra_args: Mapping[str, Any] | None = None,
+) -> ServeCommand:
+    """SGLang's command for the target: flags of `serve.sglang_args`, and the node's GPUs.
+
+    Raises UserError with a draft: drafts are served, and measured, by vLLM.
+    """
+    section = recipe.serve
+    if draft is not None:
+        raise UserError("serve.backend", found="sglang with a draft", expected="vllm", fix="Serve drafts with vLLM.")
+    node = find_node(section.hardware) if section.hardware else None
+    flags = {
+        "model-path": str(target.path),
+        "served-model-name": MODEL_NAME,
+        "host": section.host,
+        "port": port,
+        "context-length": recipe.target.max_model_len,
+        "tp": node.num_gpus if node else section.args.get("tensor-parallel-size", 1),
+        **section.sglang_args,
+        **(extra_args or {}),
+    }
+    return ServeCommand(to_flags(flags), dict(section.env), section.host, port, module="sglang.launch_server")
 
 
 def size_flags(sizes: Sizes, num_draft_tokens: int) -> dict[str, int]:

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "dump": {"dump", "contracts", "serve"},
     "train": {"train", "contracts"},
     "bench": {"bench", "contracts", "serve"},
+    "distributed": {"distributed", "contracts"},
 }
 MODULES = [path for room in MAY_IMPORT for path in sorted((ROOT / room).rglob("*.py"))]
 NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
@@ -50,7 +51,7 @@ def test_modules_are_small_as_a_rule() -> None:
     assert statistics.median(path.read_text().count("\n") for path in MODULES) <= 150
 
 
-@pytest.mark.parametrize("name", ["synth", "dump", "train", "serve", "bench", "recipe"])
+@pytest.mark.parametrize("name", ["synth", "dump", "train", "serve", "bench", "recipe", "distributed"])
 def test_help_imports_nothing_heavy(name: str) -> None:
     result = subprocess.run(
         [sys.executable, "-X", "importtime", *command(name, "--help")],
@@ -59,7 +60,18 @@ def test_help_imports_nothing_heavy(name: str) -> None:
         cwd=ROOT,
         check=True,
     )
-    heavy = {"torch", "vllm", "transformers", "pydantic", "openai", "matplotlib", "numpy", "safetensors", "datasets"}
+    heavy = {
+        "torch",
+        "vllm",
+        "transformers",
+        "pydantic",
+        "openai",
+        "matplotlib",
+        "numpy",
+        "safetensors",
+        "datasets",
+        "submitit",
+    }
     loaded = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
     assert "typer" in loaded
     assert not heavy & loaded
@@ -74,6 +86,7 @@ def test_help_imports_nothing_heavy(name: str) -> None:
         ("dump", "convert"), ("train", "offline"), ("train", "eval"), ("train", "export"),
         ("serve", "command"), ("serve", "start"), ("bench", "acceptance"), ("bench", "report"), ("bench", "gate"),
         ("recipe", "check"), ("recipe", "show"),
+        ("distributed", "submit"), ("distributed", "status"), ("distributed", "retry"),
     ],
     ids=" ".join,
 )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Stages as tasks of a scheduler; it runs them as commands."""

@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=draftline-synth
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR2@180
+# One array task: one shard of `synth generate` on one node. Starts the servers that the node's GPUs hold, waits until they
+# are healthy, lets synth work on all of them, and stops them whatever happens. What was finished is kept: a task that is
+# preempted, or runs out of time, goes on when it is queued again, which it asks for by itself before the time is over.
+#
+#   sbatch --array=0-63 --gpus-per-node=8 --time=12:00:00 distributed/worker.sh RECIPE INPUT OUTPUT [--set KEY=VALUE ...]
+#   synth merge OUTPUT       # when all are done
+#
+# From the environment, all optional:
+#   SHARD                    I/N, instead of the array's task and count
+#   SHARDS                   of all tasks, where the array has only some of them (sbatch --array=3,17)
+#   BACKEND                  vllm (default) or sglang
+#   SERVERS                  of this node (default: its GPUs / tensor-parallel-size of the recipe)
+#   THINKING_MODES           as `synth generate --thinking-modes`
+#   VLLM_SERVE_EXTRA_ARGS, SGLANG_SERVE_EXTRA_ARGS
+#                            more flags of the server, quoted as for a shell: '--hf-overrides "{\"a b\": 1}"'
+#   CONTAINER_IMAGE, CONTAINER_MOUNTS
+#                            run inside this image, where the cluster has pyxis; mount the project and all folders
+#   DRAFTLINE_ROOT           the project's checkout (default: where this file lies; sbatch copies it, so give it there)
+set -euo pipefail
+
+recipe=${1:?RECIPE is missing} input=${2:?INPUT is missing} output=${3:?OUTPUT is missing}
+more=("${@:4}")
+root=${DRAFTLINE_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}
+[[ -e $root/distributed/worker.sh ]] || root=$(dirname "$0")/..
+cd "$root"
+
+if [[ -n ${CONTAINER_IMAGE:-} && -z ${DRAFTLINE_IN_CONTAINER:-} ]]; then
+  export DRAFTLINE_IN_CONTAINER=1
+  exec srun --ntasks=1 --container-image="$CONTAINER_IMAGE" --container-mounts="${CONTAINER_MOUNTS:-$PWD:$PWD}" \
+    --container-workdir="$PWD" bash distributed/worker.sh "$@"
+fi
+PATH="$PWD/.venv/bin:$PATH"
+
+shards=${SHARDS:-${SLURM_ARRAY_TASK_COUNT:-0}}
+if [[ -z ${SHARD:-} ]] && ((${SLURM_ARRAY_TASK_ID:?neither SHARD nor an array task} >= shards)); then
+  echo "worker: task $SLURM_ARRAY_TASK_ID of an array of $shards: give SHARDS, of how many this array is a part" >&2
+  exit 2
+fi
+shard=${SHARD:-$SLURM_ARRAY_TASK_ID/$shards}
+backend=${BACKEND:-vllm}
+case $backend in
+  vllm) extra_args=${VLLM_SERVE_EXTRA_ARGS:-} ;;
+  sglang) extra_args=${SGLANG_SERVE_EXTRA_ARGS:-} ;;
+  *) echo "worker: BACKEND is $backend, expected vllm or sglang" >&2; exit 2 ;;
+esac
+with=(--recipe "$recipe" --set "serve.backend=$backend" "${more[@]}")
+split='import shlex, sys; sys.stdout.write("".join(word + "\0" for word in shlex.split(sys.argv[1])))'
+mapfile -d '' -t extra < <(python -c "$split" "$extra_args")
+
+# How many servers there are, and which GPUs each of them has.
+size='import json, sys
+words = json.load(sys.stdin)["command"]
+print(next((words[i + 1] for i, w in enumerate(words) if w in ("--tensor-parallel-size", "--tp")), 1))'
+gpus_of_each=$(serve command "${with[@]}" --for synth --format json -- "${extra[@]}" | python -c "$size")
+gpus=$(nvidia-smi --list-gpus 2> /dev/null | wc -l || true)
+servers=${SERVERS:-$((gpus >= gpus_of_each ? gpus / gpus_of_each : 1))}
+
+logs=$output/shards/worker-${shard//\//-of-}
+mkdir -p "$logs"
+pids=()
+synth_pid=
+
+cleanup() {
+  code=$?
+  trap - EXIT TERM INT USR2
+  for pid in $synth_pid "${pids[@]}"; do kill -TERM "$pid" 2> /dev/null || true; done
+  for pid in $synth_pid "${pids[@]}"; do wait "$pid" 2> /dev/null || true; done
+  exit "$code"
+}
+trap cleanup EXIT
+trap 'echo "worker: stopped; what was finished is kept" >&2; exit 143' TERM INT
+trap 'again' USR2
+
+again() {
+  echo "worker: the time is nearly over; queued again" >&2
+  if [[ -n $synth_pid ]]; then
+    kill -TERM "$synth_pid" 2> /dev/null || true
+    wait "$synth_pid" || true
+  fi
+  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  scontrol requeue "${job:-$SLURM_JOB_ID}"
+  exit 143
+}
+
+for ((n = 0; n < servers; n++)); do
+  devices=$(seq -s, $((n * gpus_of_each)) $(((n + 1) * gpus_of_each - 1)))
+  ((gpus)) && export CUDA_VISIBLE_DEVICES=$devices
+  serve start "${with[@]}" --for synth --log "$logs/server-$n.log" -- "${extra[@]}" > "$logs/url-$n" &
+  pids+=($!)
+done
+
+endpoints=()
+for ((n = 0; n < servers; n++)); do
+  until url=$(grep -o '^http[^ ]*' "$logs/url-$n"); do
+    if ! kill -0 "${pids[n]}" 2> /dev/null; then
+      echo "worker: server $n did not start, its last lines ($logs/server-$n.log):" >&2
+      tail -n 20 "$logs/server-$n.log" >&2 || true
+      exit 1
+    fi
+    sleep 0.5
+  done
+  endpoints+=(--endpoint "$url")
+done
+
+modes=()
+[[ -n ${THINKING_MODES:-} ]] && modes=(--thinking-modes "$THINKING_MODES")
+synth generate "${with[@]}" --prompts "$input" --output "$output" --shard "$shard" "${modes[@]}" "${endpoints[@]}" &
+synth_pid=$!
+wait "$synth_pid"
+synth_pid=

@@ -1,0 +1,212 @@
+"""Claims about runs on SLURM, a real one of a single node: outputs are one process's, whatever happens to tasks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, command, read_lines, run
+from slurm import is_installed, run_slurm
+from written import write_store
+
+from contracts.conversation import read_conversations
+from contracts.store import Store
+from contracts.target import Target
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not is_installed(), reason="needs root and Debian's slurm-wlm and munge"),
+]
+NUM_ROWS = 16
+MODES = "enabled,disabled"
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with run_slurm(tmp_path_factory.mktemp("slurm")) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"What does function {n} do?"}) + "\n" for n in range(NUM_ROWS)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(recipe_path: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process writes: conversations and a store."""
+    folder = tmp_path_factory.mktemp("alone")
+    args = ("--recipe", recipe_path)
+    run("synth", "generate", *args, "--prompts", prompts, "--output", folder / "synth", "--thinking-modes", MODES)
+    run("dump", "run", *args, "--backend", "hf", "--conversations", folder / "synth", "--output", folder / "store")
+    return folder
+
+
+def say(environment: dict[str, str], *words: object) -> str:
+    """Run a command that must succeed; what it prints."""
+    result = subprocess.run(
+        [str(word) for word in words], env=environment, capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert result.returncode == 0, (words, result.stdout[-2000:], result.stderr[-2000:])
+    return result.stdout
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float = 300.0) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.2)
+    return found
+
+
+def queue(environment: dict[str, str], states: str = "PENDING,RUNNING,COMPLETING,REQUEUED,CONFIGURING") -> list[str]:
+    return say(environment, "squeue", "-h", "-r", "-t", states, "-o", "%i").split()
+
+
+def processes_of(shard: str, *words: str) -> list[int]:
+    """Processes of a task, by its SHARD (none: of any), whose command line has these words."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment, line = (
+                (folder / name).read_bytes().decode(errors="replace") for name in ("environ", "cmdline")
+            )
+        except OSError:
+            continue
+        if (not shard or f"SHARD={shard}\0" in environment) and all(word in line for word in words):
+            found.append(int(folder.name))
+    return found
+
+
+def logs_of(folder: Path) -> str:
+    return "\n".join(path.read_text(errors="replace")[-3000:] for path in sorted(folder.glob("jobs/*.[oe]*")))
+
+
+def equal_conversations(folder: Path, alone: Path) -> None:
+    """Same ids, counts and greedy replies; in the order of the input."""
+    merged, expected = list(read_conversations(folder)), list(read_conversations(alone))
+    assert len(expected) == NUM_ROWS
+    assert [c.id for c in merged] == [c.id for c in expected]
+    assert [c.samples for c in merged] == [c.samples for c in expected]
+    counts = [json.loads((path / "run.json").read_text())["summary"] for path in (folder, alone)]
+    assert {key: counts[0][key] for key in counts[1]} == counts[1]
+
+
+def test_an_array_of_workers_writes_what_one_process_writes(
+    slurm: dict[str, str], recipe_path: Path, prompts: Path, alone: Path, tmp_path: Path
+) -> None:
+    environment = {
+        **slurm, "THINKING_MODES": MODES, "DRAFTLINE_ROOT": str(ROOT),
+        "VLLM_SERVE_EXTRA_ARGS": """--hf-overrides '{"a b": "c d"}'""",
+    }  # fmt: skip
+    worker = ROOT / "distributed/worker.sh"
+    say(environment, "sbatch", "--wait", "--array=0-3%2", "--output", tmp_path / "log-%a", worker,
+        recipe_path, prompts, tmp_path / "out", "--set", "serve.startup_timeout_s=120")  # fmt: skip
+    say(slurm, *command("synth", "merge", tmp_path / "out"))
+    equal_conversations(tmp_path / "out", alone / "synth")
+    server = (tmp_path / "out/shards/worker-1-of-4/server-0.log").read_text()
+    assert "'a b': 'c d'" in server  # an argument with spaces went through three shells
+    assert not processes_of("", "serve.vllm_main")
+
+
+def test_a_run_survives_a_cancelled_task_a_killed_server_and_a_requeue_and_equals_one_process(
+    slurm: dict[str, str], recipe_path: Path, prompts: Path, alone: Path, tmp_path: Path
+) -> None:
+    run_folder = tmp_path / "run"
+    synth = run_folder / "synth"
+    args = ["--recipe", recipe_path, "--set", f"synth.thinking_modes=[{MODES}]", "--time", 30]
+    printed = say(slurm, *command("distributed", "submit", "synth", *args, "--input", prompts, "--output", synth,
+                                  "--shards", 4, "--max-running", 2))  # fmt: skip
+    assert "synth: 4 of 4 tasks to do" in printed
+    job = re.findall(r"synth: job (\d+)", printed)[0]
+
+    wait_until(lambda: processes_of("0/4", "serve.vllm_main"))
+    say(slurm, "scancel", f"{job}_0")
+    server = wait_until(lambda: processes_of("1/4", "serve.vllm_main"))
+    for pid in server:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: processes_of("2/4", "serve.vllm_main"))
+    say(slurm, "scontrol", "requeue", f"{job}_2")
+    wait_until(lambda: not queue(slurm))
+    states = say(slurm, *command("distributed", "status", synth))
+    assert re.search(r"2 done, .*; 8 rows; 8 of 16 rows remain", states), states + logs_of(synth)
+
+    printed = say(slurm, *command("distributed", "retry", synth, "--time", 30, "--max-running", 2))
+    assert "synth: 2 of 4 tasks to do" in printed
+    wait_until(lambda: not queue(slurm))
+    assert "synth: 4 done; 16 rows; 0 of 16 rows remain" in say(slurm, *command("distributed", "status", synth))
+    ledgers = [line for path in synth.glob("shards/*-of-*/ledger.jsonl") for line in read_lines(path)]
+    assert sorted(line["index"] for line in ledgers) == list(range(NUM_ROWS))  # every row exactly once
+    equal_conversations(synth, alone / "synth")
+
+    more = [*args, "--set", "dump.backend=hf"]
+    say(slurm, *command("distributed", "submit", "dump", *more, "--input", synth, "--output", run_folder / "store",
+                        "--shards", 4, "--max-running", 2))  # fmt: skip
+    wait_until(lambda: not queue(slurm))
+    status = say(slurm, *command("distributed", "status", run_folder / "store"))
+    assert "dump: 4 done; 16 rows; 0 of 16 rows remain" in status, logs_of(run_folder / "store")
+    whole, store = Store(alone / "store"), Store(run_folder / "store")
+    assert store.sample_ids() == whole.sample_ids()
+    for sample_id in whole.sample_ids():
+        a, b = store.read_sample(sample_id), whole.read_sample(sample_id)
+        assert torch.equal(a.input_ids, b.input_ids)
+        assert torch.equal(a.loss_mask, b.loss_mask)
+        for states in ("hidden_states", "aux_hidden_states"):
+            assert (getattr(a, states) - getattr(b, states)).norm() / getattr(b, states).norm() < 1e-5
+
+
+def test_a_worker_whose_server_cannot_start_ends_with_its_last_lines(
+    slurm: dict[str, str], recipe_path: Path, prompts: Path, tmp_path: Path
+) -> None:
+    environment = {**slurm, "SHARD": "0/1", "DRAFTLINE_ROOT": str(ROOT), "VLLM_SERVE_EXTRA_ARGS": "--no-such-flag 3"}
+    result = subprocess.run(
+        ["sbatch", "--wait", "--output", tmp_path / "log", ROOT / "distributed/worker.sh", recipe_path, prompts,
+         tmp_path / "out"], env=environment, check=False, timeout=120,
+    )  # fmt: skip
+    assert result.returncode != 0
+    log = (tmp_path / "log").read_text()
+    assert "worker: server 0 did not start, its last lines" in log
+    assert "unrecognized arguments: --no-such-flag" in log
+
+
+def test_two_agents_of_torchrun_resume_after_a_kill_with_the_same_losses(
+    slurm: dict[str, str], recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    store = write_store(tmp_path / "store", Target.read(target_folder))
+    args = ["--recipe", recipe_path, "--set", "train.num_steps=300", "--set", "train.checkpoint_every=10"]
+    args += ["--set", "train.threads=1"]
+    say(slurm, *command("train", "offline", *args, "--store", store, "--output", tmp_path / "alone"))
+    output = tmp_path / "draft"
+    more = ["--time", 30, "--tasks-per-node", 2, "--input", store, "--output", output]
+    printed = say(slurm, *command("distributed", "submit", "train", *args, *more))
+    job = re.findall(r"train: job (\d+)", printed)[0]
+    wait_until(lambda: any(output.glob("step-*")), 120)
+    workers = processes_of("", "train.cli\0offline", str(output))
+    os.kill(workers[-1], signal.SIGKILL)  # torchrun starts all of them again
+    agents = wait_until(lambda: set(processes_of("", "torchrun", str(output))) - set(workers), 60)
+    again = wait_until(lambda: set(processes_of("", "train.cli\0offline", str(output))) - {*workers, *agents}, 120)
+    assert again
+    steps = len(list(output.glob("step-*")))
+    wait_until(lambda: max(int(path.name[5:]) for path in output.glob("step-*")) >= 10 * steps, 120)
+    say(slurm, "scancel", job)  # and now the job itself
+    wait_until(lambda: not queue(slurm))
+    assert not json.loads((output / "run.json").read_text())["complete"]
+    retried = say(slurm, *command("distributed", "retry", output, "--time", 30, "--tasks-per-node", 2))
+    assert "train: 1 of 1 tasks to do" in retried
+    wait_until(lambda: not queue(slurm))
+    assert json.loads((output / "run.json").read_text())["complete"], logs_of(output)
+    folders = (tmp_path / "alone", output)
+    losses = [[line["loss"] for line in read_lines(folder / "metrics.jsonl")] for folder in folders]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
