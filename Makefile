@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 	recipes/Tiny-DFlash/run.sh
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

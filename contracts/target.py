@@ -41,7 +41,7 @@ class Target:
 
         Raises UserError when there are neither.
         """
-        if section.facts is None or (_in_hub_cache(section.path) / "config.json").exists():
+        if section.facts is None or (find_folder(section.path) / "config.json").exists():
             return replace(cls.read(section.path), facts=section.facts)
         config = section.facts.model_dump(exclude={"architecture", "final_norm", "sparse_block_size"})
         config["architectures"] = [section.facts.architecture]
@@ -60,7 +60,7 @@ class Target:
 
         Raises UserError when the folder holds no model.
         """
-        path = _in_hub_cache(path)
+        path = find_folder(path)
         outer = read_json(path / "config.json", "a target's config.json")
         inner: dict[str, Any] = next((outer[key] for key in NESTED_CONFIGS if isinstance(outer.get(key), dict)), {})
         return cls(path, {**outer, **inner, "architectures": outer.get("architectures")})
@@ -152,7 +152,7 @@ class Target:
         return hash_bytes(self.chat_template.encode())
 
 
-def _in_hub_cache(path: Path) -> Path:
+def find_folder(path: Path) -> Path:
     """The folder of a hub name's snapshot, if it is no folder itself and the cache has one. Nothing is downloaded."""
     if path.exists() or path.is_absolute() or len(path.parts) != 2:
         return path

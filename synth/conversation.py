@@ -15,7 +15,7 @@ from contracts.conversation import Conversation, Loop, Sample
 from contracts.errors import UserError
 from contracts.files import hash_bytes, read_json
 from contracts.recipe import Recipe, TargetSection
-from contracts.target import Target
+from contracts.target import Target, find_folder
 from synth.endpoints import Endpoint, Endpoints, PromptTooLongError
 from synth.prompts import Prompt
 from synth.quality import find_loop
@@ -63,7 +63,7 @@ def resolve_sampling(recipe: Recipe) -> tuple[list[float], dict[str, Any]]:
     Raises UserError when neither gives a temperature, or when the values contradict each other.
     """
     synth = recipe.synth
-    path = Target.read(recipe.target.path).path / "generation_config.json"
+    path = find_folder(recipe.target.path) / "generation_config.json"
     of_target = read_json(path, "the target's generation_config.json") if path.exists() else {}
     temperature = synth.temperature
     if temperature is None:

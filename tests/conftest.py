@@ -51,6 +51,7 @@ train:
   checkpoint_every: 4
 export:
   dtype: float32
+  max_position_embeddings: 256
   yarn: {{factor: 2.0, original_max_position_embeddings: 128}}
 bench:
   concurrency: [1, 4]

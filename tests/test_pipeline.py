@@ -243,7 +243,8 @@ def test_the_gate_opens_for_a_right_export_and_names_what_is_wrong_in_others(pip
 def test_conversations_of_another_target_are_refused_in_one_line(
     pipeline: Path, other_target_folder: Path, tmp_path: Path
 ) -> None:
-    args = ["--recipe", RECIPE, "--set", f"target.path={other_target_folder}", "--output", tmp_path / "out"]
+    args = ["--recipe", RECIPE, "--set", f"target.path={other_target_folder}", "--set", "target.num_aux_layers=2"]
+    args += ["--output", tmp_path / "out"]
     result = run("dump", "run", *args, "--conversations", pipeline / "synth/train", check=False)
     assert result.returncode == 2
     assert "found conversations of target" in result.stderr

@@ -75,17 +75,16 @@ def queue(environment: dict[str, str], states: str = "PENDING,RUNNING,COMPLETING
     return say(environment, "squeue", "-h", "-r", "-t", states, "-o", "%i").split()
 
 
-def processes_of(shard: str, *words: str) -> list[int]:
-    """Processes of a task, by its SHARD (none: of any), whose command line has these words."""
+def processes_of(variable: str, *words: str) -> list[int]:
+    """Processes with such a variable in their environment ("SHARD=0/4") and these words in their command line."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            environment, line = (
-                (folder / name).read_bytes().decode(errors="replace") for name in ("environ", "cmdline")
-            )
+            environment = (folder / "environ").read_bytes().decode(errors="replace")
+            line = (folder / "cmdline").read_bytes().decode(errors="replace")
         except OSError:
             continue
-        if (not shard or f"SHARD={shard}\0" in environment) and all(word in line for word in words):
+        if f"{variable}\0" in environment and all(word in line for word in words):
             found.append(int(folder.name))
     return found
 
@@ -118,7 +117,7 @@ def test_an_array_of_workers_writes_what_one_process_writes(
     equal_conversations(tmp_path / "out", alone / "synth")
     server = (tmp_path / "out/shards/worker-1-of-4/server-0.log").read_text()
     assert "'a b': 'c d'" in server  # an argument with spaces went through three shells
-    assert not processes_of("", "serve.vllm_main")
+    assert not processes_of(f"SLURM_CONF={slurm['SLURM_CONF']}", "serve.vllm_main")
 
 
 def test_a_run_survives_a_cancelled_task_a_killed_server_and_a_requeue_and_equals_one_process(
@@ -132,12 +131,12 @@ def test_a_run_survives_a_cancelled_task_a_killed_server_and_a_requeue_and_equal
     assert "synth: 4 of 4 tasks to do" in printed
     job = re.findall(r"synth: job (\d+)", printed)[0]
 
-    wait_until(lambda: processes_of("0/4", "serve.vllm_main"))
+    wait_until(lambda: processes_of("SHARD=0/4", "serve.vllm_main"))
     say(slurm, "scancel", f"{job}_0")
-    server = wait_until(lambda: processes_of("1/4", "serve.vllm_main"))
+    server = wait_until(lambda: processes_of("SHARD=1/4", "serve.vllm_main"))
     for pid in server:
         os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: processes_of("2/4", "serve.vllm_main"))
+    wait_until(lambda: processes_of("SHARD=2/4", "serve.vllm_main"))
     say(slurm, "scontrol", "requeue", f"{job}_2")
     wait_until(lambda: not queue(slurm))
     states = say(slurm, *command("distributed", "status", synth))
@@ -188,15 +187,15 @@ def test_two_agents_of_torchrun_resume_after_a_kill_with_the_same_losses(
     args = ["--recipe", recipe_path, "--set", "train.num_steps=300", "--set", "train.checkpoint_every=10"]
     args += ["--set", "train.threads=1"]
     say(slurm, *command("train", "offline", *args, "--store", store, "--output", tmp_path / "alone"))
-    output = tmp_path / "draft"
+    output, mine = tmp_path / "draft", f"SLURM_CONF={slurm['SLURM_CONF']}"
     more = ["--time", 30, "--tasks-per-node", 2, "--input", store, "--output", output]
     printed = say(slurm, *command("distributed", "submit", "train", *args, *more))
     job = re.findall(r"train: job (\d+)", printed)[0]
     wait_until(lambda: any(output.glob("step-*")), 120)
-    workers = processes_of("", "train.cli\0offline", str(output))
+    workers = processes_of(mine, "train.cli\0offline", str(output))
     os.kill(workers[-1], signal.SIGKILL)  # torchrun starts all of them again
-    agents = wait_until(lambda: set(processes_of("", "torchrun", str(output))) - set(workers), 60)
-    again = wait_until(lambda: set(processes_of("", "train.cli\0offline", str(output))) - {*workers, *agents}, 120)
+    agents = wait_until(lambda: set(processes_of(mine, "torchrun", str(output))) - set(workers), 60)
+    again = wait_until(lambda: set(processes_of(mine, "train.cli\0offline", str(output))) - {*workers, *agents}, 120)
     assert again
     steps = len(list(output.glob("step-*")))
     wait_until(lambda: max(int(path.name[5:]) for path in output.glob("step-*")) >= 10 * steps, 120)

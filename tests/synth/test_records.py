@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,13 @@ def test_modes_have_weights_and_go_into_request_and_record(
 
 
 def test_a_recipe_names_the_modes_variable_and_its_values(
-    recipe_path: Path, tmp_path: Path, server: scripted.Server
+    recipe_path: Path, target_folder: Path, tmp_path: Path, server: scripted.Server
 ) -> None:
+    shutil.copytree(target_folder, tmp_path / "target")
+    template = tmp_path / "target/chat_template.jinja"
+    template.write_text(template.read_text().replace("thinking_mode", "enable_thinking"))
     more = settings(
+        f"target.path={tmp_path / 'target'}",
         "target.thinking_mode_name=enable_thinking",
         "target.thinking_mode_values={enabled: true, disabled: false, adaptive: null}",
     )
