@@ -11,7 +11,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +22,10 @@ import submitit
 ROOT = Path(__file__).resolve().parent.parent
 _running: list[subprocess.Popen[bytes]] = []
 """The command of the task that this process runs; not a part of the task, which is pickled."""
+
+
+def _ignore_warning() -> None:
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,14 @@ class Task:
         words = self.resolve()
         print(f"+ {shlex.join(words)}", flush=True)
         environment = {**os.environ, **self.env, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        process = subprocess.Popen(words, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL)
+        # SLURM's warning reaches every process of the task; only this one may take it for more than a death sentence.
+        process = subprocess.Popen(
+            words, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, preexec_fn=_ignore_warning
+        )
         _running.append(process)
-        if code := process.wait():
+        while (code := process.poll()) is None:
+            time.sleep(0.2)
+        if code:
             raise RuntimeError(f"`{shlex.join(words)}` ended with exit code {code}: its message is in this task's log")
 
     def resolve(self) -> list[str]:
@@ -48,7 +59,9 @@ class Task:
         for process in _running:
             process.send_signal(signal.SIGTERM)
         for process in _running:
-            process.wait()
+            # Not process.wait(): this runs in a signal handler, in the middle of a poll() that holds its lock.
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         return submitit.helpers.DelayedSubmission(self)
 
 

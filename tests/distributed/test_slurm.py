@@ -75,6 +75,12 @@ def queue(environment: dict[str, str], states: str = "PENDING,RUNNING,COMPLETING
     return say(environment, "squeue", "-h", "-r", "-t", states, "-o", "%i").split()
 
 
+def start_again_now(environment: dict[str, str], job: str) -> None:
+    """SLURM lets a job that is queued again wait for two minutes; not here."""
+    wait_until(lambda: "BeginTime" in say(environment, "squeue", "-h", "-r", "-j", job, "-o", "%r"), 60)
+    say(environment, "scontrol", "update", f"JobId={job}", "StartTime=now")
+
+
 def processes_of(variable: str, *words: str) -> list[int]:
     """Processes with such a variable in their environment ("SHARD=0/4") and these words in their command line."""
     found = []
@@ -111,8 +117,14 @@ def test_an_array_of_workers_writes_what_one_process_writes(
         "VLLM_SERVE_EXTRA_ARGS": """--hf-overrides '{"a b": "c d"}'""",
     }  # fmt: skip
     worker = ROOT / "distributed/worker.sh"
-    say(environment, "sbatch", "--wait", "--array=0-3%2", "--output", tmp_path / "log-%a", worker,
-        recipe_path, prompts, tmp_path / "out", "--set", "serve.startup_timeout_s=120")  # fmt: skip
+    printed = say(environment, "sbatch", "--array=0-3%2", "--output", tmp_path / "log-%a", worker,
+                  recipe_path, prompts, tmp_path / "out", "--set", "serve.startup_timeout_s=120")  # fmt: skip
+    mine = f"SLURM_CONF={slurm['SLURM_CONF']}"
+    wait_until(lambda: processes_of(mine, "serve.vllm_main", str(recipe_path.parent)))
+    say(slurm, "scancel", "--batch", "--signal=USR2", f"{printed.split()[-1]}_0")  # as before the end of its time
+    start_again_now(slurm, f"{printed.split()[-1]}_0")
+    wait_until(lambda: not queue(slurm))
+    assert "worker: the time is nearly over; queued again" in (tmp_path / "log-0").read_text()
     say(slurm, *command("synth", "merge", tmp_path / "out"))
     equal_conversations(tmp_path / "out", alone / "synth")
     server = (tmp_path / "out/shards/worker-1-of-4/server-0.log").read_text()
@@ -120,15 +132,17 @@ def test_an_array_of_workers_writes_what_one_process_writes(
     assert not processes_of(f"SLURM_CONF={slurm['SLURM_CONF']}", "serve.vllm_main")
 
 
-def test_a_run_survives_a_cancelled_task_a_killed_server_and_a_requeue_and_equals_one_process(
+def test_a_pipeline_survives_a_cancelled_task_a_killed_server_and_a_requeue_and_equals_one_process(
     slurm: dict[str, str], recipe_path: Path, prompts: Path, alone: Path, tmp_path: Path
 ) -> None:
-    run_folder = tmp_path / "run"
-    synth = run_folder / "synth"
-    args = ["--recipe", recipe_path, "--set", f"synth.thinking_modes=[{MODES}]", "--time", 30]
-    printed = say(slurm, *command("distributed", "submit", "synth", *args, "--input", prompts, "--output", synth,
-                                  "--shards", 4, "--max-running", 2))  # fmt: skip
-    assert "synth: 4 of 4 tasks to do" in printed
+    folder = tmp_path / "run"
+    synth = folder / "synth"
+    args = ["--recipe", recipe_path, "--set", f"synth.thinking_modes=[{MODES}]", "--set", "dump.backend=hf"]
+    more = ["--time", 30, "--max-running", 2]
+    places = ["--input", prompts, "--output", folder, "--shards", 4]
+    printed = say(slurm, *command("distributed", "submit", "pipeline", *args, *more, *places))
+    for stage, count in (("synth", 4), ("dump", 4), ("train", 1)):
+        assert f"{stage}: {count} of {count} tasks to do" in printed
     job = re.findall(r"synth: job (\d+)", printed)[0]
 
     wait_until(lambda: processes_of("SHARD=0/4", "serve.vllm_main"))
@@ -138,32 +152,33 @@ def test_a_run_survives_a_cancelled_task_a_killed_server_and_a_requeue_and_equal
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: processes_of("SHARD=2/4", "serve.vllm_main"))
     say(slurm, "scontrol", "requeue", f"{job}_2")
-    wait_until(lambda: not queue(slurm))
-    states = say(slurm, *command("distributed", "status", synth))
-    assert re.search(r"2 done, .*; 8 rows; 8 of 16 rows remain", states), states + logs_of(synth)
+    start_again_now(slurm, f"{job}_2")
+    wait_until(lambda: not queue(slurm))  # what waited for the two that failed is gone, too
+    states = say(slurm, *command("distributed", "status", folder))
+    assert re.search(r"synth: 2 done, .*; 8 rows; 8 of 16 rows remain", states), states + logs_of(synth)
+    assert "dump: 4 waiting" in states
 
-    printed = say(slurm, *command("distributed", "retry", synth, "--time", 30, "--max-running", 2))
+    printed = say(slurm, *command("distributed", "retry", folder, *more))
     assert "synth: 2 of 4 tasks to do" in printed
     wait_until(lambda: not queue(slurm))
-    assert "synth: 4 done; 16 rows; 0 of 16 rows remain" in say(slurm, *command("distributed", "status", synth))
+    states = say(slurm, *command("distributed", "status", folder))
+    for line in (
+        "synth: 4 done; 16 rows; 0 of 16 rows remain",
+        "dump: 4 done; 16 rows; 0 of",
+        "train: 1 done; 12 steps",
+    ):
+        assert line in states, states + logs_of(folder / line.partition(":")[0])
     ledgers = [line for path in synth.glob("shards/*-of-*/ledger.jsonl") for line in read_lines(path)]
     assert sorted(line["index"] for line in ledgers) == list(range(NUM_ROWS))  # every row exactly once
     equal_conversations(synth, alone / "synth")
-
-    more = [*args, "--set", "dump.backend=hf"]
-    say(slurm, *command("distributed", "submit", "dump", *more, "--input", synth, "--output", run_folder / "store",
-                        "--shards", 4, "--max-running", 2))  # fmt: skip
-    wait_until(lambda: not queue(slurm))
-    status = say(slurm, *command("distributed", "status", run_folder / "store"))
-    assert "dump: 4 done; 16 rows; 0 of 16 rows remain" in status, logs_of(run_folder / "store")
-    whole, store = Store(alone / "store"), Store(run_folder / "store")
+    whole, store = Store(alone / "store"), Store(folder / "dump")
     assert store.sample_ids() == whole.sample_ids()
     for sample_id in whole.sample_ids():
         a, b = store.read_sample(sample_id), whole.read_sample(sample_id)
         assert torch.equal(a.input_ids, b.input_ids)
         assert torch.equal(a.loss_mask, b.loss_mask)
-        for states in ("hidden_states", "aux_hidden_states"):
-            assert (getattr(a, states) - getattr(b, states)).norm() / getattr(b, states).norm() < 1e-5
+        for name in ("hidden_states", "aux_hidden_states"):
+            assert (getattr(a, name) - getattr(b, name)).norm() / getattr(b, name).norm() < 1e-5
 
 
 def test_a_worker_whose_server_cannot_start_ends_with_its_last_lines(
@@ -199,12 +214,10 @@ def test_two_agents_of_torchrun_resume_after_a_kill_with_the_same_losses(
     assert again
     steps = len(list(output.glob("step-*")))
     wait_until(lambda: max(int(path.name[5:]) for path in output.glob("step-*")) >= 10 * steps, 120)
-    say(slurm, "scancel", job)  # and now the job itself
+    say(slurm, "scancel", "--signal=USR2", job)  # as before the end of its time: saved, and queued again by itself
+    start_again_now(slurm, job)
     wait_until(lambda: not queue(slurm))
-    assert not json.loads((output / "run.json").read_text())["complete"]
-    retried = say(slurm, *command("distributed", "retry", output, "--time", 30, "--tasks-per-node", 2))
-    assert "train: 1 of 1 tasks to do" in retried
-    wait_until(lambda: not queue(slurm))
+    assert "this job is preempted" in logs_of(output)
     assert json.loads((output / "run.json").read_text())["complete"], logs_of(output)
     folders = (tmp_path / "alone", output)
     losses = [[line["loss"] for line in read_lines(folder / "metrics.jsonl")] for folder in folders]
