@@ -84,7 +84,9 @@ def build_target(folder: Path, seed: int, max_position_embeddings: int = 512) ->
         initializer_range=0.15,  # far from uniform, so that no two logits are near
         dtype="float32",
     )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    model = Qwen3ForCausalLM(config)
+    model.lm_head.weight.data[len(tokenizer) :] = 0.0  # never the likeliest: free rows stay free
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -50,7 +50,8 @@ def alone(recipe_path: Path, prompts: Path, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("alone")
     args = ("--recipe", recipe_path)
     run("synth", "generate", *args, "--prompts", prompts, "--output", folder / "synth", "--thinking-modes", MODES)
-    run("dump", "run", *args, "--backend", "hf", "--conversations", folder / "synth", "--output", folder / "store")
+    dump_args = ("--backend", "hf", "--set", "dump.include_truncated=true")  # replies of random weights do not end
+    run("dump", "run", *args, *dump_args, "--conversations", folder / "synth", "--output", folder / "store")
     return folder
 
 
@@ -120,8 +121,9 @@ def test_an_array_of_workers_writes_what_one_process_writes(
     printed = say(environment, "sbatch", "--array=0-3%2", "--output", tmp_path / "log-%a", worker,
                   recipe_path, prompts, tmp_path / "out", "--set", "serve.startup_timeout_s=120")  # fmt: skip
     mine = f"SLURM_CONF={slurm['SLURM_CONF']}"
-    wait_until(lambda: processes_of(mine, "serve.vllm_main", str(recipe_path.parent)))
-    say(slurm, "scancel", "--batch", "--signal=USR2", f"{printed.split()[-1]}_0")  # as before the end of its time
+    wait_until(lambda: processes_of(mine, "serve.vllm_main"))
+    # As SLURM does before the end of a task's time; scancel would wait for the task that it sees queued again.
+    os.kill(min(processes_of("SLURM_ARRAY_TASK_ID=0", "slurm_script", str(tmp_path))), signal.SIGUSR2)
     start_again_now(slurm, f"{printed.split()[-1]}_0")
     wait_until(lambda: not queue(slurm))
     assert "worker: the time is nearly over; queued again" in (tmp_path / "log-0").read_text()
@@ -138,6 +140,7 @@ def test_a_pipeline_survives_a_cancelled_task_a_killed_server_and_a_requeue_and_
     folder = tmp_path / "run"
     synth = folder / "synth"
     args = ["--recipe", recipe_path, "--set", f"synth.thinking_modes=[{MODES}]", "--set", "dump.backend=hf"]
+    args += ["--set", "dump.include_truncated=true"]
     more = ["--time", 30, "--max-running", 2]
     places = ["--input", prompts, "--output", folder, "--shards", 4]
     printed = say(slurm, *command("distributed", "submit", "pipeline", *args, *more, *places))
@@ -173,6 +176,7 @@ def test_a_pipeline_survives_a_cancelled_task_a_killed_server_and_a_requeue_and_
     equal_conversations(synth, alone / "synth")
     whole, store = Store(alone / "store"), Store(folder / "dump")
     assert store.sample_ids() == whole.sample_ids()
+    assert len(whole.sample_ids()) == NUM_ROWS
     for sample_id in whole.sample_ids():
         a, b = store.read_sample(sample_id), whole.read_sample(sample_id)
         assert torch.equal(a.input_ids, b.input_ids)
