@@ -1,212 +1,260 @@
-"""Measure a served draft on held-out prompts: acceptance, speed with and without it, equal greedy output.
+"""Acceptance of a draft over prompt sets: by category, thinking mode, temperature and number of draft tokens.
 
-Reads:  held-out conversations (`synth generate`), an exported draft.
-Writes: OUTPUT/baseline.json and OUTPUT/draft.json (every answer, counters, seconds by concurrency; a finished one is
-        kept), OUTPUT/acceptance.json (the figures).
+Reads:  prompt sets (bench/datasets.py), an exported draft.
+Writes: OUTPUT/prompts (the rows), OUTPUT/conversations/<set>-<mode> (`synth generate`: the replies without a draft),
+        OUTPUT/k<K>/<group>.json (every reply with the draft, and what vLLM counted over the group),
+        OUTPUT/acceptance.json (the figures), acceptance.md (the tables), golden_al.yaml, acceptance_by_k.png.
+
+The target first writes every conversation without a draft. Each of its replies is then asked for again with the draft,
+as token ids in the recorded context: all numbers of draft tokens answer the very same prompts, and greedy replies can
+be compared with those without a draft. What is finished is kept: the conversations row by row, the rest by group (a
+set, a mode and a temperature).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.requests import Answer, Turn, answers_from_json, answers_to_json, read_counters, read_turns, send_all
+from bench.acceptance_report import summarize, write_report
+from bench.datasets import write_prompts
+from bench.lossless import compare_replies
+from bench.replay import NUM_WARMUP
+from bench.requests import Answer, Turn, answers_to_json, read_counters, read_turns, score, send_all
 from contracts.acceptance import Acceptance
-from contracts.conversation import CONVERSATIONS_FILE, check_written_by, read_conversations
+from contracts.conversation import read_conversations
 from contracts.errors import IncompleteError, UserError
 from contracts.files import hash_file, hash_json, read_json, write_json
 from contracts.recipe import Recipe
 from contracts.run import Run
 from contracts.target import Target
 from serve.command import MODEL_NAME, build_command, speculative_config
-from serve.server import find_port, run_server
-
-NUM_WARMUP = 2
+from serve.server import Server, find_port, run_server
 
 
-def measure(recipe: Recipe, conversations: Path, draft: Path, output: Path) -> dict[str, Any]:
-    """Serve without and with the draft, send every held-out turn, and compare; the report.
+@dataclass(frozen=True)
+class Matrix:
+    """What is asked: sets by name or file, modes, temperatures, numbers of draft tokens (None: the draft's own)."""
 
-    Raises UserError for conversations or a draft of another target, IncompleteError when counts do not agree.
+    prompts: list[str]
+    modes: list[str]
+    temperatures: list[float]
+    draft_tokens: list[int] | None = None
+    limit: int | None = None
+
+
+@dataclass
+class Group:
+    """The turns of one set, mode and temperature."""
+
+    name: str
+    turns: list[Turn]
+
+
+def measure(recipe: Recipe, recipe_args: Sequence[str], draft: Path, matrix: Matrix, output: Path) -> dict[str, Any]:
+    """Measure the matrix; the report. `recipe_args` are the flags that gave `recipe`.
+
+    Raises UserError for prompts or a draft that do not fit, IncompleteError when a stage fails or when vLLM's counters
+    and the sum of the requests' counts differ.
     """
     target = Target.read(recipe.target.path)
-    state = check_written_by(conversations, target)
-    num_draft_tokens = int(speculative_config(draft, target)["num_speculative_tokens"])
-    turns = read_turns(read_conversations(conversations))
-    if not turns:
-        raise UserError(conversations, found="no finished conversation", expected="some", fix="Raise synth.max_tokens.")
+    own = int(speculative_config(draft, target)["num_speculative_tokens"])
+    draft_tokens = sorted(set(matrix.draft_tokens or [own]))
+    if not 1 <= draft_tokens[0] <= draft_tokens[-1] <= own:
+        raise UserError(
+            "--draft-tokens", found=str(draft_tokens), expected=f"from 1 to {own}, as {draft} drafts", fix="Correct it."
+        )
+    sets = [write_prompts(text, output / "prompts", matrix.limit) for text in matrix.prompts]
+    if len({path.stem for path in sets}) < len(sets):
+        raise UserError("--prompts", found="a name twice", expected="one for each set", fix="Give NAME=FILE.")
     run = Run.open(
         output,
         "bench acceptance",
         settings={
-            "bench": recipe.bench.settings(),
             "serve": recipe.serve.settings(),
-            "max_tokens": recipe.synth.max_tokens,
+            "synth": recipe.synth.settings(),
+            "modes": matrix.modes,
+            "temperatures": matrix.temperatures,
         },
         inputs={
-            "conversations": hash_file(conversations / CONVERSATIONS_FILE),
+            "prompts": hash_json([hash_file(path) for path in sets]),
             "target": target.fingerprint,
             "draft": hash_json([hash_file(draft / name) for name in ("config.json", "model.safetensors")]),
         },
         recipe_yaml=recipe.to_yaml(),
     )
-    if run.complete:
-        print(f"bench: {output} is finished, skipped")
-        return dict(read_json(output / "acceptance.json", "a finished benchmark"))
-    baseline = serve_and_send(recipe, target, None, turns, output / "baseline.json", run)
-    drafted = serve_and_send(recipe, target, draft, turns, output / "draft.json", run)
-    report = compare(turns, baseline, drafted, num_draft_tokens)
-    report["held_out"] = {"conversations": state["summary"]["input"], "left_out": state["summary"]["truncated"]}
-    write_json(output / "acceptance.json", report)
-    run.finish({"turns": len(turns), "acceptance_length": report["acceptance_length"]})
+    write_conversations(recipe, recipe_args, target, sets, matrix, output)
+    groups = read_groups(sets, matrix, output)
+    results = {k: serve_groups(recipe, target, draft, k, groups, output, run) for k in draft_tokens}
+    report = {
+        "draft": str(draft),
+        "target": str(recipe.target.path),
+        **summarize(
+            [turn for group in groups for turn in group.turns],
+            results,
+            target.end_token_ids,
+            recipe.synth.loop_tokens,
+        ),
+    }
+    write_report(report, output)
+    run.finish({"acceptance_length": report["pooled"][str(draft_tokens[-1])]["acceptance_length"]})
     print(
-        f"bench: acceptance length {report['acceptance_length']:.3f}, greedy identical "
-        f"{report['greedy_identical']}/{report['greedy_total']}, in {run.seconds:.0f} s -> {output}"
+        f"bench: {sum(len(g.turns) for g in groups)} replies at K = {draft_tokens} in {run.seconds:.0f} s -> {output}"
     )
     return report
 
 
-def serve_and_send(
-    recipe: Recipe,
-    target: Target,
-    draft: Path | None,
-    turns: Sequence[Turn],
-    path: Path,
-    run: Run,
-    concurrency: Sequence[int] | None = None,
-) -> dict[str, Any]:
-    """One server's answers at every concurrency (default: the recipe's), from `path` if it is there already."""
-    name = path.stem
-    if path.exists():
-        print(f"bench: {path} is there already")
-        return dict(read_json(path, "a server's answers"))
+def parse_draft_tokens(text: str | None) -> list[int] | None:
+    """`1-7`, `3,7` or `7` as numbers. Raises UserError for anything else."""
+    if text is None:
+        return None
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, separator, last = part.strip().partition("-")
+        if not first.isdecimal() or (separator and not last.isdecimal()):
+            raise UserError("--draft-tokens", found=text, expected="numbers as in 1-7 or 3,7", fix="Correct it.")
+        numbers += range(int(first), int(last if separator else first) + 1)
+    return numbers
+
+
+def write_conversations(
+    recipe: Recipe, recipe_args: Sequence[str], target: Target, sets: Sequence[Path], matrix: Matrix, output: Path
+) -> None:
+    """Have the target, without a draft, answer every set in every mode. One server for all that is not there yet."""
+    todo = []
+    for path in sets:
+        for mode in matrix.modes:
+            folder = output / "conversations" / f"{path.stem}-{mode or 'plain'}"
+            state = folder / "run.json"
+            if not (state.exists() and read_json(state, "a run")["complete"]):
+                todo.append((path, mode, folder))
+    if not todo:
+        return
+    with _serve(recipe, target, None, None, output / "conversations.log") as server:
+        for path, mode, folder in todo:
+            print(f"bench: {path.stem}, thinking {mode or 'as it is'}, without a draft", flush=True)
+            words = [
+                "generate", *recipe_args, "--prompts", str(path), "--output", str(folder), "--thinking-modes", mode,
+                "--endpoint", f"{server.url}/v1", "--set", f"synth.temperature={matrix.temperatures}",
+                "--set", "synth.supervise_end=true", "--set", "synth.num_samples=1",
+            ]  # fmt: skip
+            result = subprocess.run([str(Path(sys.executable).with_name("synth")), *words], check=False)
+            if result.returncode:
+                raise IncompleteError(
+                    f"{folder}: found `synth generate` ended with exit code {result.returncode}, expected 0. "
+                    "Its message is above; run the same command again to go on."
+                )
+
+
+def read_groups(sets: Sequence[Path], matrix: Matrix, output: Path) -> list[Group]:
+    """The recorded turns by set, mode and temperature. Raises UserError where there is none at all."""
+    groups = []
+    for path in sets:
+        for mode in matrix.modes:
+            folder = output / "conversations" / f"{path.stem}-{mode or 'plain'}"
+            turns = read_turns(read_conversations(folder), include_cut=True, dataset=path.stem)
+            for temperature in matrix.temperatures:
+                members = [turn for turn in turns if turn.temperature == temperature]
+                if members:
+                    groups.append(Group(f"{path.stem}-{mode or 'plain'}-t{temperature:g}", members))
+    if not groups:
+        raise UserError(output, found="no reply in any set", expected="some", fix="Look at the conversations' rejects.")
+    return groups
+
+
+def serve_groups(
+    recipe: Recipe, target: Target, draft: Path, num_draft_tokens: int, groups: Sequence[Group], output: Path, run: Run
+) -> list[dict[str, Any]]:
+    """What came of all groups with so many draft tokens; a group that is there already is not asked again."""
+    folder = output / f"k{num_draft_tokens}"
+    paths = {group.name: folder / f"{group.name}.json" for group in groups}
+    todo = [group for group in groups if not paths[group.name].exists()]
+    if todo:
+        with _serve(recipe, target, draft, num_draft_tokens, folder / "server.log") as server:
+            asyncio.run(_send(server, todo[0].turns[:NUM_WARMUP], recipe, 1, "warm-up"))
+            for group in todo:
+                write_json(paths[group.name], _serve_group(recipe, server, group, num_draft_tokens))
+                run.tick()
+    return [dict(read_json(paths[group.name], "a group's replies")) for group in groups]
+
+
+def _serve_group(recipe: Recipe, server: Server, group: Group, num_draft_tokens: int) -> dict[str, Any]:
+    """One group's answers, the delta of vLLM's counters over it, and where greedy replies differ.
+
+    Raises IncompleteError when the counters are not the sum of the requests' counts.
+    """
+    before = read_counters(server.url)
+    at_once = max(recipe.bench.concurrency)
+    title = f"K = {num_draft_tokens}, {group.name}"
+    answers, seconds = asyncio.run(_send(server, group.turns, recipe, at_once, title))
+    after = read_counters(server.url)
+    counters = {key: after[key] - before.get(key, 0.0) for key in after}
+    counted = Acceptance.from_steps((a for answer in answers for a in answer.accepted), num_draft_tokens)
+    check_counters(counted, counters, group.name)
+    recorded = {turn.id: turn.reply for turn in group.turns}
+    scorer = partial(score, f"{server.url}/v1", MODEL_NAME)
+    identical, differing = compare_replies(group.turns, recorded, answers, scorer)
+    return {
+        "seconds": round(seconds, 3),
+        "counters": counters,
+        "greedy_identical": identical,
+        "differing": differing,
+        "answers": answers_to_json(answers),
+    }
+
+
+def check_counters(counted: Acceptance, counters: dict[str, float], where: str) -> None:
+    """Raise IncompleteError when vLLM's counters, per position too, are not the sum of what the requests say."""
+    found = {key: int(value) for key, value in counters.items() if value}
+    at = [sum(counted.histogram[i + 1 :]) for i in range(len(counted.histogram) - 1)]
+    expected = {
+        "num_drafts": counted.steps,
+        "num_accepted_tokens": counted.accepted,
+        **{f"accepted_at_{i}": count for i, count in enumerate(at)},
+    }
+    for key, value in expected.items():
+        if found.get(key, 0) != value:
+            raise IncompleteError(
+                f"{where}: found {found.get(key, 0)} as {key} in vLLM's metrics, expected {value} as the requests say. "
+                "Something else used the server: run again."
+            )
+
+
+async def _send(
+    server: Server, turns: Sequence[Turn], recipe: Recipe, concurrency: int, title: str
+) -> tuple[list[Answer], float]:
+    return await send_all(
+        f"{server.url}/v1",
+        MODEL_NAME,
+        turns,
+        concurrency=concurrency,
+        max_tokens=recipe.synth.max_tokens,
+        title=title,
+        max_model_len=recipe.target.max_model_len,
+    )
+
+
+@contextmanager
+def _serve(
+    recipe: Recipe, target: Target, draft: Path | None, num_draft_tokens: int | None, log_path: Path
+) -> Iterator[Server]:
+    if num_draft_tokens is not None:
+        speculative = {**recipe.serve.speculative, "num_speculative_tokens": num_draft_tokens}
+        recipe = recipe.model_copy(update={"serve": recipe.serve.model_copy(update={"speculative": speculative})})
     command = build_command(
         recipe,
         target,
         port=find_port(recipe.serve.host, recipe.serve.port),
         draft=draft,
-        purpose="bench",
-        extra_args={
-            "enable-prefix-caching": False,  # a second pass over the same prompts must cost what the first did
-            **({"per-request-spec-decode-metrics": "detailed"} if draft else {}),
-        },
+        purpose="bench" if draft else "synth",
+        extra_args={"per-request-spec-decode-metrics": "detailed"} if draft else {},
     )
-    log_path = path.with_suffix(".log")
-    points: dict[str, Any] = {}
-    timeout_s = recipe.serve.startup_timeout_s
-    with run_server(command, log_path=log_path, startup_timeout_s=timeout_s) as server:
-        url, max_tokens = f"{server.url}/v1", recipe.synth.max_tokens
-        asyncio.run(send_all(url, MODEL_NAME, turns[:NUM_WARMUP], concurrency=1, max_tokens=16, title="warm-up"))
-        for at_once in concurrency or recipe.bench.concurrency:
-            chosen = turns[: recipe.bench.num_prompts.get(at_once, len(turns))]
-            before = read_counters(server.url)
-            answers, seconds = asyncio.run(
-                send_all(
-                    url,
-                    MODEL_NAME,
-                    chosen,
-                    concurrency=at_once,
-                    max_tokens=max_tokens,
-                    title=f"{name} at {at_once}",
-                )
-            )
-            after = read_counters(server.url)
-            points[str(at_once)] = {
-                "seconds": round(seconds, 3),
-                "tokens": sum(len(answer.token_ids) for answer in answers),
-                "counters": {key: after[key] - before.get(key, 0.0) for key in after},
-                "answers": answers_to_json(answers),
-            }
-            run.tick()
-    result = {"startup_s": round(server.startup_s, 1), "points": points}
-    write_json(path, result)
-    return result
-
-
-def compare(
-    turns: Sequence[Turn], baseline: dict[str, Any], drafted: dict[str, Any], num_draft_tokens: int
-) -> dict[str, Any]:
-    """The figures of two servers' answers to the same turns.
-
-    Acceptance is that of the largest set of turns. Raises IncompleteError when vLLM's counters and the sum of the
-    per-request counts differ.
-    """
-    widest = max(drafted["points"], key=lambda key: len(drafted["points"][key]["answers"]))
-    answers = {answer.id: answer for answer in answers_from_json(drafted["points"][widest]["answers"])}
-    measured = [turn for turn in turns if turn.id in answers]
-    counters = drafted["points"][widest]["counters"]
-    raw = Acceptance.from_steps((a for answer in answers.values() for a in answer.accepted), num_draft_tokens)
-    if (raw.steps, raw.accepted) != (counters["num_drafts"], counters["num_accepted_tokens"]):
-        raise IncompleteError(
-            f"vLLM's metrics: found {counters['num_drafts']:.0f} steps and {counters['num_accepted_tokens']:.0f} "
-            f"accepted tokens, expected {raw.steps} and {raw.accepted} as the requests sum up. "
-            "Something else used the server: delete draft.json and run again."
-        )
-    by_mode: dict[str, list[Acceptance]] = defaultdict(list)
-    by_category: dict[str, list[Acceptance]] = defaultdict(list)
-    for turn in measured:
-        part = Acceptance.from_steps(kept_steps(answers[turn.id]), num_draft_tokens)
-        by_mode[turn.thinking_mode].append(part)
-        by_category[turn.category].append(part)
-    total = Acceptance.pool(part for parts in by_mode.values() for part in parts)
-    identical, differing = compare_greedy(turns, baseline, drafted)
-    return {
-        **total.summary(),
-        "by_mode": {mode: Acceptance.pool(parts).summary() for mode, parts in sorted(by_mode.items())},
-        "by_category": {name: Acceptance.pool(parts).summary() for name, parts in sorted(by_category.items())},
-        "turns": len(measured),
-        "num_draft_tokens": num_draft_tokens,
-        "counters": {"acceptance_length": round(raw.acceptance_length, 4), **counters},
-        "tokens_per_s": _speeds(drafted),
-        "baseline_tokens_per_s": _speeds(baseline),
-        "greedy_identical": identical,
-        "greedy_total": identical + len(differing),
-        "differing": differing,
-        "walks": [{"turn": turn.id, "accepted": kept_steps(answers[turn.id])} for turn in measured],
-    }
-
-
-def kept_steps(answer: Answer) -> list[int]:
-    """Accepted tokens of each step, the last step cut where the reply ends.
-
-    vLLM's counters count all that the last step verified; tokens beyond the stop token or max_tokens reach nobody.
-    """
-    left = len(answer.token_ids) - 1  # the prefill gave the first token
-    kept = []
-    for accepted in answer.accepted:
-        if left <= 0:
-            break
-        kept.append(min(accepted, left))
-        left -= accepted + 1
-    return kept
-
-
-def compare_greedy(
-    turns: Sequence[Turn], baseline: dict[str, Any], drafted: dict[str, Any]
-) -> tuple[int, list[dict[str, Any]]]:
-    """`(greedy replies equal with and without the draft, where the others differ)`, at every concurrency."""
-    identical, differing = 0, []
-    greedy = {turn.id for turn in turns if turn.is_greedy}
-    recorded = {turn.id: turn.reply for turn in turns}
-    for concurrency, point in drafted["points"].items():
-        without = {a.id: a.token_ids for a in answers_from_json(baseline["points"][concurrency]["answers"])}
-        for answer in answers_from_json(point["answers"]):
-            if answer.id not in greedy:
-                continue
-            if answer.token_ids == without[answer.id]:
-                identical += 1
-                continue
-            pairs = zip(answer.token_ids, without[answer.id], strict=False)
-            first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-            as_recorded = "the baseline" if without[answer.id] == recorded[answer.id] else "not the baseline"
-            differing.append(
-                {"turn": answer.id, "concurrency": int(concurrency), "first_token": first, "recorded_is": as_recorded}
-            )
-    return identical, differing
-
-
-def _speeds(result: dict[str, Any]) -> dict[str, float]:
-    return {key: round(point["tokens"] / point["seconds"], 1) for key, point in result["points"].items()}
+    with run_server(command, log_path=log_path, startup_timeout_s=recipe.serve.startup_timeout_s) as server:
+        yield server

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.acceptance import kept_steps, serve_and_send
+from bench.explain import explain_config
+from bench.replay import kept_steps, serve_and_send
 from bench.requests import answers_from_json, read_turns
 from contracts.acceptance import Acceptance
 from contracts.conversation import read_conversations
@@ -111,29 +112,14 @@ def explain(
     export: Path, draft: DraftRun, store: Store, target: Target, predicted: Acceptance, found: Acceptance
 ) -> str:
     """The likely cause of a difference: what the served config has otherwise than training, or what the rates say."""
-    config, trained = read_json(export / "config.json", "an export"), draft.read_config()
-    rope = config.get("rope_parameters") or {}
-    dflash = config.get("dflash_config") or {}
-    layer_ids = dflash.get("target_layer_ids")
-    if trained.method == "eagle3":  # counts from the embeddings on
-        layer_ids = [layer_id - 1 for layer_id in config.get("eagle_aux_hidden_state_layer_ids", [])]
-    served_yarn = None if rope.get("rope_type", "default") == "default" else rope.get("factor")
-    expected = {
-        "layers that it reads": (layer_ids, store.read_manifest().layer_ids),
-        "mask token (dflash_config.mask_token_id)": (dflash.get("mask_token_id"), trained.mask_token_id),
-        "rope (rope_theta)": (rope.get("rope_theta", config.get("rope_theta")), target.rope_theta),
-        "rope (YaRN factor)": (served_yarn, trained.yarn.factor if trained.yarn else None),
-        "norm (rms_norm_eps)": (config.get("rms_norm_eps"), target.norm_eps),
-    }
-    for name, (value, wanted) in expected.items():
-        if value != wanted:
-            return f"The {name}: the export says {value}, training had {wanted}."
+    if cause := explain_config(export, draft, store, target):
+        return cause
     if found.per_position[0] < 0.8 * predicted.per_position[0]:
         return (
             "Already the first position differs though the export's config is as trained: the engine's layers or their "
-            "norm are not the store's. Run `dump verify`, and `bench acceptance` with the engine that dumped."
+            "norm are not the store's. Run `bench parity`, which names the first thing that differs."
         )
-    return "The later positions differ: look at rope and at the mask token's embedding in the engine."
+    return "The later positions differ: look at rope and at the mask token's embedding; `bench parity` compares them."
 
 
 def _run(*words: str) -> None:

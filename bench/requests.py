@@ -24,7 +24,8 @@ from contracts.errors import IncompleteError, UserError, raise_known
 class Turn:
     """One reply to be generated again: `prompt` token ids, and the `reply` that the target gave without a draft.
 
-    `sampling` is what it was sampled with (temperature, top_p, top_k); none: greedily.
+    `sampling` is what it was sampled with (temperature, top_p, top_k); none: greedily. `max_tokens` is where this reply
+    was cut, if it was. `dataset` is the prompt set's name, where there are several.
     """
 
     id: str
@@ -33,10 +34,21 @@ class Turn:
     prompt: list[int]
     reply: list[int]
     sampling: dict[str, Any] = field(default_factory=dict)
+    max_tokens: int | None = None
+    dataset: str = ""
+
+    @property
+    def temperature(self) -> float:
+        return float(self.sampling.get("temperature") or 0.0)
 
     @property
     def is_greedy(self) -> bool:
-        return float(self.sampling.get("temperature") or 0.0) == 0.0
+        return self.temperature == 0.0
+
+    @property
+    def conversation(self) -> str:
+        """The id of the conversation that the reply is of."""
+        return self.id.rsplit("-", 2)[0]
 
 
 @dataclass(frozen=True)
@@ -50,14 +62,16 @@ class Answer:
     latency_s: float
 
 
-def read_turns(conversations: Iterable[Conversation]) -> list[Turn]:
-    """Every reply of the conversations that ended by themselves, in order of id."""
+def read_turns(conversations: Iterable[Conversation], *, include_cut: bool = False, dataset: str = "") -> list[Turn]:
+    """Every reply of the conversations that ended by themselves, by id; or of all, to be cut where they were."""
     turns = []
     for conversation in sorted(conversations, key=lambda conversation: conversation.id):
-        if conversation.finish_reason != "stop":
+        cut = conversation.finish_reason == "length"
+        if cut and not include_cut:
             continue
         for number, sample in enumerate(conversation.samples):
             for start, end in sample.loss_spans:
+                last = number == len(conversation.samples) - 1 and (start, end) == sample.loss_spans[-1]
                 turns.append(
                     Turn(
                         id=f"{conversation.id}-{number}-{start}",
@@ -70,15 +84,27 @@ def read_turns(conversations: Iterable[Conversation]) -> list[Turn]:
                             for key in ("temperature", "top_p", "top_k")
                             if (value := conversation.sampling.get(key)) is not None
                         },
+                        max_tokens=end - start if cut and last else None,
+                        dataset=dataset,
                     )
                 )
     return turns
 
 
 async def send_all(
-    base_url: str, model: str, turns: Sequence[Turn], *, concurrency: int, max_tokens: int, title: str
+    base_url: str,
+    model: str,
+    turns: Sequence[Turn],
+    *,
+    concurrency: int,
+    max_tokens: int,
+    title: str,
+    max_model_len: int | None = None,
 ) -> tuple[list[Answer], float]:
-    """`(answers in the order of the turns, seconds from the first request to the last answer)`, sampled as recorded."""
+    """`(answers in the order of the turns, seconds from the first request to the last answer)`, sampled as recorded.
+
+    Replies end after `max_tokens`, or where the recorded one was cut, or where `max_model_len` is full.
+    """
     client = openai.AsyncOpenAI(base_url=base_url, api_key="EMPTY", timeout=600, max_retries=0)
     answers: dict[str, Answer] = {}
     waiting = iter(turns)
@@ -87,7 +113,10 @@ async def send_all(
 
         async def work() -> None:
             for turn in waiting:
-                answers[turn.id] = await _send(client, model, turn, max_tokens)
+                limit = turn.max_tokens or max_tokens
+                if max_model_len is not None:
+                    limit = min(limit, max_model_len - len(turn.prompt))
+                answers[turn.id] = await _send(client, model, turn, limit)
                 bar.update()
 
         try:
@@ -125,6 +154,28 @@ async def _send(client: openai.AsyncOpenAI, model: str, turn: Turn, max_tokens: 
         accepted=drafting.get("per_step_accepted") or [],
         latency_s=round(time.perf_counter() - started, 4),
     )
+
+
+def score(url: str, model: str, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float]:
+    """The target's log-probabilities of `token_ids` as the one that follows `prompt`.
+
+    Raises UserError when the server does not tell them.
+    """
+    client = openai.OpenAI(base_url=url, api_key="EMPTY", timeout=600, max_retries=0)
+    try:
+        response = client.completions.create(
+            model=model,
+            prompt=list(prompt),
+            max_tokens=1,
+            temperature=0.0,
+            logprobs=1,
+            extra_body={"logprob_token_ids": list(token_ids), "return_tokens_as_token_ids": True},
+        )
+    except openai.APIError as error:
+        raise UserError(url, found=str(error), expected="log-probabilities", fix="Look at the server's log.") from None
+    logprobs = response.choices[0].logprobs
+    (found,) = (logprobs and logprobs.top_logprobs) or [{}]
+    return [found[f"token_id:{token_id}"] for token_id in token_ids]
 
 
 def read_counters(url: str) -> dict[str, float]:

@@ -95,6 +95,16 @@ class Target:
         parameters = self.config.get("rope_parameters") or {}
         return float(parameters.get("rope_theta", self.config.get("rope_theta", 10000.0)))
 
+    @cached_property
+    def end_token_ids(self) -> set[int]:
+        """The tokens that end a reply: of config.json and generation_config.json."""
+        file = find_folder(self.path) / "generation_config.json"
+        generation = json.loads(file.read_text()) if file.exists() else {}
+        values = [config.get("eos_token_id") for config in (self.config, generation)]
+        return {
+            token for value in values for token in (value if isinstance(value, list) else [value]) if token is not None
+        }
+
     @property
     def sparse_block_size(self) -> int | None:
         """Tokens of a block of its sparse attention, if it has one."""

@@ -18,7 +18,7 @@ from contracts.recipe import Recipe, TargetSection
 from contracts.target import Target, find_folder
 from synth.endpoints import Endpoint, Endpoints, PromptTooLongError
 from synth.prompts import Prompt
-from synth.quality import find_loop
+from contracts.loops import find_loop
 from synth.rendered import WHOLE, Renderer
 
 

@@ -65,6 +65,24 @@ def export(
     export_draft(load_checked(recipe, set_), run, output, evaluation, layout)
 
 
+@app.command(
+    epilog="Example: train trace -r recipes/Tiny-DFlash/recipe.yaml --run runs/draft --store runs/store "
+    "--output trace.safetensors"
+)
+def trace(
+    recipe: RecipeOption,
+    run: RunOption,
+    store: Annotated[Path, typer.Option(help="A store of the target's conversations.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
+    samples: Annotated[int, typer.Option(min=1, help="How many.")] = 4,
+    set_: OverridesOption = None,
+) -> None:
+    """Write what training computes for a few samples: `bench parity` compares it with the engine."""
+    from train.trace import trace as write_trace
+
+    write_trace(load_checked(recipe, set_), run, store, output, samples)
+
+
 def main() -> None:
     # Waiting threads that spin would fight the working ones; read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

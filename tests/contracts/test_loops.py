@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from synth.quality import find_loop
+from contracts.loops import find_loop
 
 RANDOM = random.Random(0)
 TEXT = [RANDOM.randrange(2, 5000) for _ in range(3000)]

@@ -1,0 +1,177 @@
+"""Trainer against engine on a few prompts: the first thing on the way to the draft's logits that differs.
+
+Reads:  a training run, its export, a store of greedy conversations.
+Writes: OUTPUT/trainer.safetensors (`train trace`), OUTPUT/parity.json: how far the two are apart at each stage.
+
+Stages, in the order in which one feeds the next: the layers that the draft reads; the target's own greedy tokens (final
+norm and lm_head); the mask token and its embedding; the vocabulary map; the draft's logits, slot by slot.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.explain import explain_config
+from contracts.draft import DraftRun
+from contracts.errors import IncompleteError
+from contracts.files import write_json
+from contracts.recipe import Recipe
+from contracts.store import open_store
+from contracts.target import Target
+from contracts.trace import Trace, read_traces
+from serve.trace import trace_engine
+
+LIMITS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+"""Relative differences that rounding explains, by the engine's dtype."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A stage of one sample: how far apart, by what measure, and whether that is too far."""
+
+    stage: str
+    sample_id: str
+    difference: float
+    differs: bool
+    text: str
+
+
+def parity(
+    recipe: Recipe,
+    recipe_args: Sequence[str],
+    run_folder: Path,
+    draft: Path,
+    store_folder: Path,
+    output: Path,
+    num: int,
+) -> dict[str, Any]:
+    """Compare; the report. `recipe_args` are the flags that gave `recipe`.
+
+    Raises IncompleteError that names the first difference and its likely cause.
+    """
+    target = Target.read(recipe.target.path)
+    store, manifest = open_store(store_folder, target)
+    path = output / "trainer.safetensors"
+    words = ["--run", str(run_folder), "--store", str(store_folder), "--output", str(path), "--samples", str(num)]
+    result = subprocess.run([str(Path(sys.executable).with_name("train")), "trace", *recipe_args, *words], check=False)
+    if result.returncode:
+        raise IncompleteError(f"`train trace` ended with exit code {result.returncode}: its message is above.")
+    trainer = read_traces(path)
+    samples = [(trace.sample_id, trace.start, trace.tensors["token_ids"].tolist()) for trace in trainer]
+    engine = trace_engine(recipe, target, draft, samples, len(trainer[0].tensors["teacher"]))
+    limit = LIMITS.get(str(recipe.serve.args.get("dtype", "bfloat16")), LIMITS["bfloat16"])
+    findings = compare(trainer, engine, manifest.layer_ids, limit)
+    worst = worst_of(findings)
+    report = {"samples": len(trainer), "limit": limit, "stages": [vars(found) for found in worst]}
+    write_json(output / "parity.json", report)
+    for found in worst:
+        print(f"{found.stage:<28}{'DIFFERS' if found.differs else 'same':<9}{found.text}")
+    first = next((found for found in findings if found.differs), None)
+    if first is None:
+        print(f"parity: trainer and engine agree on {len(trainer)} samples -> {output}")
+        return report
+    cause = explain_config(draft, DraftRun(run_folder), store, target) or CAUSES[first.stage.split(" ")[0].rstrip("s")]
+    raise IncompleteError(
+        f"{draft}: found {first.stage} of sample {first.sample_id} to differ between trainer and engine "
+        f"({first.text}), expected the same. {cause}"
+    )
+
+
+CAUSES = {
+    "layer": "The engine captures other layers than the store holds, or under other norms: run `dump verify`.",
+    "teacher": "Final norm or lm_head are read otherwise than the engine has them: run `dump verify` on the store.",
+    "mask": "The engine fills its slots with another token, or has another embedding for it.",
+    "vocabulary": "The export's d2t is not the trained one: export again.",
+    "draft": "Inputs are the same: look at the draft's norms (rms_norm_eps), its rope, and its weights.",
+}
+
+
+def compare(trainer: Sequence[Trace], engine: Sequence[Trace], layer_ids: Sequence[int], limit: float) -> list[Finding]:
+    """Every stage of every sample, stage by stage."""
+    pairs = list(zip(trainer, engine, strict=True))
+    found = [finding for a, b in pairs for finding in _layers(a, b, layer_ids, limit)]
+    found += [finding for a, b in pairs for finding in _teacher(a, b)]
+    found += [finding for a, b in pairs for finding in _mask(a, b, limit)]
+    found += [finding for a, b in pairs for finding in _vocabulary(a, b)]
+    return found + [finding for a, b in pairs for finding in _draft_logits(a, b, limit)]
+
+
+def worst_of(findings: Sequence[Finding]) -> list[Finding]:
+    """The worst finding of each stage, in their order."""
+    found: dict[str, Finding] = {}
+    for finding in findings:
+        if finding.stage not in found or finding.difference > found[finding.stage].difference:
+            found[finding.stage] = finding
+    return list(found.values())
+
+
+def _layers(ours: Trace, theirs: Trace, layer_ids: Sequence[int], limit: float) -> Iterator[Finding]:
+    a, b = ours.tensors["layers"], theirs.tensors["layers"]
+    if a.shape != b.shape:
+        text = f"{list(a.shape)} (tokens, layers, size) and {list(b.shape)}"
+        yield Finding("layers", ours.sample_id, float("inf"), True, text)
+        return
+    for number, layer_id in enumerate(layer_ids):
+        apart = float((a[:, number] - b[:, number]).norm() / a[:, number].norm())
+        text = f"relative difference {apart:.2g}"
+        yield Finding(f"layer {layer_id}", ours.sample_id, apart, not apart <= limit, text)
+
+
+def _teacher(ours: Trace, theirs: Trace) -> Iterator[Finding]:
+    recorded = ours.tensors["token_ids"][ours.start :].tolist()
+    pairs = zip(ours.tensors["teacher"].tolist(), theirs.tensors["teacher"].tolist(), recorded, strict=False)
+    for place, (a, b, known) in enumerate(pairs):
+        if a != b:
+            text = f"token {place} of the reply: {a} by the store's state, {b} by the engine"
+            yield Finding("teacher argmax", ours.sample_id, 1.0, True, text)
+            return
+        if b != known:  # from here on the contexts differ
+            break
+    yield Finding("teacher argmax", ours.sample_id, 0.0, False, "the same tokens")
+
+
+def _mask(ours: Trace, theirs: Trace, limit: float) -> Iterator[Finding]:
+    if "mask_token" not in ours.tensors:
+        return
+    a, b = int(ours.tensors["mask_token"]), int(theirs.tensors["mask_token"])
+    yield Finding("mask token", ours.sample_id, float(a != b), a != b, f"{a} and {b}")
+    one, other = ours.tensors["mask_embedding"], theirs.tensors["mask_embedding"]
+    apart = float((one - other).norm() / one.norm().clamp(min=1e-12))
+    yield Finding("mask embedding", ours.sample_id, apart, not apart <= limit, f"relative difference {apart:.2g}")
+
+
+def _vocabulary(ours: Trace, theirs: Trace) -> Iterator[Finding]:
+    a, b = ours.tensors.get("vocabulary"), theirs.tensors.get("vocabulary")
+    if a is None and b is None:
+        return
+    if a is None or b is None or len(a) != len(b):
+        sizes = [("all" if tokens is None else len(tokens)) for tokens in (a, b)]
+        text = f"{sizes[0]} and {sizes[1]} tokens known"
+        yield Finding("vocabulary map", ours.sample_id, 1.0, True, text)
+        return
+    apart = float((a != b).float().mean())
+    first = int((a != b).int().argmax())
+    text = f"{int((a != b).sum())} of {len(a)} entries" + (
+        f"; {first} is {int(a[first])} and {int(b[first])}" * (apart > 0)
+    )
+    yield Finding("vocabulary map", ours.sample_id, apart, apart > 0, text)
+
+
+def _draft_logits(ours: Trace, theirs: Trace, limit: float) -> Iterator[Finding]:
+    if int(theirs.tensors["teacher"][0]) != int(ours.tensors["token_ids"][ours.start]):
+        return  # the engine drafts after another token
+    a, b = ours.tensors["draft_logits"], theirs.tensors["draft_logits"]
+    for slot in range(len(a)):
+        known = a[slot].isfinite() & b[slot].isfinite()
+        same = bool((a[slot].isfinite() == b[slot].isfinite()).all())
+        scale = a[slot][known].abs().max().clamp(min=1e-12)
+        apart = float((a[slot][known] - b[slot][known]).abs().max() / scale) if same else float("inf")
+        text = f"logits apart by {apart:.2g} of the largest; tokens {int(a[slot].argmax())} and {int(b[slot].argmax())}"
+        yield Finding(f"draft slot {slot + 1}", ours.sample_id, apart, not apart <= limit, text)
+        if int(a[slot].argmax()) != int(b[slot].argmax()) and "mask_token" not in ours.tensors:
+            return  # EAGLE3: each slot builds on the token of the one before

@@ -1,0 +1,118 @@
+"""What vLLM computes on the way to the draft's logits, for a few samples: the other side of `bench parity`.
+
+The engine runs in this process with the exported draft; an extension of its workers notes what the draft model is given
+and what it gives, from its own methods, whatever the number of GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from contracts.recipe import Recipe
+from contracts.target import Target
+from contracts.trace import Trace
+from serve.command import speculative_config
+from serve.engine import engine_env
+
+
+class TraceExtension:
+    """Methods that vLLM mixes into its workers (`worker_extension_cls`)."""
+
+    model_runner: Any
+    rank: int
+
+    def start_trace(self) -> None:
+        """From here on, note what the draft model's methods are given and what they give."""
+        self.trace_noted: dict[str, list[torch.Tensor]] = {}
+        if hasattr(self, "trace_draft"):
+            return
+        runner = self.model_runner
+        model = (getattr(runner, "drafter", None) or runner.speculator).model
+        self.trace_draft = model
+        combine, compute, forward = model.combine_hidden_states, model.compute_logits, model.forward
+
+        def note(name: str, tensor: torch.Tensor) -> None:
+            self.trace_noted.setdefault(name, []).append(tensor.detach().float().cpu().clone())
+
+        def combine_hidden_states(hidden_states: torch.Tensor) -> torch.Tensor:
+            note("layers", hidden_states)
+            return combine(hidden_states)
+
+        def compute_logits(hidden_states: torch.Tensor) -> torch.Tensor:
+            logits = compute(hidden_states)
+            if logits is not None:  # another rank has them
+                note("draft_logits", logits)
+            return logits
+
+        def forward_noting(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if "slots" not in self.trace_noted:
+                note("slots", input_ids.double())
+                note("embeddings", model.embed_input_ids(input_ids))
+            return forward(input_ids, *args, **kwargs)
+
+        model.combine_hidden_states = combine_hidden_states
+        model.compute_logits = compute_logits
+        model.forward = forward_noting
+
+    def take_trace(self, start: int, num_draft_tokens: int, path: str) -> None:
+        """Write what was noted since `start_trace`, of one request whose prompt has `start` tokens, as safetensors."""
+        noted = self.trace_noted
+        if self.rank != 0:
+            return
+        found = {
+            "layers": torch.cat(noted["layers"])[:start],
+            "draft_logits": torch.cat(noted["draft_logits"])[:num_draft_tokens],
+        }
+        if self.trace_draft.__class__.__name__.startswith("DFlash"):  # slot 0 is the anchor
+            found["mask_token"] = noted["slots"][0][1].long()
+            found["mask_embedding"] = noted["embeddings"][0][1]
+        offsets = getattr(self.trace_draft, "draft_id_to_target_id", None)
+        if offsets is not None:
+            found["vocabulary"] = (torch.arange(len(offsets), device=offsets.device) + offsets).cpu()
+        save_file({name: tensor.contiguous() for name, tensor in found.items()}, path)
+
+
+def trace_engine(
+    recipe: Recipe, target: Target, draft: Path, samples: Sequence[tuple[str, int, list[int]]], reply_tokens: int
+) -> list[Trace]:
+    """Traces of `(sample id, start of its reply, token ids)`, with the recipe's engine arguments, eager.
+
+    Raises UserError when the draft is not the target's.
+    """
+    speculative = {**speculative_config(draft, target), **recipe.serve.speculative}
+    os.environ.update(engine_env(recipe.serve.env))
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm import LLM, SamplingParams
+
+    args = {key.replace("-", "_"): value for key, value in recipe.serve.args.items()}
+    llm = LLM(
+        model=str(target.path),
+        **{
+            "max_model_len": recipe.target.max_model_len,
+            **args,
+            "enforce_eager": True,
+            "enable_prefix_caching": False,  # the draft is to be given the whole prompt's states
+            "speculative_config": speculative,
+            "worker_extension_cls": "serve.trace.TraceExtension",
+        },
+    )
+    parameters = SamplingParams(max_tokens=reply_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+    traces = []
+    with TemporaryDirectory() as folder:
+        path = str(Path(folder) / "trace.safetensors")
+        for sample_id, start, token_ids in samples:
+            llm.collective_rpc("start_trace")
+            (answer,) = llm.generate([{"prompt_token_ids": token_ids[:start]}], parameters, use_tqdm=False)
+            llm.collective_rpc("take_trace", args=(start, int(speculative["num_speculative_tokens"]), path))
+            found = load_file(path)
+            found["layers"] = found["layers"].unflatten(-1, (-1, target.hidden_size))
+            found["teacher"] = torch.tensor(answer.outputs[0].token_ids)
+            traces.append(Trace(sample_id, start, found))
+    return traces
