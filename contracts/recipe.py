@@ -277,9 +277,58 @@ class ExportSection(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
+class LayoutSpace(Section):
+    """One layout of the target on its GPUs, and the concurrencies to measure: doubling from start, end included."""
+
+    tp: int = Field(default=1, gt=0, description="GPUs")
+    ep: int = Field(default=1, gt=0, description="experts over as many GPUs: 1 or tp")
+    dp_attn: bool = Field(default=False, description="attention as tp replicas (data parallel), experts over all GPUs")
+    conc_start: int = Field(gt=0)
+    conc_end: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _layout_is_possible(self) -> LayoutSpace:
+        if self.ep not in (1, self.tp):
+            raise ValueError(f"ep is 1 or tp ({self.tp}): vLLM spreads experts over all GPUs or none")
+        if self.dp_attn and self.ep == 1:
+            raise ValueError("dp_attn needs ep = tp > 1: the experts go over all replicas")
+        if self.conc_end < self.conc_start:
+            raise ValueError("conc_end is below conc_start")
+        return self
+
+    @property
+    def concurrencies(self) -> list[int]:
+        """conc_start, its doubles below conc_end, conc_end."""
+        doubles = [self.conc_start]
+        while doubles[-1] < self.conc_end:
+            doubles.append(min(2 * doubles[-1], self.conc_end))
+        return doubles
+
+
+class ScenarioSection(Section):
+    """Tokens in and out of a request, and the layouts to measure it on."""
+
+    isl: int = Field(gt=0, description="input sequence length (tokens), at most")
+    osl: int = Field(gt=0, description="output sequence length (tokens), at most")
+    search_space: list[LayoutSpace] = Field(min_length=1)
+
+
+class SweepSection(Section):
+    scenarios: list[ScenarioSection] = _operational(default=[], description="points are kept one by one")
+    range_ratio: float = Field(
+        default=0.8, gt=0, le=1, description="lengths are uniform from this share of isl and osl to all of it"
+    )
+    dataset: str = Field(
+        default="random", description="random tokens, or a JSONL of prompts (rows with prompt, turns or messages)"
+    )
+    ignore_eos: bool = Field(default=True, description="replies of full length; false: they end where the target does")
+    seed: int = 0
+
+
 class BenchSection(Section):
     concurrency: list[int] = Field(default=[1, 8], min_length=1)
     num_prompts: dict[int, int] = Field(default={}, description="by concurrency: only the first n prompts")
+    sweep: SweepSection = _operational(default=SweepSection(), description="of `bench plan` and `bench sweep` alone")
 
 
 def _mode_and_weight(text: str) -> tuple[str, int]:
@@ -411,6 +460,8 @@ def _explain(path: Path, error: ValidationError) -> UserError:
 def _keys_at(keys: Sequence[str]) -> list[str]:
     model: type[BaseModel] = Recipe
     for key in keys:
+        if key not in model.model_fields:  # a place in a list, or a name in a dictionary of sections
+            continue
         annotation = model.model_fields[key].annotation
         options = [annotation, *get_args(annotation)]
         model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
