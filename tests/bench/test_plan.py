@@ -115,3 +115,10 @@ def test_the_command_prints_a_table_and_json() -> None:
     rows = json.loads(run("bench", "plan", "-r", TINY, "--format", "json", "--concurrency", 16).stdout)
     assert [row["id"] for row in rows] == ["256-128-tp1-c16"]
     assert rows[0]["flags"]["max-cudagraph-capture-size"] == 128
+
+
+def test_a_sweeps_search_space_is_no_setting_of_other_benchmarks_or_finished_points() -> None:
+    bench = load_recipe(TINY).bench
+    assert "sweep" not in bench.settings()
+    assert "scenarios" not in bench.sweep.settings()
+    assert bench.sweep.settings()["range_ratio"] == 0.8

@@ -1,0 +1,205 @@
+"""One load on a running server, by vLLM's own generator (`vllm bench serve`), and the figures of what it found.
+
+Reads:  a JSONL of prompts, if the recipe names one.
+Writes: the prompts in the generator's form; the generator's output to a log.
+
+Lengths: vLLM draws them from [x(1-q), x(1+q)] around a mean x; the field's (InferenceMAX's) range ratio r says: uniform
+in [r*n, n], n being the size. So x = n(1+r)/2 and q = (1-r)/(1+r), both rounded down: no length is above n.
+
+Random tokens are sent as chat messages. Prompts of a file are rendered here, with the target's chat template and up to
+their first user turn, and sent as text: vLLM's generator knows no system message. Which prompts matters: a draft is
+worth most where it was trained, and over random tokens, of which no reply follows, it is worth next to nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.plan import Point
+from contracts.acceptance import Acceptance
+from contracts.errors import IncompleteError, UserError
+from contracts.files import read_json, read_jsonl, write_atomic
+from contracts.recipe import Recipe, SweepSection
+from contracts.target import Target
+from contracts.templates import rendering_template
+from serve.command import MODEL_NAME, to_flags
+from serve.engine import engine_env
+from serve.server import last_words
+from serve.vllm_main import PARENT_ENV
+
+LATENCIES = ("ttft", "tpot", "itl", "e2el")
+PERCENTILES = (50, 90, 95, 99)
+
+
+def run_load(
+    recipe: Recipe, target: Target, point: Point, url: str, prompts: Path | None, path: Path
+) -> dict[str, Any]:
+    """The generator's own result for `point` on the server at `url`, without what it lists a request.
+
+    Greedy (temperature 0). Its output goes beside `path`, to .log. Raises IncompleteError when there is no result.
+    """
+    result, log = path.with_suffix(".raw"), path.with_suffix(".log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result.unlink(missing_ok=True)
+    args = ["bench", "serve", *to_flags(load_flags(recipe.bench.sweep, target, point, url, prompts, result))]
+    with log.open("wb") as file:
+        ended = subprocess.run(
+            [sys.executable, "-m", "serve.vllm_main", *args],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **engine_env(recipe.serve.env), PARENT_ENV: str(os.getpid())},
+            check=False,
+        )
+    if ended.returncode or not result.exists():
+        raise IncompleteError(f"{log}: the load ended with code {ended.returncode}: {last_words(log)}")
+    raw = read_json(result, "a result of vLLM's load generator")
+    result.unlink()
+    per_request = ("latencies", "queue_times")
+    return {key: value for key, value in raw.items() if key not in per_request}
+
+
+def load_flags(
+    sweep: SweepSection, target: Target, point: Point, url: str, prompts: Path | None, result: Path
+) -> dict[str, Any]:
+    """Flags of `vllm bench serve`, without the dashes."""
+    if prompts is None:
+        source: dict[str, Any] = {
+            "backend": "openai-chat",
+            "endpoint": "/v1/chat/completions",
+            "dataset-name": "random",
+            "random-input-len": mean_length(point.isl, sweep.range_ratio),
+            "random-output-len": mean_length(point.osl, sweep.range_ratio),
+            "random-range-ratio": spread(sweep.range_ratio),
+        }
+    else:
+        source = {
+            "backend": "openai",
+            "endpoint": "/v1/completions",
+            "dataset-name": "custom",
+            "dataset-path": prompts,
+            "custom-output-len": -1,  # each row's own
+            "skip-chat-template": True,  # it is in the rows already
+            "extra-body": json.dumps({"add_special_tokens": False}),
+        }
+    return {
+        "base-url": url,
+        "model": target.path,
+        "served-model-name": MODEL_NAME,
+        **source,
+        **({"ignore-eos": True} if sweep.ignore_eos else {}),
+        "num-prompts": point.num_prompts,
+        "max-concurrency": point.concurrency,
+        "num-warmups": point.num_warmups,
+        "temperature": 0,
+        "seed": sweep.seed,
+        "percentile-metrics": ",".join(LATENCIES),
+        "metric-percentiles": ",".join(map(str, PERCENTILES)),
+        "save-result": True,
+        "result-dir": result.parent,
+        "result-filename": result.name,
+        "disable-tqdm": True,
+    }
+
+
+def mean_length(size: int, range_ratio: float) -> int:
+    """The mean of lengths that are uniform in [range_ratio * size, size] (tokens), rounded down."""
+    return max(1, math.floor(size * (1 + range_ratio) / 2))
+
+
+def spread(range_ratio: float) -> float:
+    """vLLM's range ratio, around the mean, for the field's, below the size."""
+    return math.floor(1e6 * (1 - range_ratio) / (1 + range_ratio)) / 1e6
+
+
+def write_prompts(recipe: Recipe, target: Target, point: Point, path: Path) -> tuple[int, int]:
+    """Write the recipe's prompts as `{prompt, output_tokens}` for the sizes of `point`; how many, and how many not.
+
+    Those of more than `isl` tokens are left out. Raises UserError for a row without a prompt, or when none is left.
+    """
+    from transformers import AutoTokenizer
+
+    sweep, source = recipe.bench.sweep, Path(recipe.bench.sweep.dataset)
+    tokenizer = AutoTokenizer.from_pretrained(target.path)
+    template = rendering_template(recipe.target, target)
+    draw = random.Random(sweep.seed)
+    lines, left_out = [], 0
+    for number, row in read_jsonl(source, "prompts (bench.sweep.dataset)"):
+        text = tokenizer.apply_chat_template(
+            read_opening(row, f"{source}:{number}"), chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+        if len(tokenizer(text, add_special_tokens=False).input_ids) > point.isl:
+            left_out += 1
+            continue
+        output_tokens = draw.randint(math.ceil(point.osl * sweep.range_ratio), point.osl)
+        lines.append(json.dumps({"prompt": text, "output_tokens": output_tokens}) + "\n")
+    if not lines:
+        raise UserError(
+            source, found=f"no prompt of at most {point.isl} tokens", expected="some", fix="Raise isl, or take others."
+        )
+    write_atomic(path, "".join(lines))
+    return len(lines), left_out
+
+
+def read_opening(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """A row's messages up to its first user turn. Raises UserError for a row that has none."""
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    turns = row.get("turns") or [row.get("prompt")]
+    messages = row.get("messages") or (turns[0] if isinstance(turns[0], list) else None)
+    if messages is None and turns[0]:
+        messages = [*system, {"role": "user", "content": str(turns[0])}]
+    first = next((i for i, message in enumerate(messages or []) if message.get("role") == "user"), None)
+    if messages is None or first is None:
+        raise UserError(where, found="no user turn", expected="messages, turns or prompt", fix="Mend or delete it.")
+    return list(messages[: first + 1])
+
+
+def read_figures(raw: Mapping[str, Any], point: Point) -> dict[str, Any]:
+    """Our figures from the generator's result: latencies in ms, speeds in tokens/s, acceptance from counters.
+
+    Tokens/s a user is 1000 / the median time per output token (ms); a GPU's share is that of the layout's GPUs. All
+    counts are of the load alone, the warm-up apart.
+    """
+    median_tpot = float(raw["median_tpot_ms"])
+    names = {"mean": "mean_{}_ms", **{f"p{p}": f"p{p}_{{}}_ms" for p in PERCENTILES}}
+    return {
+        "completed": raw["completed"],
+        "failed": raw["failed"],
+        "seconds": round(raw["duration"], 3),
+        "input_tokens": raw["total_input_tokens"],
+        "output_tokens": raw["total_output_tokens"],
+        "output_tokens_per_s": round(raw["output_throughput"], 2),
+        "total_tokens_per_s": round(raw["total_token_throughput"], 2),
+        "tokens_per_s_per_user": round(1000 / median_tpot, 2) if median_tpot else None,
+        "tokens_per_s_per_gpu": round(raw["total_token_throughput"] / point.layout.num_gpus, 2),
+        "latency_ms": {
+            latency: {name: round(float(raw[key.format(latency)]), 3) for name, key in names.items()}
+            for latency in LATENCIES
+        },
+        "acceptance": read_acceptance(raw),
+    }
+
+
+def read_acceptance(raw: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Acceptance from vLLM's counters over the load; None where the server does not draft.
+
+    Steps that accepted exactly i tokens are those that accepted i less those that accepted i + 1. Overshoot counts: the
+    last step of a reply may verify tokens beyond its end.
+    """
+    steps = raw.get("spec_decode_num_drafts")
+    if not steps:
+        return None
+    at_least = [steps, *(round(share * steps) for share in raw["spec_decode_per_position_acceptance_rates"]), 0]
+    histogram = [more - less for more, less in itertools.pairwise(at_least)]
+    drafted, accepted = raw["spec_decode_draft_tokens"], raw["spec_decode_accepted_tokens"]
+    summary = Acceptance(tuple(histogram)).summary()
+    return {**summary, "accepted": accepted, "drafted": drafted, "acceptance_rate": round(accepted / drafted, 4)}
