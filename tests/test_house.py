@@ -85,6 +85,7 @@ def test_help_imports_nothing_heavy(name: str) -> None:
         ("dump", "plan"), ("dump", "run"), ("dump", "verify"), ("dump", "inspect"), ("dump", "stats"),
         ("dump", "convert"), ("train", "offline"), ("train", "eval"), ("train", "export"),
         ("serve", "command"), ("serve", "start"), ("bench", "acceptance"), ("bench", "report"), ("bench", "gate"),
+        ("bench", "plan"), ("bench", "sweep"), ("bench", "compare"),
         ("recipe", "check"), ("recipe", "show"),
         ("distributed", "submit"), ("distributed", "status"), ("distributed", "retry"),
     ],
