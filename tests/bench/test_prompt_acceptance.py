@@ -1,0 +1,113 @@
+"""Claims about acceptance over prompt sets: every reply is counted once, whatever is summed; and a run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import run
+from written import write_store
+
+from bench.acceptance import parse_draft_tokens
+from bench.acceptance_report import make_tables, summarize
+from bench.requests import Answer, Turn, answers_to_json
+from contracts.acceptance import Acceptance
+from contracts.errors import UserError
+from contracts.target import Target
+
+
+def make_turn(id_: str, category: str, mode: str = "on", dataset: str = "a") -> Turn:
+    return Turn(f"{id_}-0-1", mode, category, [1], [2], dataset=dataset)
+
+
+def make_group(answers: list[Answer]) -> dict[str, Any]:
+    steps = [a for answer in answers for a in answer.accepted]
+    counters = {"num_drafts": float(len(steps)), "num_accepted_tokens": float(sum(steps))}
+    return {
+        "answers": answers_to_json(answers),
+        "counters": counters,
+        "greedy_identical": len(answers),
+        "differing": [],
+    }
+
+
+def test_rows_add_up_to_what_was_counted_and_loops_stand_apart() -> None:
+    turns = [make_turn("w", "x"), make_turn("v", "x"), make_turn("u", "y"), make_turn("t", "y", "off", "b")]
+    looping = [7, *([3, 4] * 80)]
+    answers = [
+        Answer("w-0-1", [1, 2, 3, 4, 9], "stop", [2, 0], 0.1),  # 1 + 3 + 1
+        Answer("v-0-1", [1, 2, 3, 9], "stop", [1, 0], 0.1),
+        Answer("u-0-1", looping, "length", [3] * 40, 0.1),
+        Answer("t-0-1", [1, 2, 9], "stop", [0, 0], 0.1),
+    ]
+    groups = [make_group(answers[:3]), make_group(answers[3:])]
+    report = summarize(turns, {3: groups}, {9}, loop_tokens=32)
+    rows = {(row["category"], row["thinking_mode"]): row for row in report["rows"]}
+    assert rows["x", "on"]["histogram"] == [2, 1, 1, 0]
+    assert (rows["x", "on"]["n"], rows["y", "on"]["n"], rows["y", "on"]["looping"]) == (2, 0, 1)
+    pooled = report["pooled"]["3"]
+    parts = [Acceptance(tuple(row["histogram"])) for row in report["rows"]]
+    assert pooled["histogram"] == list(Acceptance.pool(parts).histogram) == [4, 1, 1, 0]
+    assert pooled["steps"] + pooled["looping"]["steps"] == pooled["counters"]["num_drafts"]
+    assert pooled["accepted"] + pooled["looping"]["accepted"] == pooled["counters"]["num_accepted_tokens"]
+    assert pooled["macro_acceptance_length"] == pytest.approx((1 + 3 / 4 + 1) / 2)  # of the rows that have steps
+    assert [entry["steps"] for entry in report["by_mode"]] == [2, 4]
+    assert report["overruns"] == {"3": []}
+    table = make_tables(report)
+    assert "| x | a | 2 | 1.750" in table
+    assert "| looping, apart | all | 1 | 4.000 | 100.0% |" in table
+
+
+@pytest.mark.parametrize(("text", "numbers"), [("1-4", [1, 2, 3, 4]), ("3,7", [3, 7]), ("5", [5]), (None, None)])
+def test_draft_tokens_are_numbers_or_ranges(text: str | None, numbers: list[int] | None) -> None:
+    assert parse_draft_tokens(text) == numbers
+
+
+def test_draft_tokens_that_are_none_are_refused() -> None:
+    with pytest.raises(UserError, match="1-7 or 3,7"):
+        parse_draft_tokens("all")
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(400)
+def test_sets_modes_and_draft_tokens_are_measured_in_one_run_that_resumes(
+    recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    args = ["--recipe", recipe_path]
+    store = write_store(tmp_path / "store", Target.read(target_folder))
+    run("train", "offline", *args, "--store", store, "--output", tmp_path / "draft")
+    run("train", "export", *args, "--run", tmp_path / "draft", "--output", tmp_path / "export")
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    rows = [{"id": f"q{n}", "category": f"kind{n % 2}", "turns": [f"Explain {n}."]} for n in range(4)]
+    one.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    two.write_text("".join(json.dumps({"prompt": f"What is {n}?"}) + "\n" for n in range(3)))
+    output = tmp_path / "out"
+    words = [*args, "--draft", tmp_path / "export", "--output", output, "--thinking-modes", "enabled,disabled"]
+    words += ["--prompts", one, "--prompts", f"second={two}", "--set", "bench.concurrency=[4]"]
+    run("bench", "acceptance", *words, "--draft-tokens", "3")
+    first = output / "k3/one-enabled-t0.json"
+    before = first.stat().st_mtime_ns
+    printed = run("bench", "acceptance", *words, "--draft-tokens", "2,3").stdout
+    assert first.stat().st_mtime_ns == before  # not asked again
+    assert "thinking enabled, temperature 0, K = 3" in printed
+    report = json.loads((output / "acceptance.json").read_text())
+    for k in ("2", "3"):
+        groups = [json.loads(path.read_text()) for path in (output / f"k{k}").glob("*.json")]
+        assert sum(len(group["answers"]) for group in groups) == 2 * (4 + 3)
+        assert report["greedy"][k]["identical"] == report["greedy"][k]["total"] == 14, report["greedy"][k]
+        assert report["overruns"][k] == []
+        pooled = report["pooled"][k]
+        counted = sum(a for group in groups for answer in group["answers"] for a in answer["accepted"])
+        assert counted == pooled["counters"]["num_accepted_tokens"]
+    assert {(row["dataset"], row["category"]) for row in report["rows"]} == {
+        ("one", "kind0"), ("one", "kind1"), ("second", "second"),
+    }  # fmt: skip
+    (golden,) = yaml.safe_load((output / "golden_al.yaml").read_text()).values()
+    assert {mode: sorted(lengths) for mode, lengths in golden.items()} == {"enabled": [2, 3], "disabled": [2, 3]}
+    assert (output / "acceptance_by_k.png").exists()
+    result = run("bench", "acceptance", *words, "--draft-tokens", "9", check=False)
+    assert result.returncode == 2
+    assert "from 1 to 3" in result.stderr
