@@ -24,7 +24,7 @@ from contracts.files import hash_file, hash_json, read_json, write_atomic, write
 from contracts.recipe import Recipe
 from contracts.run import Run
 from contracts.target import Target
-from serve.command import ServeCommand, Sizes, build_command
+from serve.command import ServeCommand, Sizes, build_command, of_head, speculative_config
 from serve.server import find_port, run_server
 
 MAX_FAILED_FRACTION = 0.05
@@ -87,7 +87,7 @@ def sweep(
     jobs = [job for of_server in servers.values() for job in of_server]
     state = Sweep(recipe, target, draft, output, left=[])
     if draft:
-        _command(state, [Job(points[0], "draft")], port=1)  # a draft of another target is refused before hours of work
+        _check_draft(recipe, target, draft)  # before hours of work
     run = Run.open(
         output,
         "bench sweep",
@@ -227,6 +227,15 @@ def _in_words(record: dict[str, Any]) -> str:
         return f"{record['id']} failed: {record['reason']}"
     length = f", acceptance length {record['acceptance']['acceptance_length']:.3f}" if record["acceptance"] else ""
     return f"{record['id']} {record['total_tokens_per_s']:.1f} tokens/s in {record['seconds']:.0f} s{length}"
+
+
+def _check_draft(recipe: Recipe, target: Target, draft: str) -> None:
+    """Raise UserError for a draft that is not there, or of another target."""
+    head = recipe.serve.heads.get(draft)
+    if head:
+        of_head(head, target)
+    else:
+        speculative_config(Path(draft), target)
 
 
 def _fingerprint(recipe: Recipe, draft: str) -> str:

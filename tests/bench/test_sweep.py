@@ -22,6 +22,7 @@ from bench.sweep import Job, make_record
 from contracts.errors import IncompleteError, UserError
 from contracts.recipe import Recipe, load_recipe
 from contracts.target import Target
+from serve.command import parse_flags
 
 SPACE = "bench.sweep.scenarios=[{isl: 16, osl: 16, search_space: [{conc_start: 1, conc_end: 2}]}]"
 POINT = Point(Layout(4), 1024, 1024, 2)
@@ -175,6 +176,32 @@ def test_a_server_that_does_not_start_fails_its_points_alone(
     with pytest.raises(IncompleteError, match="2 of 2 points failed"):
         bench.sweep.sweep(recipe, plan_points(recipe), None, tmp_path)
     assert "no GPU" in json.loads((tmp_path / "points/16-16-tp1-c1-base.json").read_text())["reason"]
+
+
+def test_every_layout_and_kind_has_a_server_of_its_own_sized_for_its_highest_concurrency(
+    recipe_path: Path, tmp_path: Path, draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, Any]] = []
+
+    @contextmanager
+    def start(command: Any, **_: Any) -> Iterator[Any]:
+        started.append(parse_flags(command.args[2:]))
+        yield SimpleNamespace(url="")
+
+    monkeypatch.setattr(bench.sweep, "run_server", start)
+    monkeypatch.setattr(bench.sweep, "run_load", lambda *_: RAW)
+    spaces = "[{conc_start: 1, conc_end: 8}, {tp: 2, ep: 2, dp_attn: true, conc_start: 2, conc_end: 2}]"
+    scenario = f"bench.sweep.scenarios=[{{isl: 64, osl: 16, search_space: {spaces}}}]"
+    recipe = load_recipe(recipe_path, [scenario])
+    points = plan_points(recipe)
+    summary = bench.sweep.sweep(recipe, points, str(draft), tmp_path / "both")
+    assert [point["kind"] for point in summary["points"]] == ["base", "draft"] * 5
+    assert [flags["max-cudagraph-capture-size"] for flags in started] == ["8", "32", "4", "8"]
+    assert ["speculative-config" in flags for flags in started] == [False, True, False, True]
+    assert all("no-enable-prefix-caching" in flags for flags in started)
+    assert [flags.get("data-parallel-size") for flags in started] == [None, None, "2", "2"]
+    alone = bench.sweep.sweep(recipe, points, str(draft), tmp_path / "alone", with_baseline=False)
+    assert {point["kind"] for point in alone["points"]} == {"draft"}
 
 
 def test_a_draft_of_another_target_is_refused_before_anything_is_served(
