@@ -27,7 +27,7 @@ from bench.acceptance_report import summarize, write_report
 from bench.datasets import write_prompts
 from bench.lossless import compare_replies
 from bench.replay import NUM_WARMUP
-from bench.requests import Answer, Turn, answers_to_json, read_counters, read_turns, score, send_all
+from bench.requests import Answer, Turn, answers_to_json, ask_model, read_counters, read_turns, score, send_all
 from contracts.acceptance import Acceptance
 from contracts.conversation import read_conversations
 from contracts.errors import IncompleteError, UserError
@@ -35,8 +35,8 @@ from contracts.files import hash_file, hash_json, read_json, write_json
 from contracts.recipe import Recipe
 from contracts.run import Run
 from contracts.target import Target
-from serve.command import MODEL_NAME, build_command, speculative_config
-from serve.server import Server, find_port, run_server
+from serve.command import MODEL_NAME, build_command, fingerprint_draft, speculation_of
+from serve.server import find_port, run_server
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Matrix:
     temperatures: list[float]
     draft_tokens: list[int] | None = None
     limit: int | None = None
+    endpoint: str | None = None
+    """A running server with the draft, which answers everything, instead of servers of our own."""
 
 
 @dataclass
@@ -58,6 +60,14 @@ class Group:
     turns: list[Turn]
 
 
+@dataclass(frozen=True)
+class Served:
+    """A server: its URL without /v1, and its model's name there."""
+
+    url: str
+    model: str
+
+
 def measure(recipe: Recipe, recipe_args: Sequence[str], draft: Path, matrix: Matrix, output: Path) -> dict[str, Any]:
     """Measure the matrix; the report. `recipe_args` are the flags that gave `recipe`.
 
@@ -65,8 +75,15 @@ def measure(recipe: Recipe, recipe_args: Sequence[str], draft: Path, matrix: Mat
     and the sum of the requests' counts differ.
     """
     target = Target.read(recipe.target.path)
-    own = int(speculative_config(draft, target)["num_speculative_tokens"])
+    own = int(speculation_of(recipe, target, draft)["num_speculative_tokens"])
     draft_tokens = sorted(set(matrix.draft_tokens or [own]))
+    if matrix.endpoint and matrix.draft_tokens and len(draft_tokens) > 1:
+        raise UserError(
+            "--draft-tokens",
+            found=str(draft_tokens),
+            expected=f"the one number that {matrix.endpoint} drafts",
+            fix="Leave --endpoint out: then a server is started for each.",
+        )
     if not 1 <= draft_tokens[0] <= draft_tokens[-1] <= own:
         raise UserError(
             "--draft-tokens", found=str(draft_tokens), expected=f"from 1 to {own}, as {draft} drafts", fix="Correct it."
@@ -82,17 +99,28 @@ def measure(recipe: Recipe, recipe_args: Sequence[str], draft: Path, matrix: Mat
             "synth": recipe.synth.settings(),
             "modes": matrix.modes,
             "temperatures": matrix.temperatures,
+            "endpoint": bool(matrix.endpoint),
         },
         inputs={
             "prompts": hash_json([hash_file(path) for path in sets]),
             "target": target.fingerprint,
-            "draft": hash_json([hash_file(draft / name) for name in ("config.json", "model.safetensors")]),
+            "draft": fingerprint_draft(recipe, draft),
         },
         recipe_yaml=recipe.to_yaml(),
     )
     write_conversations(recipe, recipe_args, target, sets, matrix, output)
     groups = read_groups(sets, matrix, output)
-    results = {k: serve_groups(recipe, target, draft, k, groups, output, run) for k in draft_tokens}
+    results = {}
+    for k in draft_tokens:
+        folder = output / f"k{k}"
+        todo = [group for group in groups if not (folder / f"{group.name}.json").exists()]
+        if todo:
+            with _serve(recipe, target, draft, k, matrix.endpoint, folder / "server.log") as server:
+                asyncio.run(_send(server, todo[0].turns[:NUM_WARMUP], recipe, 1, "warm-up"))
+                for group in todo:
+                    write_json(folder / f"{group.name}.json", serve_group(recipe, server, group, k))
+                    run.tick()
+        results[k] = [dict(read_json(folder / f"{group.name}.json", "a group's replies")) for group in groups]
     report = {
         "draft": str(draft),
         "target": str(recipe.target.path),
@@ -137,7 +165,7 @@ def write_conversations(
                 todo.append((path, mode, folder))
     if not todo:
         return
-    with _serve(recipe, target, None, None, output / "conversations.log") as server:
+    with _serve(recipe, target, None, None, matrix.endpoint, output / "conversations.log") as server:
         for path, mode, folder in todo:
             print(f"bench: {path.stem}, thinking {mode or 'as it is'}, without a draft", flush=True)
             words = [
@@ -169,26 +197,10 @@ def read_groups(sets: Sequence[Path], matrix: Matrix, output: Path) -> list[Grou
     return groups
 
 
-def serve_groups(
-    recipe: Recipe, target: Target, draft: Path, num_draft_tokens: int, groups: Sequence[Group], output: Path, run: Run
-) -> list[dict[str, Any]]:
-    """What came of all groups with so many draft tokens; a group that is there already is not asked again."""
-    folder = output / f"k{num_draft_tokens}"
-    paths = {group.name: folder / f"{group.name}.json" for group in groups}
-    todo = [group for group in groups if not paths[group.name].exists()]
-    if todo:
-        with _serve(recipe, target, draft, num_draft_tokens, folder / "server.log") as server:
-            asyncio.run(_send(server, todo[0].turns[:NUM_WARMUP], recipe, 1, "warm-up"))
-            for group in todo:
-                write_json(paths[group.name], _serve_group(recipe, server, group, num_draft_tokens))
-                run.tick()
-    return [dict(read_json(paths[group.name], "a group's replies")) for group in groups]
-
-
-def _serve_group(recipe: Recipe, server: Server, group: Group, num_draft_tokens: int) -> dict[str, Any]:
+def serve_group(recipe: Recipe, server: Served, group: Group, num_draft_tokens: int) -> dict[str, Any]:
     """One group's answers, the delta of vLLM's counters over it, and where greedy replies differ.
 
-    Raises IncompleteError when the counters are not the sum of the requests' counts.
+    Raises IncompleteError when the counters are not the sum of the requests' counts, where the server tells these.
     """
     before = read_counters(server.url)
     at_once = max(recipe.bench.concurrency)
@@ -197,11 +209,17 @@ def _serve_group(recipe: Recipe, server: Server, group: Group, num_draft_tokens:
     after = read_counters(server.url)
     counters = {key: after[key] - before.get(key, 0.0) for key in after}
     counted = Acceptance.from_steps((a for answer in answers for a in answer.accepted), num_draft_tokens)
-    check_counters(counted, counters, group.name)
+    per_request = counted.steps > 0 or not counters["num_drafts"]
+    if per_request:
+        check_counters(counted, counters, group.name)
     recorded = {turn.id: turn.reply for turn in group.turns}
-    scorer = partial(score, f"{server.url}/v1", MODEL_NAME)
+    scorer = partial(score, f"{server.url}/v1", server.model)
     identical, differing = compare_replies(group.turns, recorded, answers, scorer)
     return {
+        "dataset": group.turns[0].dataset,
+        "thinking_mode": group.turns[0].thinking_mode,
+        "temperature": group.turns[0].temperature,
+        "per_request": per_request,
         "seconds": round(seconds, 3),
         "counters": counters,
         "greedy_identical": identical,
@@ -228,11 +246,11 @@ def check_counters(counted: Acceptance, counters: dict[str, float], where: str) 
 
 
 async def _send(
-    server: Server, turns: Sequence[Turn], recipe: Recipe, concurrency: int, title: str
+    server: Served, turns: Sequence[Turn], recipe: Recipe, concurrency: int, title: str
 ) -> tuple[list[Answer], float]:
     return await send_all(
         f"{server.url}/v1",
-        MODEL_NAME,
+        server.model,
         turns,
         concurrency=concurrency,
         max_tokens=recipe.synth.max_tokens,
@@ -243,8 +261,16 @@ async def _send(
 
 @contextmanager
 def _serve(
-    recipe: Recipe, target: Target, draft: Path | None, num_draft_tokens: int | None, log_path: Path
-) -> Iterator[Server]:
+    recipe: Recipe,
+    target: Target,
+    draft: Path | None,
+    num_draft_tokens: int | None,
+    endpoint: str | None,
+    log_path: Path,
+) -> Iterator[Served]:
+    if endpoint:
+        yield Served(endpoint.rstrip("/").removesuffix("/v1"), ask_model(endpoint))
+        return
     if num_draft_tokens is not None:
         speculative = {**recipe.serve.speculative, "num_speculative_tokens": num_draft_tokens}
         recipe = recipe.model_copy(update={"serve": recipe.serve.model_copy(update={"speculative": speculative})})
@@ -257,4 +283,4 @@ def _serve(
         extra_args={"per-request-spec-decode-metrics": "detailed"} if draft else {},
     )
     with run_server(command, log_path=log_path, startup_timeout_s=recipe.serve.startup_timeout_s) as server:
-        yield server
+        yield Served(server.url, MODEL_NAME)

@@ -41,7 +41,9 @@ def summarize(
     for k, groups in results.items():
         answers = {a.id: a for group in groups for a in answers_from_json(group["answers"])}
         loops = {id_ for id_, answer in answers.items() if find_loop(answer.token_ids, loop_tokens)}
-        rows = make_rows(turns, answers, loops, k)
+        told = {_key(group) for group in groups if group["per_request"]}
+        rows = make_rows([turn for turn in turns if turn.group in told], answers, loops, k)
+        rows += [row_of_counters(turns, loops, group, k) for group in groups if not group["per_request"]]
         report["rows"] += rows
         modes = sorted({(row["thinking_mode"], row["temperature"]) for row in rows})
         for mode, temperature in modes:
@@ -94,6 +96,30 @@ def make_rows(
     return rows
 
 
+def row_of_counters(
+    turns: Sequence[Turn], loops: Collection[str], group: Mapping[str, Any], num_draft_tokens: int
+) -> dict[str, Any]:
+    """The row of a group whose server does not tell what each request accepted: all categories, loops included."""
+    members = [turn for turn in turns if turn.group == _key(group)]
+    counters = group["counters"]
+    total = Acceptance.from_counters(
+        counters["num_drafts"], [counters.get(f"accepted_at_{i}", 0) for i in range(num_draft_tokens)]
+    )
+    return {
+        "dataset": group["dataset"],
+        "category": "(all)",
+        "thinking_mode": group["thinking_mode"],
+        "temperature": group["temperature"],
+        "num_draft_tokens": num_draft_tokens,
+        "n": len({turn.conversation for turn in members}),
+        "requests": len(members),
+        "looping": sum(turn.id in loops for turn in members),
+        "cut": sum(answer["finish_reason"] == "length" for answer in group["answers"]),
+        **total.summary(),
+        "interval": None,
+    }
+
+
 def pool_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The micro average of rows, from the sum of their counters, and the macro average of those that have steps."""
     total = Acceptance.pool(Acceptance(tuple(row["histogram"])) for row in rows)
@@ -116,8 +142,8 @@ def make_tables(report: Mapping[str, Any]) -> str:
         lines += ["", _title(entry), "", HEADER, RULE]
         for row in report["rows"]:
             if all(row[name] == value for name, value in key.items()):
-                low, high = row["interval"]
-                lines.append(_line(row["category"], row["dataset"], row, f" [{low:.2f}, {high:.2f}]"))
+                interval = " [{:.2f}, {:.2f}]".format(*row["interval"]) if row["interval"] else ""
+                lines.append(_line(row["category"], row["dataset"], row, interval))
         lines.append(_line("**micro**", "all", entry))
         lines.append(f"| **macro** | all | {entry['n']} | {entry['macro_acceptance_length']:.3f} | | |")
         if entry["looping"]["replies"]:
@@ -159,6 +185,10 @@ def write_report(report: Mapping[str, Any], output: Path) -> None:
         write_atomic(output / f"golden_al{suffix}.yaml", comment + yaml.safe_dump({name: golden}, sort_keys=False))
     _plot(report, output / "acceptance_by_k.png")
     write_json(output / "acceptance.json", report)
+
+
+def _key(group: Mapping[str, Any]) -> tuple[str, str, float]:
+    return group["dataset"], group["thinking_mode"], group["temperature"]
 
 
 def _by_conversation(turns: Sequence[Turn], answers: Mapping[str, Answer], num_draft_tokens: int) -> list[Acceptance]:

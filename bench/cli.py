@@ -46,6 +46,10 @@ def acceptance(
         str | None, typer.Option(help="1-7, or 3,7: a server for each number.", show_default="the draft's own")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows of each set.")] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(help="A running server with this draft, its URL ending in /v1.", show_default="start servers"),
+    ] = None,
     set_: OverridesOption = None,
 ) -> None:
     """Acceptance over prompt sets by category, thinking mode and draft tokens; or over held-out conversations."""
@@ -59,7 +63,9 @@ def acceptance(
         replay(loaded, conversations, draft, output)
         return
     modes = thinking_modes.split(",") if thinking_modes is not None else list(dict.fromkeys(loaded.synth.modes_in_turn))
-    matrix = Matrix(prompts or [], modes or [""], temperature or [0.0], parse_draft_tokens(draft_tokens), limit)
+    matrix = Matrix(
+        prompts or [], modes or [""], temperature or [0.0], parse_draft_tokens(draft_tokens), limit, endpoint
+    )
     words = ["--recipe", str(recipe), *(word for value in set_ or [] for word in ("--set", value))]
     measure(loaded, words, draft, matrix, output)
 

@@ -19,11 +19,11 @@ from bench.requests import Answer, Turn, answers_from_json, answers_to_json, rea
 from contracts.acceptance import Acceptance
 from contracts.conversation import CONVERSATIONS_FILE, check_written_by, read_conversations
 from contracts.errors import IncompleteError, UserError
-from contracts.files import hash_file, hash_json, read_json, write_json
+from contracts.files import hash_file, read_json, write_json
 from contracts.recipe import Recipe
 from contracts.run import Run
 from contracts.target import Target
-from serve.command import MODEL_NAME, build_command, speculative_config
+from serve.command import MODEL_NAME, build_command, fingerprint_draft, speculation_of
 from serve.server import find_port, run_server
 
 NUM_WARMUP = 2
@@ -36,7 +36,7 @@ def measure(recipe: Recipe, conversations: Path, draft: Path, output: Path) -> d
     """
     target = Target.read(recipe.target.path)
     state = check_written_by(conversations, target)
-    num_draft_tokens = int(speculative_config(draft, target)["num_speculative_tokens"])
+    num_draft_tokens = int(speculation_of(recipe, target, draft)["num_speculative_tokens"])
     turns = read_turns(read_conversations(conversations))
     if not turns:
         raise UserError(conversations, found="no finished conversation", expected="some", fix="Raise synth.max_tokens.")
@@ -51,7 +51,7 @@ def measure(recipe: Recipe, conversations: Path, draft: Path, output: Path) -> d
         inputs={
             "conversations": hash_file(conversations / CONVERSATIONS_FILE),
             "target": target.fingerprint,
-            "draft": hash_json([hash_file(draft / name) for name in ("config.json", "model.safetensors")]),
+            "draft": fingerprint_draft(recipe, draft),
         },
         recipe_yaml=recipe.to_yaml(),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 import urllib.request
 from collections.abc import Iterable, Sequence
@@ -44,6 +45,11 @@ class Turn:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def group(self) -> tuple[str, str, float]:
+        """Set, thinking mode and temperature: what is measured together."""
+        return self.dataset, self.thinking_mode, self.temperature
 
     @property
     def conversation(self) -> str:
@@ -105,7 +111,9 @@ async def send_all(
 
     Replies end after `max_tokens`, or where the recorded one was cut, or where `max_model_len` is full.
     """
-    client = openai.AsyncOpenAI(base_url=base_url, api_key="EMPTY", timeout=600, max_retries=0)
+    client = openai.AsyncOpenAI(
+        base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "EMPTY"), timeout=600, max_retries=0
+    )
     answers: dict[str, Answer] = {}
     waiting = iter(turns)
     started = time.perf_counter()
@@ -156,12 +164,23 @@ async def _send(client: openai.AsyncOpenAI, model: str, turn: Turn, max_tokens: 
     )
 
 
+def ask_model(url: str) -> str:
+    """The name of the model that a server has, from its /v1 URL. Raises UserError when it does not answer."""
+    client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "EMPTY"), timeout=30, max_retries=0)
+    try:
+        return client.models.list().data[0].id
+    except (openai.APIError, IndexError) as error:
+        raise UserError(
+            url, found=str(error)[:200], expected="a running server's URL, ending in /v1", fix="Correct it."
+        ) from None
+
+
 def score(url: str, model: str, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float]:
     """The target's log-probabilities of `token_ids` as the one that follows `prompt`.
 
     Raises UserError when the server does not tell them.
     """
-    client = openai.OpenAI(base_url=url, api_key="EMPTY", timeout=600, max_retries=0)
+    client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "EMPTY"), timeout=600, max_retries=0)
     try:
         response = client.completions.create(
             model=model,

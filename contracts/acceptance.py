@@ -31,6 +31,12 @@ class Acceptance:
         return cls(tuple(histogram))
 
     @classmethod
+    def from_counters(cls, num_drafts: float, accepted_at: Sequence[float]) -> Acceptance:
+        """From vLLM's counters: steps, and how many of them accepted position i, from 0."""
+        at_least = [int(num_drafts), *map(int, accepted_at), 0]
+        return cls(tuple(at_least[i] - at_least[i + 1] for i in range(len(at_least) - 1)))
+
+    @classmethod
     def pool(cls, parts: Iterable[Acceptance]) -> Acceptance:
         """The sum of the parts. Raises ValueError for none, or for different K."""
         return cls(tuple(map(sum, zip(*(part.histogram for part in parts), strict=True))))

@@ -16,7 +16,7 @@ from typing import Any
 
 from contracts.check import check_block_size, check_kv_dtype
 from contracts.errors import UserError
-from contracts.files import read_json
+from contracts.files import hash_file, hash_json, read_json
 from contracts.recipe import HeadSection, Purpose, PurposeSection, Recipe, VariantSection
 from contracts.target import Target
 from serve.engine import engine_env, is_cpu_engine
@@ -109,8 +109,7 @@ def build_command(
     of_purpose = section.purposes.get(purpose, PurposeSection()) if purpose else PurposeSection()
     speculative: dict[str, Any] = {}
     if draft is not None:
-        head = section.heads.get(str(draft))
-        speculative = of_head(head, target) if head else speculative_config(Path(draft), target)
+        speculative = speculation_of(recipe, target, draft)
         speculative |= {**section.speculative, **(variant.speculative if variant else {})}
     flags: dict[str, Any] = {
         "served-model-name": MODEL_NAME,
@@ -232,6 +231,23 @@ def to_flags(values: Mapping[str, Any]) -> list[str]:
         else:
             flags += [f"--{name}", str(value)]
     return flags
+
+
+def speculation_of(recipe: Recipe, target: Target, draft: Path | str) -> dict[str, Any]:
+    """vLLM's speculative config of an export's folder, or of one of serve.heads, by its name.
+
+    Raises UserError when the draft was not made for this target.
+    """
+    head = recipe.serve.heads.get(str(draft))
+    return of_head(head, target) if head else speculative_config(Path(draft), target)
+
+
+def fingerprint_draft(recipe: Recipe, draft: Path | str) -> str:
+    """What a draft is: the content of an export's folder, or the recipe's words for one of serve.heads."""
+    if (head := recipe.serve.heads.get(str(draft))) is not None:
+        return hash_json(head.model_dump(mode="json"))
+    files = [Path(draft) / "config.json", *sorted(Path(draft).glob("*.safetensors"))]
+    return hash_json([hash_file(file) for file in files])
 
 
 def of_head(head: HeadSection, target: Target) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import run
+from conftest import ROOT, command, run
 from written import write_store
 
 from bench.acceptance import parse_draft_tokens
@@ -23,15 +24,13 @@ def make_turn(id_: str, category: str, mode: str = "on", dataset: str = "a") -> 
     return Turn(f"{id_}-0-1", mode, category, [1], [2], dataset=dataset)
 
 
-def make_group(answers: list[Answer]) -> dict[str, Any]:
+def make_group(answers: list[Answer], dataset: str = "a", mode: str = "on") -> dict[str, Any]:
     steps = [a for answer in answers for a in answer.accepted]
     counters = {"num_drafts": float(len(steps)), "num_accepted_tokens": float(sum(steps))}
     return {
-        "answers": answers_to_json(answers),
-        "counters": counters,
-        "greedy_identical": len(answers),
-        "differing": [],
-    }
+        "dataset": dataset, "thinking_mode": mode, "temperature": 0.0, "per_request": True,
+        "answers": answers_to_json(answers), "counters": counters, "greedy_identical": len(answers), "differing": [],
+    }  # fmt: skip
 
 
 def test_rows_add_up_to_what_was_counted_and_loops_stand_apart() -> None:
@@ -43,7 +42,7 @@ def test_rows_add_up_to_what_was_counted_and_loops_stand_apart() -> None:
         Answer("u-0-1", looping, "length", [3] * 40, 0.1),
         Answer("t-0-1", [1, 2, 9], "stop", [0, 0], 0.1),
     ]
-    groups = [make_group(answers[:3]), make_group(answers[3:])]
+    groups = [make_group(answers[:3]), make_group(answers[3:], "b", "off")]
     report = summarize(turns, {3: groups}, {9}, loop_tokens=32)
     rows = {(row["category"], row["thinking_mode"]): row for row in report["rows"]}
     assert rows["x", "on"]["histogram"] == [2, 1, 1, 0]
@@ -61,6 +60,17 @@ def test_rows_add_up_to_what_was_counted_and_loops_stand_apart() -> None:
     assert "| looping, apart | all | 1 | 4.000 | 100.0% |" in table
 
 
+def test_a_server_that_tells_only_its_counters_gives_a_row_for_the_whole_set() -> None:
+    turns = [make_turn("w", "x"), make_turn("v", "y")]
+    answers = [Answer(turn.id, [1, 2, 9], "stop", [], 0.1) for turn in turns]
+    counters = {"num_drafts": 4.0, "num_accepted_tokens": 5.0, "accepted_at_0": 3.0, "accepted_at_1": 2.0}
+    report = summarize(turns, {3: [{**make_group(answers), "per_request": False, "counters": counters}]}, {9}, 32)
+    (row,) = report["rows"]
+    assert (row["category"], row["n"], row["histogram"]) == ("(all)", 2, [1, 1, 2, 0])
+    assert row["acceptance_length"] == 1 + 5 / 4
+    assert "| (all) | a | 2 | 2.250 |" in make_tables(report)
+
+
 @pytest.mark.parametrize(("text", "numbers"), [("1-4", [1, 2, 3, 4]), ("3,7", [3, 7]), ("5", [5]), (None, None)])
 def test_draft_tokens_are_numbers_or_ranges(text: str | None, numbers: list[int] | None) -> None:
     assert parse_draft_tokens(text) == numbers
@@ -69,6 +79,12 @@ def test_draft_tokens_are_numbers_or_ranges(text: str | None, numbers: list[int]
 def test_draft_tokens_that_are_none_are_refused() -> None:
     with pytest.raises(UserError, match="1-7 or 3,7"):
         parse_draft_tokens("all")
+
+
+def start_server(args: list[object], folder: Path) -> subprocess.Popen[str]:
+    """`serve start` with the draft, which prints its URL when it is healthy."""
+    words = command("serve", "start", *args, "--draft", folder / "export", "--log", folder / "server.log")
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 @pytest.mark.vllm
@@ -108,6 +124,16 @@ def test_sets_modes_and_draft_tokens_are_measured_in_one_run_that_resumes(
     (golden,) = yaml.safe_load((output / "golden_al.yaml").read_text()).values()
     assert {mode: sorted(lengths) for mode, lengths in golden.items()} == {"enabled": [2, 3], "disabled": [2, 3]}
     assert (output / "acceptance_by_k.png").exists()
+    running = start_server(args, tmp_path)
+    try:
+        assert running.stdout is not None
+        url = running.stdout.readline().split()[0]
+        at = [*args, "--draft", tmp_path / "export", "--output", tmp_path / "at", "--thinking-modes", "enabled"]
+        printed = run("bench", "acceptance", *at, "--prompts", one, "--endpoint", url).stdout
+    finally:
+        running.terminate()
+        running.wait(60)
+    assert sum(line.startswith("| (all) | one | 4 |") for line in printed.splitlines()) == 1, printed
     result = run("bench", "acceptance", *words, "--draft-tokens", "9", check=False)
     assert result.returncode == 2
     assert "from 1 to 3" in result.stderr
