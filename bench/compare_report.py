@@ -101,7 +101,7 @@ def _add_points(page: Page, series: dict[str, list[dict[str, Any]]]) -> None:
 def _add_acceptance(page: Page, acceptance: dict[str, Any], plots: dict[str, Path]) -> None:
     page.heading("Acceptance")
     page.text(
-        "Tokens a step, the bonus token included; pooled by adding steps. Draft tokens a step: "
+        "Tokens a step, the bonus token included; all modes and temperatures, pooled by adding steps. Draft tokens: "
         + ", ".join(f"{name} {draft['num_draft_tokens']}" for name, draft in acceptance.items())
     )
     for title in ("Acceptance by category", "Acceptance by position"):
