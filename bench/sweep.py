@@ -20,11 +20,11 @@ from typing import Any
 from bench.load import read_figures, run_load, write_prompts
 from bench.plan import Layout, Point
 from contracts.errors import IncompleteError, UserError
-from contracts.files import hash_file, hash_json, read_json, write_atomic, write_json
+from contracts.files import hash_file, read_json, write_atomic, write_json
 from contracts.recipe import Recipe
 from contracts.run import Run
 from contracts.target import Target
-from serve.command import ServeCommand, Sizes, build_command, of_head, speculative_config
+from serve.command import ServeCommand, Sizes, build_command, fingerprint_draft, speculation_of
 from serve.server import find_port, run_server
 
 MAX_FAILED_FRACTION = 0.05
@@ -87,14 +87,14 @@ def sweep(
     jobs = [job for of_server in servers.values() for job in of_server]
     state = Sweep(recipe, target, draft, output, left=[])
     if draft:
-        _check_draft(recipe, target, draft)  # before hours of work
+        speculation_of(recipe, target, draft)  # refused before hours of work, if at all
     run = Run.open(
         output,
         "bench sweep",
         settings={"sweep": recipe.bench.sweep.settings(), "serve": recipe.serve.settings()},
         inputs={
             "target": target.fingerprint,
-            "draft": _fingerprint(recipe, draft) if draft else "",
+            "draft": fingerprint_draft(recipe, draft) if draft else "",
             "dataset": _hash_dataset(recipe.bench.sweep.dataset),
         },
         recipe_yaml=recipe.to_yaml(),
@@ -227,23 +227,6 @@ def _in_words(record: dict[str, Any]) -> str:
         return f"{record['id']} failed: {record['reason']}"
     length = f", acceptance length {record['acceptance']['acceptance_length']:.3f}" if record["acceptance"] else ""
     return f"{record['id']} {record['total_tokens_per_s']:.1f} tokens/s in {record['seconds']:.0f} s{length}"
-
-
-def _check_draft(recipe: Recipe, target: Target, draft: str) -> None:
-    """Raise UserError for a draft that is not there, or of another target."""
-    head = recipe.serve.heads.get(draft)
-    if head:
-        of_head(head, target)
-    else:
-        speculative_config(Path(draft), target)
-
-
-def _fingerprint(recipe: Recipe, draft: str) -> str:
-    """What the draft is: the content of an export, the recipe's words for a published one."""
-    if draft in recipe.serve.heads:
-        return hash_json(recipe.serve.heads[draft].model_dump(mode="json"))
-    files = [Path(draft) / "config.json", *sorted(Path(draft).glob("*.safetensors"))]
-    return hash_json([hash_file(file) for file in files])
 
 
 def _hash_dataset(name: str) -> str:
