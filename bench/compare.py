@@ -1,6 +1,6 @@
 """What a draft is worth under load: uplift over no draft, break-even concurrency, acceptance; one draft or two.
 
-Reads:  one or two sweeps (`bench sweep`), acceptance by prompt set (`bench acceptance`).
+Reads:  one or two sweeps (`bench sweep`; one of two may lack a baseline), acceptance by prompt set.
 Writes: OUTPUT/compare.json, the plots as PNG, and report.html, which holds tables and plots and needs no other file.
 
 Uplift is draft / base - 1 on total tokens/s (input and output), at equal concurrency, layout and scenario.
@@ -69,7 +69,9 @@ def compare(sweeps: Sequence[Path], acceptance: Sequence[Path], output: Path) ->
         label: [p for p in found[name]["points"] if p["kind"] == kind and p["status"] == "done"]
         for (name, kind), label in labels.items()
     }
-    pairs = [(labels[name, "base"], labels[name, "draft"]) for name in names]
+    # A sweep without a baseline of its own is held against the other's.
+    with_base = [name for name in names if series[labels[name, "base"]]] or names
+    pairs = [(labels[name if name in with_base else with_base[0], "base"], labels[name, "draft"]) for name in names]
     pairs += [] if alone else [(names[0], names[1])]
     curves = [curve for over, name in pairs for curve in pair(series[over], series[name], name, over)]
     if not curves:

@@ -117,6 +117,16 @@ def test_two_sweeps_are_held_against_their_bases_and_each_other(tmp_path: Path) 
     assert {point["uplift"] for point in result["curves"][2]["points"]} == {0.1}
 
 
+def test_a_sweep_without_a_baseline_is_held_against_the_others(tmp_path: Path) -> None:
+    first = write_published(tmp_path / "eagle3")
+    second = write_sweep(tmp_path / "dflash", *(make_point("draft", c, 9.0 * PUBLISHED[c][0]) for c in PUBLISHED))
+    curves = compare([second, first], [], tmp_path / "out")["curves"]
+    assert [(curve["over"], curve["name"]) for curve in curves] == [
+        ("no draft (eagle3)", "dflash"), ("no draft (eagle3)", "eagle3"), ("dflash", "eagle3"),
+    ]  # fmt: skip
+    assert {point["uplift"] for point in curves[0]["points"]} == {8.0}
+
+
 def test_points_that_failed_or_were_measured_once_are_left_out(tmp_path: Path) -> None:
     sweep = write_sweep(
         tmp_path / "sweep", make_point("base", 1, 10.0), make_point("draft", 1, 20.0), make_point("base", 2, 10.0),
