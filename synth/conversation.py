@@ -14,11 +14,11 @@ from typing import Any
 from contracts.conversation import Conversation, Loop, Sample
 from contracts.errors import UserError
 from contracts.files import hash_bytes, read_json
+from contracts.loops import find_loop
 from contracts.recipe import Recipe, TargetSection
 from contracts.target import Target, find_folder
 from synth.endpoints import Endpoint, Endpoints, PromptTooLongError
 from synth.prompts import Prompt
-from contracts.loops import find_loop
 from synth.rendered import WHOLE, Renderer
 
 
