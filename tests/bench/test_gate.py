@@ -45,7 +45,7 @@ CAUSES = [
     ),
     ({"rope_parameters": {"rope_theta": 10000.0}}, "rope (YaRN factor): the export says None, training had 2.0"),
     ({"rms_norm_eps": 0.1}, "norm (rms_norm_eps): the export says 0.1, training had 1e-06"),
-    ({}, "are not the store's. Run `dump verify`"),
+    ({}, "are not the store's. Run `bench parity`"),
 ]
 
 
