@@ -89,6 +89,7 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    is_counted = False
     server: Server
 
     def setup(self) -> None:
@@ -125,11 +126,17 @@ class Handler(BaseHTTPRequestHandler):
             self.server.requests.append(body)
             self.server.in_flight += 1
             self.server.most_in_flight = max(self.server.most_in_flight, self.server.in_flight)
+        self.is_counted = True
         try:
             self._complete(body)
         finally:
-            with self.server.lock:
-                self.server.in_flight -= 1
+            self._leave()
+
+    def _leave(self) -> None:
+        """Before the answer is sent: the client's next request may be here before this thread runs again."""
+        with self.server.lock:
+            self.server.in_flight -= self.is_counted
+        self.is_counted = False
 
     def _complete(self, body: dict[str, Any]) -> None:
         if self._is_refused():
@@ -164,6 +171,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, body: dict[str, Any] | str, headers: dict[str, str] | None = None) -> None:
         data = (body if isinstance(body, str) else json.dumps(body)).encode()
+        self._leave()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
             self.send_header(name, value)
