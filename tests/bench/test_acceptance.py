@@ -1,160 +1,139 @@
-"""Claims about measuring: counters are read and summed right, the last step ends where the reply does."""
+"""Claims about acceptance over prompt sets: every reply is counted once, whatever is summed; and a run goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from conftest import ROOT, command, run
+from written import write_store
 
-from bench.acceptance import check_counters
-from bench.lossless import compare_replies, find_overruns
-from bench.replay import compare, kept_steps
-from bench.report import make_table
-from bench.requests import Answer, Turn, answers_to_json, parse_counters, read_turns
+from bench.acceptance import parse_draft_tokens
+from bench.acceptance_report import make_tables, summarize
+from bench.requests import Answer, Turn, answers_to_json
 from contracts.acceptance import Acceptance
-from contracts.conversation import Conversation, Sample
-from contracts.errors import IncompleteError
-
-METRICS = """
-# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
-# TYPE vllm:spec_decode_num_drafts_total counter
-vllm:spec_decode_num_drafts_total{engine="0",model_name="target"} 10.0
-vllm:spec_decode_num_drafts_total{engine="1",model_name="target"} 5.0
-# TYPE vllm:spec_decode_num_draft_tokens_total counter
-vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="target"} 45.0
-# TYPE vllm:spec_decode_num_accepted_tokens_total counter
-vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="target"} 20.0
-# TYPE vllm:spec_decode_num_accepted_tokens_per_pos_total counter
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="target",position="0"} 9.0
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="1",model_name="target",position="0"} 3.0
-"""
+from contracts.errors import UserError
+from contracts.target import Target
 
 
-def make_answer(tokens: int, accepted: list[int], id_: str = "a", first: int = 1) -> Answer:
-    return Answer(id_, [first, *range(2, tokens + 1)], "stop", accepted, 0.1)
+def make_turn(id_: str, category: str, mode: str = "on", dataset: str = "a") -> Turn:
+    return Turn(f"{id_}-0-1", mode, category, [1], [2], dataset=dataset)
 
 
-def test_counters_are_summed_over_engines() -> None:
-    counters = parse_counters(METRICS)
-    assert counters["num_drafts"] == 15
-    assert counters["num_draft_tokens"] == 45
-    assert counters["num_accepted_tokens"] == 20
-    assert counters["accepted_at_0"] == 12
-
-
-@pytest.mark.parametrize(
-    ("tokens", "accepted", "kept"),
-    [
-        (8, [3, 2], [3, 2]),  # 1 from the prefill, 4, 3: nothing left over
-        (7, [3, 2], [3, 2]),  # the bonus token was past the stop
-        (6, [3, 2], [3, 1]),  # a draft token was
-        (5, [3, 7], [3]),  # a step that began after the end counts for nothing
-        (1, [], []),
-    ],
-)
-def test_the_last_step_is_cut_where_the_reply_ends(tokens: int, accepted: list[int], kept: list[int]) -> None:
-    assert kept_steps(make_answer(tokens, accepted)) == kept
-
-
-def make_results(counters: dict[str, float]) -> tuple[list[Turn], dict[str, Any], dict[str, Any]]:
-    turns = [Turn("a", "enabled", "x", [0], [1, 2, 3]), Turn("b", "disabled", "x", [0], [1, 2])]
-    drafted = [make_answer(3, [1], "a"), make_answer(2, [0], "b", first=9)]
-    base = [make_answer(3, [], "a"), make_answer(2, [], "b")]
-    identical, differing = compare_replies(turns, {a.id: a.token_ids for a in base}, drafted)
-    point = {"seconds": 2.0, "tokens": 5, "greedy_identical": identical, "differing": differing}
-    return (
-        turns,
-        {"points": {"1": {**point, "counters": {}, "answers": answers_to_json(base)}}},
-        {"points": {"1": {**point, "counters": counters, "answers": answers_to_json(drafted)}}},
-    )
-
-
-def test_the_figures_come_from_sums_and_a_difference_is_located() -> None:
-    turns, baseline, drafted = make_results({"num_drafts": 2.0, "num_accepted_tokens": 1.0})
-    report = compare(turns, baseline, drafted, num_draft_tokens=3)
-    assert report["acceptance_length"] == 1.5
-    assert report["by_mode"]["enabled"]["acceptance_length"] == 2.0
-    assert report["tokens_per_s"] == {"1": 2.5}
-    assert (report["greedy_identical"], report["greedy_total"]) == (1, 2)
-    (found,) = report["differing"]
-    assert (found["turn"], found["concurrency"], found["first_token"], found["tokens"]) == ("b", 1, 0, (1, 9))
-
-
-def test_a_difference_tells_the_logit_gap_after_the_last_common_token() -> None:
-    turn = Turn("a", "", "", prompt=[7, 8], reply=[1, 2, 3])
-    asked = []
-
-    def score(prompt: Sequence[int], token_ids: Sequence[int]) -> list[float]:
-        asked.append((list(prompt), list(token_ids)))
-        return [-0.1, -0.35]
-
-    answer = Answer("a", [1, 5, 3], "stop", [], 0.1)
-    assert compare_replies([turn], {"a": [1, 2, 3]}, [answer], score) == (
-        0,
-        [{"turn": "a", "first_token": 1, "tokens": (2, 5), "logit_gap": 0.25}],
-    )
-    assert asked == [([7, 8, 1], [2, 5])]
-    shorter = Answer("a", [1, 2], "stop", [], 0.1)
-    assert compare_replies([turn], {"a": [1, 2, 3]}, [shorter], score)[1][0]["first_token"] is None
-    sampled = Turn("a", "", "", prompt=[7], reply=[1], sampling={"temperature": 0.8})
-    assert compare_replies([sampled], {"a": [1]}, [answer], score) == (0, [])
-
-
-@pytest.mark.parametrize(
-    ("token_ids", "finish_reason", "wrong"),
-    [([1, 2, 9], "stop", False), ([1, 9, 2], "stop", True), ([1, 2], "stop", True), ([1, 9], "length", True),
-     ([1, 2], "length", False)],
-)  # fmt: skip
-def test_a_reply_ends_at_its_stop_token_and_nowhere_else(token_ids: list[int], finish_reason: str, wrong: bool) -> None:
-    answer = Answer("a", token_ids, finish_reason, [], 0.1)
-    assert find_overruns([answer], {9}) == (["a"] if wrong else [])
-
-
-def test_counters_that_are_not_the_sum_of_the_requests_are_an_error() -> None:
-    turns, baseline, drafted = make_results({"num_drafts": 3.0, "num_accepted_tokens": 1.0})
-    with pytest.raises(IncompleteError, match="found 3 steps"):
-        compare(turns, baseline, drafted, num_draft_tokens=3)
-    counted = Acceptance.from_steps([2, 0], 3)
-    good = {"num_drafts": 2.0, "num_accepted_tokens": 2.0, "accepted_at_0": 1.0, "accepted_at_1": 1.0}
-    check_counters(counted, good, "here")
-    with pytest.raises(IncompleteError, match="here: found 2 as accepted_at_1"):
-        check_counters(counted, {**good, "accepted_at_1": 2.0}, "here")
-
-
-def test_every_finished_reply_is_a_turn_with_its_recorded_context() -> None:
-    values: dict[str, Any] = {
-        "source_id": "", "index": 0, "messages": [], "sampling": {}, "target": {}, "template": "", "usage": {},
-        "samples": [Sample(token_ids=[1, 2, 3, 4, 5, 6], loss_spans=[(1, 3), (5, 6)])],
+def make_group(answers: list[Answer], dataset: str = "a", mode: str = "on") -> dict[str, Any]:
+    steps = [a for answer in answers for a in answer.accepted]
+    counters = {"num_drafts": float(len(steps)), "num_accepted_tokens": float(sum(steps))}
+    return {
+        "dataset": dataset, "thinking_mode": mode, "temperature": 0.0, "per_request": True,
+        "answers": answers_to_json(answers), "counters": counters, "greedy_identical": len(answers), "differing": [],
     }  # fmt: skip
-    records = [
-        Conversation(id="b", finish_reason="stop", **values),
-        Conversation(id="a", finish_reason="length", **values),
-    ]
-    turns = read_turns(records)
-    assert [(turn.id, turn.prompt, turn.reply) for turn in turns] == [
-        ("b-0-1", [1], [2, 3]),
-        ("b-0-5", [1, 2, 3, 4, 5], [6]),
-    ]
-    turns = read_turns(records, include_cut=True, dataset="x")
-    assert [(turn.id, turn.conversation, turn.max_tokens) for turn in turns] == [
-        ("a-0-1", "a", None),
-        ("a-0-5", "a", 1),
-        ("b-0-1", "b", None),
-        ("b-0-5", "b", None),
-    ]
 
 
-def test_the_table_shows_both_numbers_and_the_speed_up() -> None:
-    figures = {"acceptance_length": 3.5, "per_position": [0.9, 0.8]}
-    served = {
-        **figures, "by_mode": {"enabled": figures}, "tokens_per_s": {"1": 30.0}, "baseline_tokens_per_s": {"1": 10.0},
-        "greedy_identical": 4, "greedy_total": 4,
+def test_rows_add_up_to_what_was_counted_and_loops_stand_apart() -> None:
+    turns = [make_turn("w", "x"), make_turn("v", "x"), make_turn("u", "y"), make_turn("t", "y", "off", "b")]
+    looping = [7, *([3, 4] * 80)]
+    answers = [
+        Answer("w-0-1", [1, 2, 3, 4, 9], "stop", [2, 0], 0.1),  # 1 + 3 + 1
+        Answer("v-0-1", [1, 2, 3, 9], "stop", [1, 0], 0.1),
+        Answer("u-0-1", looping, "length", [3] * 40, 0.1),
+        Answer("t-0-1", [1, 2, 9], "stop", [0, 0], 0.1),
+    ]
+    groups = [make_group(answers[:3]), make_group(answers[3:], "b", "off")]
+    report = summarize(turns, {3: groups}, {9}, loop_tokens=32)
+    rows = {(row["category"], row["thinking_mode"]): row for row in report["rows"]}
+    assert rows["x", "on"]["histogram"] == [2, 1, 1, 0]
+    assert (rows["x", "on"]["n"], rows["y", "on"]["n"], rows["y", "on"]["looping"]) == (2, 0, 1)
+    pooled = report["pooled"]["3"]
+    parts = [Acceptance(tuple(row["histogram"])) for row in report["rows"]]
+    assert pooled["histogram"] == list(Acceptance.pool(parts).histogram) == [4, 1, 1, 0]
+    assert pooled["steps"] + pooled["looping"]["steps"] == pooled["counters"]["num_drafts"]
+    assert pooled["accepted"] + pooled["looping"]["accepted"] == pooled["counters"]["num_accepted_tokens"]
+    assert pooled["macro_acceptance_length"] == pytest.approx((1 + 3 / 4 + 1) / 2)  # of the rows that have steps
+    assert [entry["steps"] for entry in report["by_mode"]] == [2, 4]
+    assert report["overruns"] == {"3": []}
+    table = make_tables(report)
+    assert "| x | a | 2 | 1.750" in table
+    assert "| looping, apart | all | 1 | 4.000 | 100.0% |" in table
+
+
+def test_a_server_that_tells_only_its_counters_gives_a_row_for_the_whole_set() -> None:
+    turns = [make_turn("w", "x"), make_turn("v", "y")]
+    answers = [Answer(turn.id, [1, 2, 9], "stop", [], 0.1) for turn in turns]
+    counters = {"num_drafts": 4.0, "num_accepted_tokens": 5.0, "accepted_at_0": 3.0, "accepted_at_1": 2.0}
+    report = summarize(turns, {3: [{**make_group(answers), "per_request": False, "counters": counters}]}, {9}, 32)
+    (row,) = report["rows"]
+    assert (row["category"], row["n"], row["histogram"]) == ("(all)", 2, [1, 1, 2, 0])
+    assert row["acceptance_length"] == 1 + 5 / 4
+    assert "| (all) | a | 2 | 2.250 |" in make_tables(report)
+
+
+@pytest.mark.parametrize(("text", "numbers"), [("1-4", [1, 2, 3, 4]), ("3,7", [3, 7]), ("5", [5]), (None, None)])
+def test_draft_tokens_are_numbers_or_ranges(text: str | None, numbers: list[int] | None) -> None:
+    assert parse_draft_tokens(text) == numbers
+
+
+def test_draft_tokens_that_are_none_are_refused() -> None:
+    with pytest.raises(UserError, match="1-7 or 3,7"):
+        parse_draft_tokens("all")
+
+
+def start_server(args: list[object], folder: Path) -> subprocess.Popen[str]:
+    """`serve start` with the draft, which prints its URL when it is healthy."""
+    words = command("serve", "start", *args, "--draft", folder / "export", "--log", folder / "server.log")
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(400)
+def test_sets_modes_and_draft_tokens_are_measured_in_one_run_that_resumes(
+    recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    args = ["--recipe", recipe_path]
+    store = write_store(tmp_path / "store", Target.read(target_folder))
+    run("train", "offline", *args, "--store", store, "--output", tmp_path / "draft")
+    run("train", "export", *args, "--run", tmp_path / "draft", "--output", tmp_path / "export")
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    rows = [{"id": f"q{n}", "category": f"kind{n % 2}", "turns": [f"Explain {n}."]} for n in range(4)]
+    one.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    two.write_text("".join(json.dumps({"prompt": f"What is {n}?"}) + "\n" for n in range(3)))
+    output = tmp_path / "out"
+    words = [*args, "--draft", tmp_path / "export", "--output", output, "--thinking-modes", "enabled,disabled"]
+    words += ["--prompts", one, "--prompts", f"second={two}", "--set", "bench.concurrency=[4]"]
+    run("bench", "acceptance", *words, "--draft-tokens", "3")
+    first = output / "k3/one-enabled-t0.json"
+    before = first.stat().st_mtime_ns
+    printed = run("bench", "acceptance", *words, "--draft-tokens", "2,3").stdout
+    assert first.stat().st_mtime_ns == before  # not asked again
+    assert "thinking enabled, temperature 0, K = 3" in printed
+    report = json.loads((output / "acceptance.json").read_text())
+    for k in ("2", "3"):
+        groups = [json.loads(path.read_text()) for path in (output / f"k{k}").glob("*.json")]
+        assert sum(len(group["answers"]) for group in groups) == 2 * (4 + 3)
+        assert report["greedy"][k]["identical"] == report["greedy"][k]["total"] == 14, report["greedy"][k]
+        assert report["overruns"][k] == []
+        pooled = report["pooled"][k]
+        counted = sum(a for group in groups for answer in group["answers"] for a in answer["accepted"])
+        assert counted == pooled["counters"]["num_accepted_tokens"]
+    assert {(row["dataset"], row["category"]) for row in report["rows"]} == {
+        ("one", "kind0"), ("one", "kind1"), ("second", "second"),
     }  # fmt: skip
-    report = {
-        "eval": {**figures, "by_mode": {"enabled": figures}}, "served": served,
-        "agreement": {"identical_walks": 2, "walks": 2}, "seconds": {"train": 1.0},
-    }  # fmt: skip
-    table = make_table(report)
-    assert "3.00x" in table
-    assert table.count("3.500") == 4
+    (golden,) = yaml.safe_load((output / "golden_al.yaml").read_text()).values()
+    assert {mode: sorted(lengths) for mode, lengths in golden.items()} == {"enabled": [2, 3], "disabled": [2, 3]}
+    assert (output / "acceptance_by_k.png").exists()
+    running = start_server(args, tmp_path)
+    try:
+        assert running.stdout is not None
+        url = running.stdout.readline().split()[0]
+        at = [*args, "--draft", tmp_path / "export", "--output", tmp_path / "at", "--thinking-modes", "enabled"]
+        printed = run("bench", "acceptance", *at, "--prompts", one, "--endpoint", url).stdout
+    finally:
+        running.terminate()
+        running.wait(60)
+    assert sum(line.startswith("| (all) | one | 4 |") for line in printed.splitlines()) == 1, printed
+    result = run("bench", "acceptance", *words, "--draft-tokens", "9", check=False)
+    assert result.returncode == 2
+    assert "from 1 to 3" in result.stderr
