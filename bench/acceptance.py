@@ -7,8 +7,8 @@ Writes: OUTPUT/prompts (the rows), OUTPUT/conversations/<set>-<mode> (`synth gen
 
 The target first writes every conversation without a draft. Each of its replies is then asked for again with the draft,
 as token ids in the recorded context: all numbers of draft tokens answer the very same prompts, and greedy replies can
-be compared with those without a draft. What is finished is kept: the conversations row by row, the rest by group (a
-set, a mode and a temperature).
+be compared with those without a draft. (A running server always drafts: its replies are compared with none.) What is
+finished is kept: the conversations row by row, the rest by group (a set, a mode and a temperature).
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ def measure(recipe: Recipe, recipe_args: Sequence[str], draft: Path, matrix: Mat
     )
     write_conversations(recipe, recipe_args, target, sets, matrix, output)
     groups = read_groups(sets, matrix, output)
+    if run.complete:
+        run.reopen()  # there may be other numbers of draft tokens to come
     results = {}
     for k in draft_tokens:
         folder = output / f"k{k}"
@@ -118,7 +120,8 @@ def measure(recipe: Recipe, recipe_args: Sequence[str], draft: Path, matrix: Mat
             with _serve(recipe, target, draft, k, matrix.endpoint, folder / "server.log") as server:
                 asyncio.run(_send(server, todo[0].turns[:NUM_WARMUP], recipe, 1, "warm-up"))
                 for group in todo:
-                    write_json(folder / f"{group.name}.json", serve_group(recipe, server, group, k))
+                    found = serve_group(recipe, server, group, k, compare=not matrix.endpoint)
+                    write_json(folder / f"{group.name}.json", found)
                     run.tick()
         results[k] = [dict(read_json(folder / f"{group.name}.json", "a group's replies")) for group in groups]
     report = {
@@ -149,13 +152,15 @@ def parse_draft_tokens(text: str | None) -> list[int] | None:
         if not first.isdecimal() or (separator and not last.isdecimal()):
             raise UserError("--draft-tokens", found=text, expected="numbers as in 1-7 or 3,7", fix="Correct it.")
         numbers += range(int(first), int(last if separator else first) + 1)
+    if not numbers:
+        raise UserError("--draft-tokens", found=text, expected="the smaller number first", fix="Correct it.")
     return numbers
 
 
 def write_conversations(
     recipe: Recipe, recipe_args: Sequence[str], target: Target, sets: Sequence[Path], matrix: Matrix, output: Path
 ) -> None:
-    """Have the target, without a draft, answer every set in every mode. One server for all that is not there yet."""
+    """Have the target answer every set in every mode, without a draft where the server is ours: one for all."""
     todo = []
     for path in sets:
         for mode in matrix.modes:
@@ -167,7 +172,8 @@ def write_conversations(
         return
     with _serve(recipe, target, None, None, matrix.endpoint, output / "conversations.log") as server:
         for path, mode, folder in todo:
-            print(f"bench: {path.stem}, thinking {mode or 'as it is'}, without a draft", flush=True)
+            how = "by the running server" if matrix.endpoint else "without a draft"
+            print(f"bench: {path.stem}, thinking {mode or 'as it is'}, {how}", flush=True)
             words = [
                 "generate", *recipe_args, "--prompts", str(path), "--output", str(folder), "--thinking-modes", mode,
                 "--endpoint", f"{server.url}/v1", "--set", f"synth.temperature={matrix.temperatures}",
@@ -197,10 +203,13 @@ def read_groups(sets: Sequence[Path], matrix: Matrix, output: Path) -> list[Grou
     return groups
 
 
-def serve_group(recipe: Recipe, server: Served, group: Group, num_draft_tokens: int) -> dict[str, Any]:
-    """One group's answers, the delta of vLLM's counters over it, and where greedy replies differ.
+def serve_group(
+    recipe: Recipe, server: Served, group: Group, num_draft_tokens: int, *, compare: bool
+) -> dict[str, Any]:
+    """One group's answers, the delta of vLLM's counters over it, and where greedy replies differ, if they are compared.
 
-    Raises IncompleteError when the counters are not the sum of the requests' counts, where the server tells these.
+    Raises UserError when the server drafts another number of tokens, IncompleteError when the counters are not the sum
+    of the requests' counts, where the server tells these.
     """
     before = read_counters(server.url)
     at_once = max(recipe.bench.concurrency)
@@ -208,13 +217,21 @@ def serve_group(recipe: Recipe, server: Served, group: Group, num_draft_tokens: 
     answers, seconds = asyncio.run(_send(server, group.turns, recipe, at_once, title))
     after = read_counters(server.url)
     counters = {key: after[key] - before.get(key, 0.0) for key in after}
+    positions = sum(key.startswith("accepted_at_") for key in counters)  # vLLM has one for each draft token
+    if positions != num_draft_tokens:
+        raise UserError(
+            server.url,
+            found=f"a server that drafts {positions} tokens a step",
+            expected=str(num_draft_tokens),
+            fix="Name its number with --draft-tokens.",
+        )
     counted = Acceptance.from_steps((a for answer in answers for a in answer.accepted), num_draft_tokens)
     per_request = counted.steps > 0 or not counters["num_drafts"]
     if per_request:
         check_counters(counted, counters, group.name)
     recorded = {turn.id: turn.reply for turn in group.turns}
     scorer = partial(score, f"{server.url}/v1", server.model)
-    identical, differing = compare_replies(group.turns, recorded, answers, scorer)
+    identical, differing = compare_replies(group.turns, recorded, answers, scorer) if compare else (0, [])
     return {
         "dataset": group.turns[0].dataset,
         "thinking_mode": group.turns[0].thinking_mode,
@@ -222,6 +239,7 @@ def serve_group(recipe: Recipe, server: Served, group: Group, num_draft_tokens: 
         "per_request": per_request,
         "seconds": round(seconds, 3),
         "counters": counters,
+        "compared": compare,
         "greedy_identical": identical,
         "differing": differing,
         "answers": answers_to_json(answers),

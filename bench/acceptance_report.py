@@ -56,9 +56,10 @@ def summarize(
             "looping": _of_loops(turns, answers, loops, k),
             "counters": _sum_counters([group["counters"] for group in groups]),
         }
-        differing = [{**found} for group in groups for found in group["differing"]]
+        differing = [found for group in groups for found in group["differing"]]
         identical = sum(group["greedy_identical"] for group in groups)
         report["greedy"][str(k)] = {
+            "compared": all(group["compared"] for group in groups),
             "identical": identical,
             "total": identical + len(differing),
             "differing": differing,
@@ -159,7 +160,10 @@ def make_tables(report: Mapping[str, Any]) -> str:
             lines.append(f"| {mode or 'as it is'} | {temperature:g} | {figures} |")
     lines.append("")
     for k, greedy in report["greedy"].items():
-        lines.append(f"Greedy replies identical to those without a draft, K = {k}: {_describe(greedy)}")
+        if greedy["compared"]:
+            lines.append(f"Greedy replies identical to those without a draft, K = {k}: {_describe(greedy)}")
+        else:
+            lines.append("Greedy replies were compared with none: the running server always drafts.")
     wrong = sum(len(found) for found in report["overruns"].values())
     lines.append(f"Replies that do not end at their stop token: {wrong}")
     return "\n".join(lines).lstrip("\n") + "\n"

@@ -28,7 +28,7 @@ def make_group(answers: list[Answer], dataset: str = "a", mode: str = "on") -> d
     steps = [a for answer in answers for a in answer.accepted]
     counters = {"num_drafts": float(len(steps)), "num_accepted_tokens": float(sum(steps))}
     return {
-        "dataset": dataset, "thinking_mode": mode, "temperature": 0.0, "per_request": True,
+        "dataset": dataset, "thinking_mode": mode, "temperature": 0.0, "per_request": True, "compared": True,
         "answers": answers_to_json(answers), "counters": counters, "greedy_identical": len(answers), "differing": [],
     }  # fmt: skip
 
@@ -79,6 +79,8 @@ def test_draft_tokens_are_numbers_or_ranges(text: str | None, numbers: list[int]
 def test_draft_tokens_that_are_none_are_refused() -> None:
     with pytest.raises(UserError, match="1-7 or 3,7"):
         parse_draft_tokens("all")
+    with pytest.raises(UserError, match="smaller number first"):
+        parse_draft_tokens("7-1")
 
 
 def start_server(args: list[object], folder: Path) -> subprocess.Popen[str]:
@@ -130,10 +132,14 @@ def test_sets_modes_and_draft_tokens_are_measured_in_one_run_that_resumes(
         url = running.stdout.readline().split()[0]
         at = [*args, "--draft", tmp_path / "export", "--output", tmp_path / "at", "--thinking-modes", "enabled"]
         printed = run("bench", "acceptance", *at, "--prompts", one, "--endpoint", url).stdout
+        wrong = run("bench", "acceptance", *at, "--prompts", one, "--endpoint", url, "--draft-tokens", 2, check=False)
     finally:
         running.terminate()
         running.wait(60)
     assert sum(line.startswith("| (all) | one | 4 |") for line in printed.splitlines()) == 1, printed
+    assert "Greedy replies were compared with none" in printed
+    assert wrong.returncode == 2
+    assert "a server that drafts 3 tokens a step, expected 2" in wrong.stderr
     result = run("bench", "acceptance", *words, "--draft-tokens", "9", check=False)
     assert result.returncode == 2
     assert "from 1 to 3" in result.stderr
