@@ -26,7 +26,7 @@ def save_checkpoint(
     config: DraftConfig,
     best_length: float | None = None,
 ) -> None:
-    """Write step-XXXXXX, then drop all but the last `train.keep_checkpoints` and the best. Every process calls it.
+    """Write step-<number>, then drop all but the last `train.keep_checkpoints` and the best. Every process calls it.
 
     `best_length`: this one is the best so far, with that predicted acceptance length.
     """
