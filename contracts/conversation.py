@@ -8,18 +8,23 @@ each rewritten turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from contracts.errors import UserError
-from contracts.files import hash_json, read_jsonl
+from contracts.files import hash_json, parse_line, read_lines
 from contracts.run import read_run
+from contracts.shards import folders_by_count, folders_of_others, shard_folder, shard_of
 from contracts.target import Target
 
 CONVERSATIONS_FILE = "conversations.jsonl"
+WHAT = "conversations written by `synth generate`"
+LEADING_ID = re.compile(rb'\{"id":"([0-9a-f]{32})"')
 
 
 class Sample(BaseModel):
@@ -103,18 +108,59 @@ def check_written_by(folder: Path, target: Target) -> dict[str, Any]:
     return state
 
 
-def read_conversations(folder_or_file: Path) -> Iterator[Conversation]:
-    """Yield the records of a `synth` output folder, or of one JSONL file. A bad line is a UserError that names it."""
+def find_part(folder: Path, shard: tuple[int, int] | None) -> list[Path]:
+    """The folders that hold a shard's conversations: `folder` itself, or its own shard where it has as many.
+
+    Such a shard can be read as soon as it is finished, whatever becomes of the rest. Raises UserError while a shard of
+    another number is being written.
+    """
+    if shard is None or list(folders_by_count(folder))[-1:] != [shard[1]]:
+        return [folder]
+    return [shard_folder(folder, *shard), *folders_of_others(folder, shard[1])]
+
+
+def read_conversations(folder_or_file: Path, shard: tuple[int, int] | None = None) -> Iterator[Conversation]:
+    """Yield the records of a `synth` output folder, or of one JSONL file; those of a shard, if asked for.
+
+    A bad line is a UserError that names it.
+    """
     path = folder_or_file / CONVERSATIONS_FILE if folder_or_file.is_dir() else folder_or_file
-    for number, value in read_jsonl(path, "conversations written by `synth generate`"):
+    for where, line in _read_records(path, shard):
+        value = parse_line(line, where, WHAT)
         try:
             yield Conversation.model_validate(value)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"]) or "the record"
             raise UserError(
-                f"{path}:{number}",
+                where,
                 found=f"{place}: {first['msg']}",
                 expected="a conversation record",
                 fix="See docs/formats.md, or write the conversations again with `synth generate`.",
             ) from None
+
+
+def hash_conversations(folders: Sequence[Path], shard: tuple[int, int] | None = None) -> str:
+    """A checksum of records that does not depend on their order or on how many files they are in.
+
+    The sum of the lines' sha256 modulo 2^256, as hex: the checksums of all shards sum to that of the whole.
+    """
+    lines = (line for folder in folders for _, line in _read_records(folder / CONVERSATIONS_FILE, shard))
+    return add_checksums(hashlib.sha256(line).hexdigest() for line in lines)
+
+
+def add_checksums(checksums: Iterable[str]) -> str:
+    """The checksum of records of which each of `checksums` has a part."""
+    return f"{sum(int(checksum, 16) for checksum in checksums) % 2**256:064x}"
+
+
+def _read_records(path: Path, shard: tuple[int, int] | None) -> Iterator[tuple[str, bytes]]:
+    """Lines and their places. Of a shard without parsing the others' lines: their id comes first as we write them."""
+    for number, line in read_lines(path, WHAT):
+        where = f"{path}:{number}"
+        if shard is not None:
+            match = LEADING_ID.match(line)
+            id_ = match[1].decode() if match else parse_line(line, where, WHAT)["id"]
+            if shard_of(id_, shard[1]) != shard[0]:
+                continue
+        yield where, line

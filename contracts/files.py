@@ -51,18 +51,26 @@ def read_json(path: Path, what: str) -> Any:
 
 def read_jsonl(path: Path, what: str) -> Iterator[tuple[int, Any]]:
     """Yield `(line number from 1, value)`; a broken line is a UserError that names it."""
+    for number, line in read_lines(path, what):
+        yield number, parse_line(line, f"{path}:{number}", what)
+
+
+def read_lines(path: Path, what: str) -> Iterator[tuple[int, bytes]]:
+    """Yield `(number from 1, line)`, without empty ones. Raises UserError for a missing file, calling it `what`."""
     if not path.is_file():
         raise UserError(path, found="no such file", expected=what, fix="Correct the path, or make the file first.")
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise UserError(
-                    f"{path}:{number}", found=f"broken JSON ({error})", expected=what, fix="Mend or delete this line."
-                ) from None
+            if line.strip():
+                yield number, line
+
+
+def parse_line(line: bytes, where: str, what: str) -> Any:
+    """The JSON of a line; a broken one is a UserError."""
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise UserError(where, found=f"broken JSON ({error})", expected=what, fix="Mend or delete this line.") from None
 
 
 def hash_bytes(data: bytes | memoryview) -> str:

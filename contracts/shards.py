@@ -1,6 +1,8 @@
 """Shards of a stage's run: FOLDER/shards/<i>-of-<n>/, each written by one process.
 
-A run may go on with another number of shards: what those of the number before have finished stays theirs, and counts.
+A conversation belongs to the same shard in every stage, on every machine and whatever the order of the input, as its id
+decides. A run may go on with another number of shards: what those of the number before have finished stays theirs, and
+counts.
 """
 
 from __future__ import annotations
@@ -12,6 +14,11 @@ from pathlib import Path
 from contracts.errors import UserError
 
 SHARD_NAME = re.compile(r"(\d{5,})-of-(\d{5,})")
+
+
+def shard_of(conversation_id: str, count: int) -> int:
+    """Which of `count` shards a conversation belongs to. Its id is 32 hex digits of a hash of its content."""
+    return int(conversation_id, 16) % count
 
 
 def shard_folder(folder: Path, number: int, count: int) -> Path:

@@ -61,7 +61,7 @@ class Manifest(BaseModel):
     engine: str
     engine_version: str
     dtype: str
-    conversations: str
+    conversations: str = ""
     conversations_folder: str = ""
 
 
@@ -117,14 +117,19 @@ class Store:
         write_json(self.manifest_path, manifest.model_dump())
 
     def claim(self, manifest: Manifest) -> None:
-        """Write the manifest, or agree with the one that is there. Raises UserError for another one."""
+        """Write the manifest, or agree with the one that is there. Raises UserError for another one.
+
+        Which conversations these are is not known before all shards have read theirs.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "claim.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # several shards may begin at once
             if not self.manifest_path.exists():
                 return self.write_manifest(manifest)
         found = self.read_manifest()
-        for key, value in manifest.model_dump(exclude={"target", "conversations_folder"}).items():
+        known = manifest.conversations and found.conversations
+        told = {"target", "conversations_folder"} if known else {"target", "conversations_folder", "conversations"}
+        for key, value in manifest.model_dump(exclude=told).items():
             if getattr(found, key) != value:
                 raise UserError(
                     f"{self.manifest_path} ({key})",

@@ -37,7 +37,7 @@ def plan(
     target = Target.of(loaded.target)
     layer_ids = captured_layers(loaded.target, target)
     if conversations is not None:
-        planned = make_plan(loaded, target, layer_ids, conversations)
+        planned = make_plan(loaded, target, layer_ids, [conversations])
     elif samples is not None:
         planned = suppose_plan(loaded, target, layer_ids, samples, mean_tokens)
     else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,13 +24,14 @@ FILE_OVERHEAD_BYTES = 1024  # a sample's header and its ledger line
 
 @dataclass
 class Plan:
-    """Counts of the rows to capture, and of those left out by reason."""
+    """Counts of the rows to capture, of those left out by reason, and of those that other shards have."""
 
     samples: int = 0
     tokens: int = 0
     supervised: int = 0
     bytes: int = 0
     longest: int = 0
+    elsewhere: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -42,14 +43,17 @@ def make_plan(
     recipe: Recipe,
     target: Target,
     layer_ids: list[int],
-    conversations: Path,
+    folders: Sequence[Path],
     shard: tuple[int, int] | None = None,
     is_done: Callable[[str], bool] = lambda _: False,
     elsewhere: frozenset[str] = frozenset(),
 ) -> Plan:
-    """Count what is to be captured; of samples that are there already (`is_done`) only their row."""
+    """Count what is to be captured; of samples that are there already (`is_done`, or `elsewhere`) only their row."""
     plan, max_tokens = Plan(), longest_sample(recipe, target)
-    for row in read_rows(conversations, TemplateMasks(recipe.target, target), shard, elsewhere):
+    for row in read_rows(folders, TemplateMasks(recipe.target, target), shard):
+        if row.sample_id in elsewhere:
+            plan.elsewhere += 1
+            continue
         verdict = judge(recipe.dump, row, max_tokens)
         if is_done(row.sample_id):
             plan.left_out["there already"] += 1

@@ -25,9 +25,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from contracts.conversation import CONVERSATIONS_FILE, check_written_by
+from contracts.conversation import check_written_by, find_part, hash_conversations
 from contracts.errors import IncompleteError, UserError
-from contracts.files import hash_file
 from contracts.ledger import STATUSES, LedgerFile, check_counts
 from contracts.recipe import DumpSection, Recipe
 from contracts.run import Run
@@ -54,16 +53,19 @@ def dump(
 ) -> dict[str, Any]:
     """Capture every sample that the store still lacks; its summary (counts by status, tokens, bytes).
 
-    `shard` (i, n) takes the conversations whose id is i modulo n; `force` goes on when the disk seems too small. Raises
-    UserError for conversations of another target and for a full disk, IncompleteError for too many rejected samples.
+    `shard` (i, n) takes the conversations whose id is i modulo n; of a synthesis in n shards its shard i, which is all
+    that must be finished. `force` goes on when the disk seems too small. Raises UserError for conversations of another
+    target and for a full disk, IncompleteError for too many rejected samples.
     """
     target = Target.read(recipe.target.path)
-    check_written_by(conversations, target)
+    folders = find_part(conversations, shard)
+    check_written_by(folders[0], target)
     layer_ids = captured_layers(recipe.target, target)
     store = Store(output)
     folder = output if shard is None else store.shard_folder(*shard)
     elsewhere = ids_elsewhere(store, shard[1]) if shard else frozenset[str]()
-    manifest = make_manifest(recipe, target, layer_ids, conversations)
+    checksum = hash_conversations(folders, shard)
+    manifest = make_manifest(recipe, target, layer_ids, conversations, checksum if shard is None else "")
     run = Run.open(
         folder,
         STAGE,
@@ -74,7 +76,7 @@ def dump(
             "serve": recipe.serve.settings(),
             **({} if shard is None else {"shard": f"{shard[0]}/{shard[1]}"}),
         },
-        inputs={"conversations": manifest.conversations, "target": target.fingerprint},
+        inputs={"conversations": checksum, "target": target.fingerprint},
         recipe_yaml=recipe.to_yaml(),
     )
     if run.complete:
@@ -82,15 +84,14 @@ def dump(
     else:
         store.claim(manifest)
         ledger = DumpLedger(folder / "ledger.jsonl")
-        plan = make_plan(recipe, target, layer_ids, conversations, shard, ledger.has, elsewhere)
+        plan = make_plan(recipe, target, layer_ids, folders, shard, ledger.has, elsewhere)
         if ledger.counts.total():
             print(f"dump: {ledger.counts.total()} of {plan.rows} samples are there already, going on")
         if not force:
             refuse_full_disk(output, plan.bytes)
         masks = TemplateMasks(recipe.target, target)
-        rows = _take_rows(
-            recipe, ledger, read_rows(conversations, masks, shard, elsewhere), longest_sample(recipe, target)
-        )
+        todo = (row for row in read_rows(folders, masks, shard) if row.sample_id not in elsewhere)
+        rows = _take_rows(recipe, ledger, todo, longest_sample(recipe, target))
         if not plan.samples:
             assert next(rows, None) is None  # the ledger learns of those that are left out; no engine is needed
         else:
@@ -107,6 +108,7 @@ def dump(
         masks.tell()
         counts = {status: ledger.counts[status] for status in STATUSES}
         summary = {**counts, "samples": counts["done"], "tokens": ledger.tokens, "bytes": ledger.bytes}
+        summary["rows"] = plan.rows + plan.elsewhere
         ledger.close()
         check_counts(folder / "ledger.jsonl", counts, plan.rows)
         print(f"dump: {_describe(summary)} in {run.seconds:.0f} s -> {folder}")
@@ -117,8 +119,8 @@ def dump(
     return dict(run.state["summary"])
 
 
-def make_manifest(recipe: Recipe, target: Target, layer_ids: list[int], conversations: Path) -> Manifest:
-    """What the states of this dump are."""
+def make_manifest(recipe: Recipe, target: Target, layer_ids: list[int], conversations: Path, checksum: str) -> Manifest:
+    """What the states of this dump are. A shard has no `checksum` of all conversations: it knows its part of them."""
     engine = engine_name() if recipe.dump.backend != "hf" else _transformers_version()
     return Manifest(
         target=str(target.path),
@@ -133,7 +135,7 @@ def make_manifest(recipe: Recipe, target: Target, layer_ids: list[int], conversa
         engine=engine[0],
         engine_version=engine[1],
         dtype=recipe.dump.dtype,
-        conversations=hash_file(conversations / CONVERSATIONS_FILE),
+        conversations=checksum,
         conversations_folder=str(conversations.absolute()),
     )
 

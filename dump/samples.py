@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,21 +24,12 @@ class Row:
         return len(self.sample.token_ids)
 
 
-def read_rows(
-    conversations: Path,
-    masks: TemplateMasks,
-    shard: tuple[int, int] | None = None,
-    elsewhere: frozenset[str] = frozenset(),
-) -> Iterator[Row]:
-    """Yield every sample, or those of the conversations whose id is i modulo n: stable whatever the order.
-
-    Samples that are accounted for `elsewhere` are left out.
-    """
-    for conversation in read_conversations(conversations):
-        if shard is None or int(conversation.id, 16) % shard[1] == shard[0]:
+def read_rows(folders: Sequence[Path], masks: TemplateMasks, shard: tuple[int, int] | None = None) -> Iterator[Row]:
+    """Yield every sample of the conversations in `folders`, or those of a shard (contracts/shards.py)."""
+    for folder in folders:
+        for conversation in read_conversations(folder, shard):
             for number, sample in enumerate(masks.apply(conversation)):
-                if (sample_id := f"{conversation.id}-{number}") not in elsewhere:
-                    yield Row(sample_id, conversation, sample)
+                yield Row(f"{conversation.id}-{number}", conversation, sample)
 
 
 @dataclass(frozen=True)

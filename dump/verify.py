@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from contracts.conversation import CONVERSATIONS_FILE, Sample
+from contracts.conversation import CONVERSATIONS_FILE, Sample, hash_conversations
 from contracts.errors import IncompleteError
-from contracts.files import hash_file, read_json, write_json
+from contracts.files import read_json, write_json
 from contracts.ledger import Ledger
 from contracts.recipe import Recipe
 from contracts.run import read_run
@@ -121,8 +121,8 @@ def _check_manifest(store: Store, manifest: Manifest, target: Target) -> None:
 def _find_sources(manifest: Manifest) -> Path | None:
     """The folder of the conversations, if they are where they were, unchanged."""
     folder = Path(manifest.conversations_folder)
-    path = folder / CONVERSATIONS_FILE
-    if manifest.conversations_folder and path.exists() and hash_file(path) == manifest.conversations:
+    there = manifest.conversations_folder and (folder / CONVERSATIONS_FILE).exists()
+    if there and hash_conversations([folder]) == manifest.conversations:
         return folder
     print("verify: the conversations are not at hand; tokens and masks are not compared with them")
     return None
@@ -134,7 +134,7 @@ def _walk(
     """Every sample that is done, as it was generated, cut as the dump was told to."""
     settings = read_run(store.folder, "dump run")["settings"]
     section = recipe.dump.model_copy(update={"truncate": settings["dump"]["truncate"]})
-    for row in read_rows(conversations, TemplateMasks(recipe.target, target)):
+    for row in read_rows([conversations], TemplateMasks(recipe.target, target)):
         if ledger.entries.get(row.sample_id, {}).get("status") == "done":
             taken = judge(section, row, settings["max_tokens"]).row
             yield row.sample_id, taken.sample if taken else row.sample

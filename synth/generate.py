@@ -14,19 +14,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from tqdm import tqdm
+
 from contracts.errors import IncompleteError, UserError
 from contracts.ledger import STATUSES, check_counts, read_entries
 from contracts.recipe import Recipe
 from contracts.run import Run
 from contracts.seen import Seen
-from contracts.shards import folders_of_others, shard_folder
+from contracts.shards import folders_of_others, shard_folder, shard_of
 from contracts.target import Target
 from serve.command import build_command
 from serve.server import find_port, run_server
 from synth.conversation import check_modes, resolve_sampling
-from synth.output import LEDGER_FILE, Elsewhere, Output
-from synth.prompts import Reject, read_prompts
-from synth.sources import open_prompts
+from synth.output import LEDGER_FILE, Output
+from synth.prompts import Prompt, Reject, read_prompts
+from synth.sources import Wanted, open_prompts
 from synth.work import Job, write_all
 
 STAGE = "synth generate"
@@ -42,9 +45,10 @@ def generate(
 ) -> dict[str, Any]:
     """Write every conversation that `output` still lacks; its summary (counts by status, tokens).
 
-    Without `synth.endpoints` a server is started and stopped. `shard` (i, n) takes the rows whose place in the input is
-    i modulo n. Raises UserError for bad input, IncompleteError when the servers are lost or too many rows failed, and
-    KeyboardInterrupt after Ctrl-C or SIGTERM; all keep what was finished.
+    Without `synth.endpoints` a server is started and stopped. `shard` (i, n) takes the conversations whose id is i
+    modulo n, and of the rows that cannot be used those whose number is. Raises UserError for bad input, IncompleteError
+    when the servers are lost or too many rows failed, and KeyboardInterrupt after Ctrl-C or SIGTERM; all keep what was
+    finished.
     """
     check_modes(recipe)
     temperatures, sampling = resolve_sampling(recipe)
@@ -65,35 +69,20 @@ def generate(
         inputs={"prompts": prompt_set.checksum, "target": target.fingerprint},
         recipe_yaml=recipe.to_yaml(),
     )
-    samples_per_row = recipe.synth.num_samples * len(temperatures)
-    first, step = shard or (0, 1)
-    num_rows = len(range(first, prompt_set.num_rows, step))
-    seen = Seen()
+    seen, samples_per_row = Seen(), recipe.synth.num_samples * len(temperatures)
 
-    def note(entry: dict[str, Any]) -> None:
-        if entry["sample"] == 0:
-            seen.first_row("content", entry["id"], entry["index"])
-            if "source" in entry:
-                seen.first_row("source", entry["source"], entry["index"])
+    def read(wanted: Wanted = lambda _: True) -> Iterator[Prompt | Reject]:
+        rows = prompt_set.rows(wanted)
+        return read_prompts(rows, recipe.synth.modes_in_turn, temperatures, recipe.synth.num_samples, seen)
 
-    out = Output(folder, prompt_set.num_rows, samples_per_row, note)
+    out = Output(folder, prompt_set.num_rows, samples_per_row)
     again = ("", "failed") if retry_failed else ("",)
-    elsewhere = Elsewhere(others, prompt_set.num_rows, samples_per_row)
-
-    def is_ours(index: int, sample: int) -> bool:
-        """Whether this shard accounts for a place: not if one of another number of shards has done so."""
-        return elsewhere.status(index, sample) in again or bool(out.status(index, sample))
-
-    def is_open(index: int, sample: int) -> bool:
-        return is_ours(index, sample) and out.status(index, sample) in again
-
-    def wanted(index: int) -> bool:
-        return index % step == first and any(is_open(index, sample) for sample in range(samples_per_row))
-
-    rows = range(first, prompt_set.num_rows, step)
-    num_expected = num_rows * samples_per_row
-    if others:
-        num_expected = sum(is_ours(index, sample) for index in rows for sample in range(samples_per_row))
+    ours = find_places(read(), prompt_set.num_rows, samples_per_row, shard)
+    for entry in (entry for other in others for entry in read_entries(other / LEDGER_FILE)):
+        if entry["status"] not in again:
+            ours[entry["index"], entry["sample"]] = False
+    ours |= out.accounted.reshape(ours.shape)
+    num_expected = int(ours.sum())
     num_open = num_expected - out.counts.total() + (out.counts["failed"] if retry_failed else 0)
     if run.complete and not num_open:
         out.close()
@@ -103,12 +92,14 @@ def generate(
     print(f"synth: {prompt_set.num_rows} rows in {len(prompt_set.files)} files; {num_expected} conversations to write")
     if out.counts.total():
         print(f"synth: {num_expected - num_open} of {num_expected} are there already, going on with {num_open}")
+
+    def is_open(index: int, sample: int) -> bool:
+        return bool(ours[index, sample]) and out.status(index, sample) in again
+
     todo = (
         item
-        for item in read_prompts(
-            prompt_set.rows(wanted), recipe.synth.modes_in_turn, temperatures, recipe.synth.num_samples, seen
-        )
-        if isinstance(item, Reject) or is_open(item.index, item.sample)
+        for item in read(lambda index: any(is_open(index, sample) for sample in range(samples_per_row)))
+        if is_open(item.index, item.sample)
     )
     job = Job(recipe, target, sampling, todo, out, run, num_expected)
     stopped = False
@@ -124,8 +115,8 @@ def generate(
     summary = {
         **{status: out.counts[status] for status in STATUSES},
         "input": num_expected,
-        "rows": num_rows,
-        "places": num_rows * samples_per_row,
+        "rows": prompt_set.num_rows,
+        "places": ours.size,  # of the whole input
         "tokens": out.tokens,
         **out.flags,
     }
@@ -134,6 +125,19 @@ def generate(
     _refuse_useless(folder, out, recipe.synth.max_failed_fraction, num_expected)
     run.finish(summary)
     return summary
+
+
+def find_places(
+    items: Iterator[Prompt | Reject], num_rows: int, samples_per_row: int, shard: tuple[int, int] | None
+) -> np.ndarray:
+    """(rows, samples) bool: which places are this shard's. Walks the whole input: every shard must know of repeats."""
+    ours = np.zeros((num_rows, samples_per_row), dtype=bool)
+    total = num_rows * samples_per_row
+    for item in tqdm(items, desc="read", total=total, unit="conv", delay=2, mininterval=1, disable=None):
+        number, count = shard or (0, 1)
+        place = item.index % count if isinstance(item, Reject) else shard_of(item.id, count)
+        ours[item.index, item.sample] = place == number
+    return ours
 
 
 @contextmanager
@@ -151,7 +155,7 @@ def serve_target(recipe: Recipe, target: Target, folder: Path) -> Iterator[tuple
 def _refuse_useless(folder: Path, out: Output, max_failed_fraction: float, num_expected: int) -> None:
     """Tell of failures; raise when they are too many, or when no row at all could be used."""
     status = "failed" if out.counts["failed"] else "filtered"
-    if status == "filtered" and out.counts["filtered"] < num_expected:
+    if not out.counts[status] or (status == "filtered" and out.counts["filtered"] < num_expected):
         return
     entries = (entry for entry in read_entries(folder / LEDGER_FILE) if entry["status"] == status)
     still = (entry["reason"] for entry in entries if out.status(entry["index"], entry["sample"]) == status)

@@ -2,8 +2,6 @@
 
 Reads:  RUN/shards/<i>-of-<n>/ of every i, each finished; and what shards of an earlier number of them had written.
 Writes: RUN/conversations.jsonl, ledger.jsonl, rejects.jsonl, run.json: as if one process had written it all.
-
-A prompt that two shards hold in the same mode is kept once, the other filtered, as a single run would have it.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import os
 from array import array
 from collections import Counter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import yaml
@@ -25,7 +23,6 @@ from contracts.files import read_json
 from contracts.ledger import STATUSES, check_counts, parse_entry
 from contracts.recipe import Recipe
 from contracts.run import Run, read_run
-from contracts.seen import Seen
 from contracts.shards import folders_by_count, shard_folder
 from synth.generate import STAGE, describe
 from synth.output import FLAGS, LEDGER_FILE, write_rejects
@@ -42,7 +39,7 @@ def merge(folder: Path) -> dict[str, Any]:
     before = [read_json(shard / "run.json", "a shard's state") for shard in earlier]
     for shard, state in zip([*shards, *earlier], [*states, *before], strict=True):
         _check_same(shard, state, states[0])
-    num_expected = sum(state["summary"]["places"] for state in states)
+    num_expected = states[0]["summary"]["places"]  # of the whole input
     shards = [*earlier, *shards]  # of two lines for one place the later folder's counts
     settings = {key: value for key, value in states[0]["settings"].items() if key != "shard"}
     recipe = Recipe.model_validate(yaml.safe_load((shards[0] / "resolved.yaml").read_text()))
@@ -57,7 +54,7 @@ def merge(folder: Path) -> dict[str, Any]:
     summary = {
         **counts,
         "input": num_expected,
-        "rows": sum(state["summary"]["rows"] for state in states),
+        "rows": states[0]["summary"]["rows"],
         "places": num_expected,
         "tokens": tokens,
         "shards": len(shards),
@@ -100,7 +97,7 @@ def _check_same(shard: Path, state: dict[str, Any], first: dict[str, Any]) -> No
                     expected=f"{first[part].get(key)} as in the first shard",
                     fix="Write all shards with the same recipe and prompts.",
                 )
-    if state["summary"]["failed"]:
+    if state["summary"].get("failed"):
         print(f"synth: {shard.name} has {state['summary']['failed']} failed rows; --retry-failed tries them again")
 
 
@@ -111,26 +108,19 @@ def _copy_all(shards: list[Path], folder: Path) -> tuple[dict[str, int], Counter
     ledgers = [(shard / LEDGER_FILE).open("rb") for shard in shards]
     counts: Counter[str] = Counter()
     flags: Counter[str] = Counter()
-    seen, end, tokens = Seen(), 0, 0
+    end = tokens = 0
     targets = [folder / CONVERSATIONS_FILE, folder / LEDGER_FILE]
     temporaries = [path.with_name(f".{path.name}.tmp") for path in targets]
     with temporaries[0].open("wb") as out, temporaries[1].open("wb") as ledger:
         for place in tqdm(order, desc="merge", unit="conv", disable=None):
-            index, sample, shard, offset = map(int, place)
+            shard, offset = map(int, place[2:])
             ledgers[shard].seek(offset)
             entry = parse_entry(ledgers[shard].readline(), f"{shards[shard] / LEDGER_FILE}, byte {offset}")
-            first = index
-            if entry["status"] in ("done", "truncated"):
-                first = seen.first_row("id", entry["id"], index)
-            if first != index:
-                reason = f"the same prompt and mode as row {first}; ask for more with synth.num_samples"
-                entry = {"id": f"row-{index:07d}-{sample}", "status": "filtered", "reason": reason}
-                entry |= {"index": index, "sample": sample}
-            elif "end" in entry:
-                line = _read_record(records[shard], entry, seen)
-                out.write(line)
-                end += len(line)
-                entry |= {"size": len(line), "end": end}
+            if "end" in entry:
+                records[shard].seek(entry["end"] - entry["size"])
+                out.write(records[shard].read(entry["size"]))
+                end += entry["size"]
+                entry["end"] = end
             ledger.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
             counts[entry["status"]] += 1
             flags.update(flag for flag in FLAGS if entry.get(flag))
@@ -159,16 +149,3 @@ def _index(shards: list[Path]) -> np.ndarray:
     rows = rows[np.lexsort((rows[:, 3], rows[:, 2], rows[:, 1], rows[:, 0]))]
     last = np.append((np.diff(rows[:, :2], axis=0) != 0).any(axis=1), True)  # a retry's line wins
     return rows[last]
-
-
-def _read_record(file: BinaryIO, entry: dict[str, Any], seen: Seen) -> bytes:
-    """A record's line; a row's own id that an earlier row has, too, gives way to the content's."""
-    file.seek(entry["end"] - entry["size"])
-    line = file.read(entry["size"])
-    source = entry.get("source")
-    if source is None or seen.first_row("source", source, entry["index"]) == entry["index"]:
-        return line
-    record = json.loads(line)
-    record["source_id"] = record["id"]
-    del entry["source"]
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"

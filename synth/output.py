@@ -15,9 +15,10 @@ import os
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from contracts.conversation import CONVERSATIONS_FILE, Conversation
 from contracts.errors import UserError
@@ -32,33 +33,14 @@ FLAGS = ("loop", "stopped", "rendered")
 Item = tuple[dict[str, Any], Conversation | None]
 
 
-class Elsewhere:
-    """What shards of another number have accounted for; one byte a place."""
-
-    def __init__(self, folders: list[Path], num_rows: int, samples_per_row: int) -> None:
-        self._samples_per_row = samples_per_row
-        self._status = bytearray(num_rows * samples_per_row if folders else 0)
-        for folder in folders:
-            for entry in read_entries(folder / LEDGER_FILE):
-                place = entry["index"] * samples_per_row + entry["sample"]
-                self._status[place] = 1 + STATUSES.index(entry["status"])
-
-    def status(self, index: int, sample: int) -> str:
-        """How a sample of a row ended there; "" where it has not."""
-        code = self._status[index * self._samples_per_row + sample] if self._status else 0
-        return STATUSES[code - 1] if code else ""
-
-
 class Output:
     """The conversations of one folder; every place (row * samples + sample) is accounted for once.
 
     Memory: one byte a place.
     """
 
-    def __init__(
-        self, folder: Path, num_rows: int, samples_per_row: int, seen: Callable[[dict[str, Any]], None]
-    ) -> None:
-        """Load what is there; `seen` is told of each row that was read. Raises UserError for lost records."""
+    def __init__(self, folder: Path, num_rows: int, samples_per_row: int) -> None:
+        """Load what is there. Raises UserError for lost records."""
         self.folder = folder
         self.counts: Counter[str] = Counter()
         self.flags: Counter[str] = Counter()
@@ -70,8 +52,6 @@ class Output:
         for entry in self._ledger.read():
             self._account(entry)
             committed = max(committed, entry.get("end", 0))
-            if entry["status"] != "filtered":
-                seen(entry)
         self._file = (folder / CONVERSATIONS_FILE).open("ab")
         if self._file.tell() < committed:
             raise UserError(
@@ -91,6 +71,11 @@ class Output:
         """How a sample of a row ended; "" where it has not yet."""
         code = self._status[index * self._samples_per_row + sample]
         return STATUSES[code - 1] if code else ""
+
+    @property
+    def accounted(self) -> np.ndarray:
+        """(places,) bool: which ones the ledger has."""
+        return np.frombuffer(bytes(self._status), dtype=np.uint8) > 0
 
     def add(self, conversation: Conversation) -> None:
         """Account for a conversation. It is durable when its ledger line is, soon after."""
@@ -118,10 +103,9 @@ class Output:
         self._put({**entry, "sample": prompt.sample, **source}, None)
 
     def add_reject(self, reject: Reject) -> None:
-        """Account for all samples of a row that cannot be used."""
-        for sample in range(self._samples_per_row):
-            entry = {"id": f"row-{reject.index:07d}-{sample}", "status": "filtered", "reason": reject.reason}
-            self._put({**entry, "index": reject.index, "sample": sample, "where": reject.where}, None)
+        """Account for a sample of a row that cannot be used."""
+        entry = {"id": f"row-{reject.index:07d}-{reject.sample}", "status": "filtered", "reason": reject.reason}
+        self._put({**entry, "index": reject.index, "sample": reject.sample, "where": reject.where}, None)
 
     def close(self) -> None:
         """Write what is still waiting, then rejects.jsonl. Raises UserError when the disk would not take it."""

@@ -2,7 +2,7 @@
 
 A row holds `messages` (OpenAI), `conversations` (ShareGPT's `from`/`value`, or role/content), `turns` or `prompt`;
 `tools`, `system`, `id` and `category` are optional. Lists may be JSON in a string, as Parquet files have them. Every
-row becomes a Prompt for each sample asked for, or a Reject that says why not.
+row becomes, for each sample asked for, a Prompt or a Reject that says why not.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Reject:
-    """A row that cannot be used, and why."""
+    """A sample of a row that cannot be used, and why."""
 
     index: int
+    sample: int
     where: str
     reason: str
 
@@ -59,7 +60,7 @@ class Reject:
 def read_prompts(
     rows: Iterator[Row], thinking_modes: Sequence[str], temperatures: Sequence[float], num_samples: int, seen: Seen
 ) -> Iterator[Prompt | Reject]:
-    """Yield every sample of every row: `num_samples` for each temperature, or one Reject for the row.
+    """Yield every sample of every row: `num_samples` for each temperature.
 
     Row i takes mode i modulo their number. The row's own id is kept where no earlier row has it; a prompt that an
     earlier row has in the same mode is a Reject, as its conversations would have the same ids.
@@ -75,7 +76,8 @@ def read_prompts(
             if first != row.index:
                 raise ValueError(f"the same prompt and mode as row {first}; ask for more with synth.num_samples")
         except ValueError as error:
-            yield Reject(row.index, row.where, str(error))
+            for sample in range(num_samples * len(temperatures)):
+                yield Reject(row.index, sample, row.where, str(error))
             continue
         own_id = next((_to_text(row.value[key]) for key in ID_KEYS if row.value.get(key) not in (None, "")), "")
         unique = own_id and seen.first_row("source", own_id, row.index) == row.index

@@ -120,9 +120,9 @@ def test_shards_hold_every_sample_once_whatever_the_order(recipe_path: Path, tmp
         lines = [make_conversation(id=id_).model_dump_json() for id_ in order]
         (tmp_path / name).write_text("\n".join(lines) + "\n")
     for number in range(3):
-        parts = [{row.sample_id for row in read_rows(tmp_path / name, masks, (number, 3))} for name in "ab"]
+        parts = [{row.sample_id for row in read_rows([tmp_path / name], masks, (number, 3))} for name in "ab"]
         assert parts[0] == parts[1]
-    whole = [row.sample_id for number in range(3) for row in read_rows(tmp_path / "a", masks, (number, 3))]
+    whole = [row.sample_id for number in range(3) for row in read_rows([tmp_path / "a"], masks, (number, 3))]
     assert sorted(whole) == sorted(f"{id_}-0" for id_ in ids)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from conftest import kill_when, read_lines, run
 from written import write_conversations
 
+from contracts.conversation import CONVERSATIONS_FILE, read_conversations
 from contracts.errors import UserError
 from contracts.recipe import load_recipe
 from contracts.store import Store
@@ -122,6 +124,56 @@ def test_a_store_that_two_shards_fill_through_kills_holds_every_sample_once(
         assert torch.equal(a.loss_mask, b.loss_mask)
         for states in ("hidden_states", "aux_hidden_states"):
             assert (getattr(a, states) - getattr(b, states)).norm() / getattr(b, states).norm() < 1e-5
+
+
+def split(whole: Path, folder: Path, count: int, finished: tuple[int, ...]) -> None:
+    """The shards of a synthesis as it is before `synth merge`."""
+    for number in range(count):
+        shard = folder / f"shards/{number:05d}-of-{count:05d}"
+        shutil.copytree(whole, shard)
+        lines = [record.model_dump_json() + "\n" for record in read_conversations(whole, (number, count))]
+        (shard / CONVERSATIONS_FILE).write_text("".join(lines[::-1]))
+        state = json.loads((shard / "run.json").read_text())
+        (shard / "run.json").write_text(json.dumps({**state, "complete": number in finished}))
+
+
+def test_a_shard_is_dumped_as_soon_as_its_conversations_are_written_and_all_equal_a_dump_of_the_merged_ones(
+    recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    whole = write_conversations(target_folder, tmp_path / "whole", 20)
+    dump(recipe_path, whole, tmp_path / "expected", *HF)
+    parts = tmp_path / "parts"
+    split(whole, parts, 3, finished=(1,))
+    output = tmp_path / "store"
+    early = dump(recipe_path, parts, output, *HF, "--shard", "0/3", check=False)
+    assert early.returncode == 2
+    assert "shards/00000-of-00003: found an unfinished `synth generate`" in early.stderr
+    assert "1 of 3 shards are finished" in dump(recipe_path, parts, output, *HF, "--shard", "1/3").stdout
+    shutil.rmtree(parts / "shards")
+    split(whole, parts, 3, finished=(0, 1, 2))
+    dump(recipe_path, parts, output, *HF, "--shard", "0/3")
+    shutil.rmtree(parts)
+    shutil.copytree(whole, parts)  # merged, and the shards deleted: the same conversations
+    assert "joined 3 shards, 20 samples" in dump(recipe_path, parts, output, *HF, "--shard", "2/3").stdout
+    assert {**done(output)} == {**done(tmp_path / "expected")}
+    assert Store(output).read_manifest().conversations == Store(tmp_path / "expected").read_manifest().conversations
+    printed = run("dump", "verify", "-r", recipe_path, "--store", output).stdout
+    assert "tokens and masks of 20 samples are the conversations'" in printed
+
+
+def test_a_shard_whose_conversations_were_written_anew_is_refused(
+    recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    whole = write_conversations(target_folder, tmp_path / "whole", 12)
+    split(whole, tmp_path / "parts", 2, finished=(0, 1))
+    dump(recipe_path, tmp_path / "parts", tmp_path / "store", *HF, "--shard", "0/2")
+    path = tmp_path / "parts/shards/00000-of-00002" / CONVERSATIONS_FILE
+    record = json.loads(path.read_text().splitlines()[0])
+    record["samples"][0]["token_ids"][-1] += 1
+    path.write_text(json.dumps(record) + "\n" + path.read_text().partition("\n")[2])
+    refused = dump(recipe_path, tmp_path / "parts", tmp_path / "store", *HF, "--shard", "0/2", check=False)
+    assert refused.returncode == 2
+    assert "inputs.conversations" in refused.stderr
 
 
 @pytest.fixture

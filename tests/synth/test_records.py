@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import scripted
-from conftest import read_lines, run
+from conftest import kill_when, read_lines, run
 
 from contracts.conversation import Conversation, read_conversations
 from contracts.errors import UserError
@@ -255,16 +255,17 @@ def test_sharegpt_output_has_the_replies_as_generated(
 
 def shard_rows() -> list[Any]:
     rows: list[Any] = [{"id": f"row-{i % 17}", "prompt": f"q{i}"} for i in range(20)]
-    # Rows 20 and 5 have the same prompt and mode, in different shards of 4 but not in one of a single run.
+    # Row 20 has row 5's prompt and mode, rows 17 to 19 have earlier rows' own ids: mostly of other shards.
     return [*rows, {"prompt": "q5"}, {"no": "prompt"}, {"prompt": "endless"}]
 
 
 def test_merged_shards_are_what_one_run_writes(recipe_path: Path, tmp_path: Path, server: scripted.Server) -> None:
     rows = shard_rows()
-    whole = generate(recipe_path, tmp_path, rows, server)
+    several = settings("synth.num_samples=2", "synth.temperature=0.5")
+    whole = generate(recipe_path, tmp_path, rows, server, *several)
     prompts = tmp_path / "prompts.jsonl"
     output = tmp_path / "sharded"
-    args = ("-r", recipe_path, "--prompts", prompts, "--output", output, "--endpoint", server.url)
+    args = ("-r", recipe_path, "--prompts", prompts, "--output", output, "--endpoint", server.url, *several)
     for number in (2, 0, 3):
         run("synth", "generate", *args, "--shard", f"{number}/4")
     early = run("synth", "merge", output, check=False)
@@ -272,7 +273,12 @@ def test_merged_shards_are_what_one_run_writes(recipe_path: Path, tmp_path: Path
     assert "found 3 of 4 shards, 00001-of-00004 not among them" in early.stderr
     run("synth", "generate", *args, "--shard", "1/4")
     printed = run("synth", "merge", output).stdout
-    assert "merged 4 shards, 23 rows: 20 done, 1 truncated, 2 filtered" in printed
+    assert "merged 4 shards, 46 rows: 40 done, 2 truncated, 4 filtered" in printed
+    for number in range(4):
+        ids = [record.id for record in read_conversations(output / f"shards/0000{number}-of-00004")]
+        assert ids
+        assert {int(id_, 16) % 4 for id_ in ids} == {number}
+        assert sorted(ids) == sorted(record.id for record in read_conversations(output, (number, 4)))
     merged = list(read_conversations(output))
     assert merged == whole  # in the order of the input
     one, many = (json.loads((folder / "run.json").read_text()) for folder in (tmp_path / "out", output))
@@ -287,19 +293,25 @@ def test_merged_shards_are_what_one_run_writes(recipe_path: Path, tmp_path: Path
 def test_a_run_that_goes_on_with_another_number_of_shards_loses_and_repeats_nothing(
     recipe_path: Path, tmp_path: Path, server: scripted.Server
 ) -> None:
-    whole = generate(recipe_path, tmp_path, shard_rows(), server)
+    rows = [*shard_rows(), {"prompt": "slow"}]
+    whole = generate(recipe_path, tmp_path, rows, server)
     output = tmp_path / "sharded"
     args = ("-r", recipe_path, "--prompts", tmp_path / "prompts.jsonl", "--output", output, "--endpoint", server.url)
-    for shard in ("2/4", "0/4", "0/3", "1/3", "2/3"):
+    cut = int(whole[-1].id, 16) % 4
+    ledger = output / f"shards/0000{cut}-of-00004/ledger.jsonl"
+    assert kill_when(lambda: len(read_lines(ledger)) > 1, "synth", "generate", *args, "--shard", f"{cut}/4") == -9
+    begun = len(read_lines(ledger))
+    for shard in (f"{(cut + 1) % 4}/4", "0/3", "1/3", "2/3"):
         run("synth", "generate", *args, "--shard", shard)
+    assert len(read_lines(ledger)) == begun
     held = (output / "shards/00001-of-00003/run.lock").open("a")
     fcntl.flock(held, fcntl.LOCK_EX)
     refused = run("synth", "generate", *args, "--shard", "0/5", check=False)
     assert "found a process at work on a shard of another number" in refused.stderr
     held.close()
     written = [line["index"] for path in output.glob("shards/*/ledger.jsonl") for line in read_lines(path)]
-    assert sorted(written) == list(range(23))
-    assert "merged 5 shards, 23 rows: 20 done, 1 truncated, 2 filtered" in run("synth", "merge", output).stdout
+    assert sorted(written) == list(range(24))
+    assert "merged 5 shards, 24 rows: 21 done, 1 truncated, 2 filtered" in run("synth", "merge", output).stdout
     assert list(read_conversations(output)) == whole
 
 
