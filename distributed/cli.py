@@ -51,8 +51,9 @@ def submit(
     slurm: SlurmOption = None,
     set_: OverridesOption = None,
 ) -> None:
-    """Submit a stage as an array of tasks, or the pipeline with each stage waiting for the one before."""
+    """Submit a stage as an array of tasks, or the pipeline: each shard is dumped once it is written, then training."""
     from distributed.plan import STAGES, StagePlan
+    from distributed.submit import NOTHING
     from distributed.submit import submit as submit_plan
 
     load_checked(recipe, set_)
@@ -60,7 +61,7 @@ def submit(
         raise UserError("stage", found=stage, expected="synth, dump, train or pipeline", fix="Correct it.")
     options = _parse_options(slurm)
     folders = {name: output / name for name in STAGES} if stage == "pipeline" else {stage: output}
-    source, after = input_.absolute(), list[str]()
+    source, submitted = input_.absolute(), NOTHING
     for name, folder in folders.items():
         resources = _resources(
             name, cluster, max_running, time_min, signal_delay_s, nodes, tasks_per_node, gpus_per_node, cpus_per_task,
@@ -75,7 +76,7 @@ def submit(
             shards=1 if name == "train" else shards,
             processes_per_node=max(1, gpus_per_node),
         )
-        after = submit_plan(plan, resources, after)
+        submitted = submit_plan(plan, resources, submitted)
         source = folder.absolute()
 
 
@@ -102,15 +103,16 @@ def retry(
     slurm: SlurmOption = None,
 ) -> None:
     """Submit again what is unfinished, and nothing else."""
+    from distributed.submit import NOTHING
     from distributed.submit import submit as submit_plan
 
-    after = list[str]()
+    submitted = NOTHING
     for plan in _plans(folder):
         resources = _resources(
             plan.stage, cluster, max_running, time_min, signal_delay_s, nodes, tasks_per_node, gpus_per_node,
             cpus_per_task, _parse_options(slurm),
         )  # fmt: skip
-        after = submit_plan(plan, resources, after)
+        submitted = submit_plan(plan, resources, submitted)
 
 
 def _plans(folder: Path) -> list[StagePlan]:

@@ -54,9 +54,9 @@ class StagePlan(BaseModel):
         words = ("-m", "train.cli", "offline", *args, "--store", self.input, "--output", self.output)
         return TorchrunTask(words, self.env, processes_per_node=self.processes_per_node)
 
-    def last_task(self) -> Task | None:
-        """What comes once after all tasks: the merge of synthesis. The last shard of a dump joins them by itself."""
-        return Task(stage_words("synth", "merge", self.output), self.env) if self.stage == "synth" else None
+    def merge_task(self) -> Task:
+        """What comes once after all tasks of a synthesis. The last shard of a dump joins them by itself."""
+        return Task(stage_words("synth", "merge", self.output), self.env)
 
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

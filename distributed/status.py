@@ -13,7 +13,7 @@ from contracts.files import read_json
 from contracts.ledger import read_entries
 from contracts.recipe import load_recipe
 from contracts.shards import is_at_work
-from distributed.plan import StagePlan
+from distributed.plan import PLAN_FILE, StagePlan, read_plan
 
 RECENT_S = 120.0
 """A task on another machine, whose lock may not be seen here, is taken for running while its state is so fresh."""
@@ -72,15 +72,20 @@ def show_status(plan: StagePlan, total: int | None) -> list[TaskStatus]:
 
 
 def count_total(plan: StagePlan) -> int | None:
-    """Rows of the whole input: what finished shards of one number say of theirs, or the input's own count."""
+    """Rows of the whole input, if they can be told. A dump counts on what its synthesis has yet to write."""
     if plan.stage == "train":
         return load_recipe(Path(plan.recipe), plan.overrides).train.num_steps
     if plan.stage == "dump":
         state = Path(plan.input) / "run.json"
-        if not state.exists():
+        if state.exists():
+            summary = read_json(state, "a synthesis").get("summary", {})
+            return summary.get("done", 0) + summary.get("truncated", 0) or None
+        if not (Path(plan.input) / PLAN_FILE).exists():
             return None
-        summary = read_json(state, "a synthesis").get("summary", {})
-        return summary.get("done", 0) + summary.get("truncated", 0) or None
+        before = read_plan(Path(plan.input))
+        lost = [task_status(before, number).counts for number in range(before.shards)]
+        rows = count_total(before)
+        return None if rows is None else rows - sum(counts["filtered"] + counts["failed"] for counts in lost)
     if plan.input.endswith(".jsonl") and Path(plan.input).exists():
         synth = load_recipe(Path(plan.recipe), plan.overrides).synth
         temperatures = len(synth.temperature) if isinstance(synth.temperature, list) else 1

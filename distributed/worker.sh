@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-#SBATCH --job-name=draftline-synth
+#SBATCH --job-name=draftline-worker
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --requeue
@@ -8,11 +8,14 @@
 # One array task: one shard of `synth generate` on one node. Starts the servers that the node's GPUs hold, waits until they
 # are healthy, lets synth work on all of them, and stops them whatever happens. What was finished is kept: a task that is
 # preempted, or runs out of time, goes on when it is queued again, which it asks for by itself before the time is over.
+# With STAGE=dump, one shard of `dump run`: of a synthesis in as many shards, as soon as its own one is written.
 #
 #   sbatch --array=0-63 --gpus-per-node=8 --time=12:00:00 distributed/worker.sh RECIPE INPUT OUTPUT [--set KEY=VALUE ...]
-#   synth merge OUTPUT       # when all are done
+#   STAGE=dump sbatch --array=0-63 --gpus-per-node=8 --dependency=aftercorr:JOB distributed/worker.sh RECIPE OUTPUT STORE
+#   synth merge OUTPUT       # when all are written; the last task of a dump joins its shards by itself
 #
 # From the environment, all optional:
+#   STAGE                    synth (default) or dump
 #   SHARD                    I/N, instead of the array's task and count
 #   SHARDS                   of all tasks, where the array has only some of them (sbatch --array=3,17)
 #   BACKEND                  vllm (default) or sglang
@@ -44,13 +47,49 @@ if [[ -z ${SHARD:-} ]] && ((${SLURM_ARRAY_TASK_ID:?neither SHARD nor an array ta
   exit 2
 fi
 shard=${SHARD:-$SLURM_ARRAY_TASK_ID/$shards}
-backend=${BACKEND:-vllm}
+stage=${STAGE:-synth} backend=${BACKEND:-vllm}
 case $backend in
   vllm) extra_args=${VLLM_SERVE_EXTRA_ARGS:-} ;;
   sglang) extra_args=${SGLANG_SERVE_EXTRA_ARGS:-} ;;
   *) echo "worker: BACKEND is $backend, expected vllm or sglang" >&2; exit 2 ;;
 esac
 with=(--recipe "$recipe" --set "serve.backend=$backend" "${more[@]}")
+endpoints=() pids=() modes=() work_pid=
+
+cleanup() {
+  code=$?
+  trap - EXIT TERM INT USR2
+  for pid in $work_pid "${pids[@]}"; do kill -TERM "$pid" 2> /dev/null || true; done
+  for pid in $work_pid "${pids[@]}"; do wait "$pid" 2> /dev/null || true; done
+  exit "$code"
+}
+trap cleanup EXIT
+trap 'echo "worker: stopped; what was finished is kept" >&2; exit 143' TERM INT
+trap 'again' USR2
+
+again() {
+  echo "worker: the time is nearly over; queued again" >&2
+  if [[ -n $work_pid ]]; then
+    kill -TERM "$work_pid" 2> /dev/null || true
+    wait "$work_pid" || true
+  fi
+  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  scontrol requeue "${job:-$SLURM_JOB_ID}"
+  exit 143
+}
+
+case $stage in
+  synth) ;;
+  dump)
+    dump run "${with[@]}" --conversations "$input" --output "$output" --shard "$shard" &
+    work_pid=$!
+    wait "$work_pid"
+    work_pid=
+    exit
+    ;;
+  *) echo "worker: STAGE is $stage, expected synth or dump" >&2; exit 2 ;;
+esac
+
 split='import shlex, sys; sys.stdout.write("".join(word + "\0" for word in shlex.split(sys.argv[1])))'
 mapfile -d '' -t extra < <(python -c "$split" "$extra_args")
 
@@ -64,30 +103,6 @@ servers=${SERVERS:-$((gpus >= gpus_of_each ? gpus / gpus_of_each : 1))}
 
 logs=$output/shards/worker-${shard//\//-of-}
 mkdir -p "$logs"
-pids=()
-synth_pid=
-
-cleanup() {
-  code=$?
-  trap - EXIT TERM INT USR2
-  for pid in $synth_pid "${pids[@]}"; do kill -TERM "$pid" 2> /dev/null || true; done
-  for pid in $synth_pid "${pids[@]}"; do wait "$pid" 2> /dev/null || true; done
-  exit "$code"
-}
-trap cleanup EXIT
-trap 'echo "worker: stopped; what was finished is kept" >&2; exit 143' TERM INT
-trap 'again' USR2
-
-again() {
-  echo "worker: the time is nearly over; queued again" >&2
-  if [[ -n $synth_pid ]]; then
-    kill -TERM "$synth_pid" 2> /dev/null || true
-    wait "$synth_pid" || true
-  fi
-  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-  scontrol requeue "${job:-$SLURM_JOB_ID}"
-  exit 143
-}
 
 for ((n = 0; n < servers; n++)); do
   devices=$(seq -s, $((n * gpus_of_each)) $(((n + 1) * gpus_of_each - 1)))
@@ -96,7 +111,6 @@ for ((n = 0; n < servers; n++)); do
   pids+=($!)
 done
 
-endpoints=()
 for ((n = 0; n < servers; n++)); do
   until url=$(grep -o '^http[^ ]*' "$logs/url-$n"); do
     if ! kill -0 "${pids[n]}" 2> /dev/null; then
@@ -109,9 +123,8 @@ for ((n = 0; n < servers; n++)); do
   endpoints+=(--endpoint "$url")
 done
 
-modes=()
 [[ -n ${THINKING_MODES:-} ]] && modes=(--thinking-modes "$THINKING_MODES")
 synth generate "${with[@]}" --prompts "$input" --output "$output" --shard "$shard" "${modes[@]}" "${endpoints[@]}" &
-synth_pid=$!
-wait "$synth_pid"
-synth_pid=
+work_pid=$!
+wait "$work_pid"
+work_pid=

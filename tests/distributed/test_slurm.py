@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ pytestmark = [
 ]
 NUM_ROWS = 16
 MODES = "enabled,disabled"
+DUMP = ("--set", "dump.backend=hf", "--set", "dump.include_truncated=true")  # replies of random weights do not end
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +52,7 @@ def alone(recipe_path: Path, prompts: Path, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("alone")
     args = ("--recipe", recipe_path)
     run("synth", "generate", *args, "--prompts", prompts, "--output", folder / "synth", "--thinking-modes", MODES)
-    dump_args = ("--backend", "hf", "--set", "dump.include_truncated=true")  # replies of random weights do not end
-    run("dump", "run", *args, *dump_args, "--conversations", folder / "synth", "--output", folder / "store")
+    run("dump", "run", *args, *DUMP, "--conversations", folder / "synth", "--output", folder / "store")
     return folder
 
 
@@ -110,7 +111,21 @@ def equal_conversations(folder: Path, alone: Path) -> None:
     assert {key: counts[0][key] for key in counts[1]} == counts[1]
 
 
-def test_an_array_of_workers_writes_what_one_process_writes(
+def equal_stores(folder: Path, alone: Path) -> None:
+    """Same ids, tokens and masks; states within tolerance."""
+    store, whole = Store(folder), Store(alone)
+    assert store.sample_ids() == whole.sample_ids()
+    assert len(whole.sample_ids()) == NUM_ROWS
+    assert store.read_manifest().conversations == whole.read_manifest().conversations
+    for sample_id in whole.sample_ids():
+        a, b = store.read_sample(sample_id), whole.read_sample(sample_id)
+        assert torch.equal(a.input_ids, b.input_ids)
+        assert torch.equal(a.loss_mask, b.loss_mask)
+        for name in ("hidden_states", "aux_hidden_states"):
+            assert (getattr(a, name) - getattr(b, name)).norm() / getattr(b, name).norm() < 1e-5
+
+
+def test_arrays_of_workers_write_and_dump_what_one_process_does(
     slurm: dict[str, str], recipe_path: Path, prompts: Path, alone: Path, tmp_path: Path
 ) -> None:
     environment = {
@@ -120,15 +135,21 @@ def test_an_array_of_workers_writes_what_one_process_writes(
     worker = ROOT / "distributed/worker.sh"
     printed = say(environment, "sbatch", "--array=0-3%2", "--output", tmp_path / "log-%a", worker,
                   recipe_path, prompts, tmp_path / "out", "--set", "serve.startup_timeout_s=120")  # fmt: skip
+    job = printed.split()[-1]
+    say({**environment, "STAGE": "dump"}, "sbatch", "--array=0-3%2", f"--dependency=aftercorr:{job}",
+        "--output", tmp_path / "dump-%a", worker, recipe_path, tmp_path / "out", tmp_path / "store", *DUMP)  # fmt: skip
     mine = f"SLURM_CONF={slurm['SLURM_CONF']}"
     wait_until(lambda: processes_of(mine, "serve.vllm_main"))
     # As SLURM does before the end of a task's time; scancel would wait for the task that it sees queued again.
     os.kill(min(processes_of("SLURM_ARRAY_TASK_ID=0", "slurm_script", str(tmp_path))), signal.SIGUSR2)
-    start_again_now(slurm, f"{printed.split()[-1]}_0")
+    start_again_now(slurm, f"{job}_0")
     wait_until(lambda: not queue(slurm))
     assert "worker: the time is nearly over; queued again" in (tmp_path / "log-0").read_text()
+    logs = {path.name: path.read_text()[-2000:] for path in tmp_path.glob("*-[0-3]")}
+    assert "joined 4 shards" in "".join(logs.values()), logs
     say(slurm, *command("synth", "merge", tmp_path / "out"))
     equal_conversations(tmp_path / "out", alone / "synth")
+    equal_stores(tmp_path / "store", alone / "store")
     server = (tmp_path / "out/shards/worker-1-of-4/server-0.log").read_text()
     assert "'a b': 'c d'" in server  # an argument with spaces went through three shells
     assert not processes_of(f"SLURM_CONF={slurm['SLURM_CONF']}", "serve.vllm_main")
@@ -139,8 +160,7 @@ def test_a_pipeline_survives_a_cancelled_task_a_killed_server_and_a_requeue_and_
 ) -> None:
     folder = tmp_path / "run"
     synth = folder / "synth"
-    args = ["--recipe", recipe_path, "--set", f"synth.thinking_modes=[{MODES}]", "--set", "dump.backend=hf"]
-    args += ["--set", "dump.include_truncated=true"]
+    args = ["--recipe", recipe_path, "--set", f"synth.thinking_modes=[{MODES}]", *DUMP]
     more = ["--time", 30, "--max-running", 2]
     places = ["--input", prompts, "--output", folder, "--shards", 4]
     printed = say(slurm, *command("distributed", "submit", "pipeline", *args, *more, *places))
@@ -158,31 +178,28 @@ def test_a_pipeline_survives_a_cancelled_task_a_killed_server_and_a_requeue_and_
     start_again_now(slurm, f"{job}_2")
     wait_until(lambda: not queue(slurm))  # what waited for the two that failed is gone, too
     states = say(slurm, *command("distributed", "status", folder))
-    assert re.search(r"synth: 2 done, .*; 8 rows; 8 of 16 rows remain", states), states + logs_of(synth)
-    assert "dump: 4 waiting" in states
+    sizes = Counter(int(record.id, 16) % 4 for record in read_conversations(alone / "synth"))
+    lost = sizes[0] + sizes[1]
+    assert re.search(rf"synth: 2 done, .*; {lost} of 16 rows remain", states), states + logs_of(synth)
+    # Those two shards are dumped, without waiting for the others.
+    assert f"dump: 2 done, 2 waiting; {NUM_ROWS - lost} rows; {lost} of 16 rows remain" in states, states
+    assert "train: 1 waiting" in states
 
     printed = say(slurm, *command("distributed", "retry", folder, *more))
     assert "synth: 2 of 4 tasks to do" in printed
+    assert "dump: 2 of 4 tasks to do" in printed
     wait_until(lambda: not queue(slurm))
     states = say(slurm, *command("distributed", "status", folder))
     for line in (
         "synth: 4 done; 16 rows; 0 of 16 rows remain",
-        "dump: 4 done; 16 rows; 0 of",
+        "dump: 4 done; 16 rows; 0 of 16 rows remain",
         "train: 1 done; 12 steps",
     ):
         assert line in states, states + logs_of(folder / line.partition(":")[0])
     ledgers = [line for path in synth.glob("shards/*-of-*/ledger.jsonl") for line in read_lines(path)]
     assert sorted(line["index"] for line in ledgers) == list(range(NUM_ROWS))  # every row exactly once
     equal_conversations(synth, alone / "synth")
-    whole, store = Store(alone / "store"), Store(folder / "dump")
-    assert store.sample_ids() == whole.sample_ids()
-    assert len(whole.sample_ids()) == NUM_ROWS
-    for sample_id in whole.sample_ids():
-        a, b = store.read_sample(sample_id), whole.read_sample(sample_id)
-        assert torch.equal(a.input_ids, b.input_ids)
-        assert torch.equal(a.loss_mask, b.loss_mask)
-        for name in ("hidden_states", "aux_hidden_states"):
-            assert (getattr(a, name) - getattr(b, name)).norm() / getattr(b, name).norm() < 1e-5
+    equal_stores(folder / "dump", alone / "store")
 
 
 def test_a_worker_whose_server_cannot_start_ends_with_its_last_lines(
