@@ -22,12 +22,15 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from serve.server import find_port
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = 256
 MAX_TOKENS = 128
+CONFIG = {"model_type": "qwen3", "hidden_size": 8, "num_hidden_layers": 4, "vocab_size": 8}
 LAYERS = {
     "typed": "client.chat.completions.create(**ASK, extra_body=IDS)",
     "low-level": "client.post('/chat/completions', body={**ASK, **IDS}, cast_to=httpx2.Response)",
@@ -84,11 +87,12 @@ def write_recipe(folder: Path) -> None:
     """A recipe whose target has a config and a template, and next to no weights: nobody loads them here."""
     target = folder / "target"
     target.mkdir()
-    (target / "config.json").write_text(json.dumps({"model_type": "qwen3", "hidden_size": 8, "num_hidden_layers": 4}))
+    (target / "config.json").write_text(json.dumps(CONFIG))
     (target / "chat_template.jinja").write_text("{{ messages }}")
+    Tokenizer(WordLevel({"a": 0}, "a")).save(str(target / "tokenizer.json"))
     save_file({"weight": np.zeros(8, np.float32)}, target / "model.safetensors")
     (folder / "recipe.yaml").write_text(
-        f"target: {{path: {target}}}\n"
+        f"target: {{path: {target}, num_aux_layers: 1}}\n"
         f"synth: {{temperature: 0, max_tokens: {MAX_TOKENS}, concurrency: {THREADS}}}\n"
         "train: {num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 8, num_steps: 1}\n"
     )
@@ -106,9 +110,9 @@ def run_synth(folder: Path, num_rows: int, url: str) -> tuple[float, int]:
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, (folder / "synth.log").read_text()[-2000:]
-    last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["done"] == num_rows
-    return num_rows / last["seconds"], usage.ru_maxrss * 1024
+    state = json.loads((output / "run.json").read_text())
+    assert state["summary"]["done"] == num_rows
+    return num_rows / state["seconds"], usage.ru_maxrss * 1024
 
 
 def run_threads(num_rows: int, url: str) -> float:

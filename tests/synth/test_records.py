@@ -339,6 +339,22 @@ def test_shards_of_other_prompts_are_not_merged(recipe_path: Path, tmp_path: Pat
     assert "inputs.prompts" in result.stderr
 
 
+def test_a_shard_that_no_conversation_falls_into_is_finished_without_a_server(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server
+) -> None:
+    (record,) = generate(recipe_path, tmp_path, [{"prompt": "a"}], server)
+    output = tmp_path / "sharded"
+    for number in range(3):
+        url = server.url if int(record.id, 16) % 3 == number else "http://127.0.0.1:9/v1"
+        args = ("-r", recipe_path, "--prompts", tmp_path / "prompts.jsonl", "--output", output, "--endpoint", url)
+        run("synth", "generate", *args, "--shard", f"{number}/3")
+    assert "merged 3 shards, 1 rows: 1 done" in run("synth", "merge", output).stdout
+    for number in range(3):
+        args = ("-r", recipe_path, "--conversations", output, "--output", tmp_path / "store", "--backend", "hf")
+        printed = run("dump", "run", *args, "--shard", f"{number}/3").stdout
+    assert "joined 3 shards" in printed
+
+
 @pytest.mark.parametrize("shard", ["4/4", "1", "a/b", "-1/4"])
 def test_a_shard_that_is_none_is_refused(recipe_path: Path, tmp_path: Path, shard: str) -> None:
     args = ("-r", recipe_path, "--prompts", "p.jsonl", "--output", tmp_path, f"--shard={shard}")
