@@ -83,10 +83,10 @@ def submit(
 @app.command(epilog="Example: distributed status runs/synth")
 def status(folder: FolderArgument) -> None:
     """Show how far each task is: its state, rows by status, rate; what remains, and for how long."""
-    from distributed.status import count_total, show_status
+    from distributed.status import show_status
 
     for plan in _plans(folder):
-        show_status(plan, count_total(plan))
+        show_status(plan)
 
 
 @app.command(epilog="Example: distributed retry runs/synth --gpus-per-node 8 --time 720")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from contracts.files import read_json
 from contracts.ledger import read_entries
 from contracts.recipe import load_recipe
-from contracts.shards import is_at_work
+from contracts.shards import is_at_work, shard_of
 from distributed.plan import PLAN_FILE, StagePlan, read_plan
 
 RECENT_S = 120.0
@@ -52,8 +53,8 @@ def task_status(plan: StagePlan, number: int) -> TaskStatus:
     return TaskStatus(number, name, rows, rate, counts)
 
 
-def show_status(plan: StagePlan, total: int | None) -> list[TaskStatus]:
-    """Print a table of all tasks and a line of sums. `total`: rows of the whole input, if it is known."""
+def show_status(plan: StagePlan) -> None:
+    """Print a table of all tasks, and a line of sums with what remains."""
     tasks = [task_status(plan, number) for number in range(1 if plan.stage == "train" else plan.shards)]
     unit = "steps" if plan.stage == "train" else "rows"
     print(f"{'task':>6} {'state':8} {unit:>9} {unit + '/s':>9}  {'of them':32}")
@@ -61,37 +62,42 @@ def show_status(plan: StagePlan, total: int | None) -> list[TaskStatus]:
         parts = ", ".join(f"{count} {status}" for status, count in sorted(task.counts.items()))
         print(f"{task.number:>6} {task.state:8} {task.rows:>9} {task.rows_per_s:>9.2f}  {parts}")
     states = Counter(task.state for task in tasks)
-    rows = sum(task.rows for task in tasks)
+    rows, total = sum(task.rows for task in tasks), count_total(plan, tasks)
     rate = sum(task.rows_per_s for task in tasks if task.state == "running")
     line = ", ".join(f"{states[name]} {name}" for name in ("done", "running", "failed", "waiting") if states[name])
     remaining = "" if total is None else f"; {total - rows} of {total} {unit} remain"
     if total is not None and rate and total > rows:
         remaining += f", about {_duration((total - rows) / rate)} at {rate:.2f} {unit}/s"
     print(f"{plan.stage}: {line}; {rows} {unit}{remaining}")
-    return tasks
 
 
-def count_total(plan: StagePlan) -> int | None:
-    """Rows of the whole input, if they can be told. A dump counts on what its synthesis has yet to write."""
+def count_total(plan: StagePlan, tasks: Sequence[TaskStatus] = ()) -> int | None:
+    """Rows that there will be at the end, if they can be told. `tasks`: those of a dump, as they are."""
     if plan.stage == "train":
         return load_recipe(Path(plan.recipe), plan.overrides).train.num_steps
     if plan.stage == "dump":
-        state = Path(plan.input) / "run.json"
-        if state.exists():
-            summary = read_json(state, "a synthesis").get("summary", {})
-            return summary.get("done", 0) + summary.get("truncated", 0) or None
-        if not (Path(plan.input) / PLAN_FILE).exists():
-            return None
-        before = read_plan(Path(plan.input))
-        lost = [task_status(before, number).counts for number in range(before.shards)]
-        rows = count_total(before)
-        return None if rows is None else rows - sum(counts["filtered"] + counts["failed"] for counts in lost)
+        return _count_samples(plan, tasks)
     if plan.input.endswith(".jsonl") and Path(plan.input).exists():
         synth = load_recipe(Path(plan.recipe), plan.overrides).synth
         temperatures = len(synth.temperature) if isinstance(synth.temperature, list) else 1
         with Path(plan.input).open("rb") as file:
             return sum(1 for line in file if line.strip()) * synth.num_samples * temperatures
     return None
+
+
+def _count_samples(plan: StagePlan, tasks: Sequence[TaskStatus]) -> int | None:
+    """Samples of a dump: of shards that are done what they had; else one a conversation, written or still to come."""
+    folder = Path(plan.input)
+    ledgers = [folder / "ledger.jsonl"] if (folder / "ledger.jsonl").exists() else folder.glob("shards/*/ledger.jsonl")
+    latest = {_row_of(entry): entry for ledger in ledgers for entry in read_entries(ledger)}
+    written = Counter(
+        shard_of(entry["id"], plan.shards) for entry in latest.values() if entry["status"] in ("done", "truncated")
+    )
+    total = sum(task.rows if task.state == "done" else max(task.rows, written[task.number]) for task in tasks)
+    if (folder / "ledger.jsonl").exists() or not (folder / PLAN_FILE).exists():
+        return total or None
+    expected = count_total(read_plan(folder))
+    return None if expected is None else total + expected - len(latest)
 
 
 def _row_of(entry: dict[str, Any]) -> Any:
