@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -105,7 +106,9 @@ def start(
     built = _build(loaded, free, draft, extract, purpose, Sizes(isl, osl, concurrency), extra)
     with run_server(built, log_path=log, startup_timeout_s=loaded.serve.startup_timeout_s) as server:
         typer.echo(f"{server.url}/v1  (Ctrl-C stops it)")
-        server.wait()
+        with suppress(KeyboardInterrupt):
+            server.wait()
+    typer.echo("serve: stopped")
 
 
 def _build(

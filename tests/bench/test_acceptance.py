@@ -136,6 +136,7 @@ def test_sets_modes_and_draft_tokens_are_measured_in_one_run_that_resumes(
     finally:
         running.terminate()
         running.wait(60)
+    assert (running.returncode, running.stdout.read()) == (0, "serve: stopped\n")
     assert sum(line.startswith("| (all) | one | 4 |") for line in printed.splitlines()) == 1, printed
     assert "Greedy replies were compared with none" in printed
     assert wrong.returncode == 2
