@@ -18,11 +18,12 @@ import numpy as np
 from tqdm import tqdm
 
 from contracts.errors import IncompleteError, UserError
+from contracts.files import read_json
 from contracts.ledger import STATUSES, check_counts, read_entries
 from contracts.recipe import Recipe
 from contracts.run import Run
 from contracts.seen import Seen
-from contracts.shards import folders_of_others, shard_folder, shard_of
+from contracts.shards import folders_by_count, folders_of_others, shard_folder, shard_of
 from contracts.target import Target
 from serve.command import build_command
 from serve.server import find_port, run_server
@@ -54,8 +55,11 @@ def generate(
     temperatures, sampling = resolve_sampling(recipe)
     target = Target.read(recipe.target.path)
     prompt_set = open_prompts(prompts)
-    folder = output if shard is None else shard_folder(output, *shard)
-    others = [] if shard is None else folders_of_others(output, shard[1])
+    if shard is None:
+        _refuse_shards(output, retry_failed)
+        folder, others = output, list[Path]()
+    else:
+        folder, others = shard_folder(output, *shard), folders_of_others(output, shard[1])
     run = Run.open(
         folder,
         STAGE,
@@ -125,6 +129,19 @@ def generate(
     _refuse_useless(folder, out, recipe.synth.max_failed_fraction, num_expected)
     run.finish(summary)
     return summary
+
+
+def _refuse_shards(output: Path, retry_failed: bool) -> None:
+    """Raise UserError where a run without --shard would write beside shards, which a dump may read instead."""
+    path = output / "run.json"
+    merged = path.exists() and read_json(path, "a run's state")["complete"]
+    if folders_by_count(output) and (retry_failed or not merged):
+        raise UserError(
+            output / "shards",
+            found="shards",
+            expected="none in the output of a run without --shard",
+            fix="Go on with them (--shard I/N) and join them with `synth merge`, or choose another --output.",
+        )
 
 
 def find_places(

@@ -59,6 +59,12 @@ bench:
 """
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start engines come first: they take longest, and a run should end with short ones."""
+    slow = {item.path for item in items if item.get_closest_marker("vllm")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def build_target(folder: Path, seed: int, max_position_embeddings: int = 512) -> Path:
     """A Qwen3 of random weights under the tiny recipe's own tokenizer and chat template."""
     import make_target

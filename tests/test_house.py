@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,13 @@ def test_every_module_says_what_it_is_and_fits_in_five_hundred_lines(path: Path)
 
 def test_modules_are_small_as_a_rule() -> None:
     assert statistics.median(path.read_text().count("\n") for path in MODULES) <= 150
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs Debian's shellcheck")
+def test_shell_scripts_are_clean() -> None:
+    scripts = [ROOT / ".ci/run", ROOT / "distributed/worker.sh", *sorted(ROOT.glob("recipes/*/*.sh"))]
+    result = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("name", ["synth", "dump", "train", "serve", "bench", "recipe", "distributed"])

@@ -38,5 +38,6 @@ def _pool(count: int) -> ThreadPoolExecutor:
 
 
 def _use_one_core() -> None:
+    torch.get_num_threads()  # a thread's first look takes what another one set last, in place of its own setting
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)

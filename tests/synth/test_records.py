@@ -287,6 +287,10 @@ def test_merged_shards_are_what_one_run_writes(recipe_path: Path, tmp_path: Path
     assert {k: one["summary"][k] for k in one["summary"]} == {k: many["summary"][k] for k in one["summary"]}
     assert [r["index"] for r in read_lines(output / "rejects.jsonl")] == [20, 21]
     assert "is merged, skipped" in run("synth", "merge", output).stdout
+    assert "is finished, skipped" in run("synth", "generate", *args).stdout
+    beside = run("synth", "generate", *args, "--retry-failed", check=False)
+    assert beside.returncode == 2
+    assert "found shards, expected none in the output of a run without --shard" in beside.stderr
     assert find_conversation(output, whole[7].id) == whole[7]
 
 
