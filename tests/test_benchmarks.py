@@ -1,4 +1,4 @@
-"""Claims about `benchmarks/`: each is a command that says what it does; those that need nothing else still run."""
+"""Claims about `benchmarks/`: those that need nothing but this project still run."""
 
 from __future__ import annotations
 
@@ -18,17 +18,9 @@ def run_benchmark(name: str, *args: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["dump_prefill", "preemption", "served_peer", "synth_client", "synth_server", "train_step"]
-)
-def test_a_benchmark_tells_its_command(name: str) -> None:
-    assert f"python benchmarks/{name}.py" in run_benchmark(name, "--help")
-
-
-@pytest.mark.parametrize(
     ("name", "args", "told"),
     [
         ("synth_client", ("--rows", "100"), "ratio"),
-        ("synth_client", ("--layers",), "transport"),
         ("preemption", ("--rows", "20000"), "lost rows"),
     ],
 )

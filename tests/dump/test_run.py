@@ -21,6 +21,7 @@ from contracts.recipe import load_recipe
 from contracts.store import Store
 from contracts.target import Target, captured_layers
 from dump.capture import Staging
+from dump.run import dump as dump_in_process
 from dump.run import make_backend
 from serve.command import build_command
 from serve.extraction import extraction_args, to_server_args
@@ -137,25 +138,30 @@ def split(whole: Path, folder: Path, count: int, finished: tuple[int, ...]) -> N
         (shard / "run.json").write_text(json.dumps({**state, "complete": number in finished}))
 
 
+def dump_here(recipe_path: Path, conversations: Path, output: Path, shard: tuple[int, int] | None = None) -> None:
+    """`dump run` in this process, which has imported transformers already."""
+    dump_in_process(load_recipe(recipe_path, list(HF[1::2])), conversations, output, shard=shard)
+
+
 def test_a_shard_is_dumped_as_soon_as_its_conversations_are_written_and_all_equal_a_dump_of_the_merged_ones(
-    recipe_path: Path, target_folder: Path, tmp_path: Path
+    recipe_path: Path, target_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = write_conversations(target_folder, tmp_path / "whole", 20)
-    dump(recipe_path, whole, tmp_path / "expected", *HF)
-    parts = tmp_path / "parts"
+    dump_here(recipe_path, whole, tmp_path / "expected")
+    parts, output = tmp_path / "parts", tmp_path / "store"
     split(whole, parts, 3, finished=(1,))
-    output = tmp_path / "store"
-    early = dump(recipe_path, parts, output, *HF, "--shard", "0/3", check=False)
-    assert early.returncode == 2
-    assert "shards/00000-of-00003: found an unfinished `synth generate`" in early.stderr
-    assert "1 of 3 shards are finished" in dump(recipe_path, parts, output, *HF, "--shard", "1/3").stdout
+    with pytest.raises(UserError, match="shards/00000-of-00003: found an unfinished `synth generate`"):
+        dump_here(recipe_path, parts, output, (0, 3))
+    dump_here(recipe_path, parts, output, (1, 3))
+    assert "1 of 3 shards are finished" in capsys.readouterr().out
     shutil.rmtree(parts / "shards")
     split(whole, parts, 3, finished=(0, 1, 2))
-    dump(recipe_path, parts, output, *HF, "--shard", "0/3")
+    dump_here(recipe_path, parts, output, (0, 3))
     shutil.rmtree(parts)
     shutil.copytree(whole, parts)  # merged, and the shards deleted: the same conversations
-    assert "joined 3 shards, 20 samples" in dump(recipe_path, parts, output, *HF, "--shard", "2/3").stdout
-    assert {**done(output)} == {**done(tmp_path / "expected")}
+    dump_here(recipe_path, parts, output, (2, 3))
+    assert "joined 3 shards, 20 samples" in capsys.readouterr().out
+    assert done(output) == done(tmp_path / "expected")
     assert Store(output).read_manifest().conversations == Store(tmp_path / "expected").read_manifest().conversations
     printed = run("dump", "verify", "-r", recipe_path, "--store", output).stdout
     assert "tokens and masks of 20 samples are the conversations'" in printed
@@ -164,16 +170,15 @@ def test_a_shard_is_dumped_as_soon_as_its_conversations_are_written_and_all_equa
 def test_a_shard_whose_conversations_were_written_anew_is_refused(
     recipe_path: Path, target_folder: Path, tmp_path: Path
 ) -> None:
-    whole = write_conversations(target_folder, tmp_path / "whole", 12)
-    split(whole, tmp_path / "parts", 2, finished=(0, 1))
-    dump(recipe_path, tmp_path / "parts", tmp_path / "store", *HF, "--shard", "0/2")
-    path = tmp_path / "parts/shards/00000-of-00002" / CONVERSATIONS_FILE
+    parts = tmp_path / "parts"
+    split(write_conversations(target_folder, tmp_path / "whole", 12), parts, 2, finished=(0, 1))
+    dump_here(recipe_path, parts, tmp_path / "store", (0, 2))
+    path = parts / "shards/00000-of-00002" / CONVERSATIONS_FILE
     record = json.loads(path.read_text().splitlines()[0])
     record["samples"][0]["token_ids"][-1] += 1
     path.write_text(json.dumps(record) + "\n" + path.read_text().partition("\n")[2])
-    refused = dump(recipe_path, tmp_path / "parts", tmp_path / "store", *HF, "--shard", "0/2", check=False)
-    assert refused.returncode == 2
-    assert "inputs.conversations" in refused.stderr
+    with pytest.raises(UserError, match=r"inputs\.conversations"):
+        dump_here(recipe_path, parts, tmp_path / "store", (0, 2))
 
 
 @pytest.fixture
