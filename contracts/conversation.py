@@ -17,7 +17,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from contracts.errors import UserError
-from contracts.files import hash_json, parse_line, read_lines
+from contracts.files import hash_json, parse_line, read_json, read_lines
+from contracts.ledger import read_entries
 from contracts.run import read_run
 from contracts.shards import folders_by_count, folders_of_others, shard_folder, shard_of
 from contracts.target import Target
@@ -156,11 +157,22 @@ def add_checksums(checksums: Iterable[str]) -> str:
 
 def _read_records(path: Path, shard: tuple[int, int] | None) -> Iterator[tuple[str, bytes]]:
     """Lines and their places. Of a shard without parsing the others' lines: their id comes first as we write them."""
+    last, end = _accounted_bytes(path.parent), 0
     for number, line in read_lines(path, WHAT):
-        where = f"{path}:{number}"
+        where, end = f"{path}:{number}", end + len(line)
+        if last is not None and end > last:
+            return
         if shard is not None:
             match = LEADING_ID.match(line)
             id_ = match[1].decode() if match else parse_line(line, where, WHAT)["id"]
             if shard_of(id_, shard[1]) != shard[0]:
                 continue
         yield where, line
+
+
+def _accounted_bytes(folder: Path) -> int | None:
+    """How much of an interrupted run's records its ledger accounts for; the rest is torn or written again."""
+    state, ledger = folder / "run.json", folder / "ledger.jsonl"
+    if not (state.exists() and ledger.exists()) or read_json(state, "a run's state")["complete"]:
+        return None
+    return max((int(entry.get("end", 0)) for entry in read_entries(ledger)), default=0)

@@ -118,7 +118,15 @@ def _copy_all(shards: list[Path], folder: Path) -> tuple[dict[str, int], Counter
             entry = parse_entry(ledgers[shard].readline(), f"{shards[shard] / LEDGER_FILE}, byte {offset}")
             if "end" in entry:
                 records[shard].seek(entry["end"] - entry["size"])
-                out.write(records[shard].read(entry["size"]))
+                line = records[shard].read(entry["size"])
+                if len(line) != entry["size"] or not line.endswith(b"\n"):
+                    raise UserError(
+                        shards[shard] / CONVERSATIONS_FILE,
+                        found=f"no whole record before byte {entry['end']}",
+                        expected=f"that of {entry['id']}, as the ledger has it",
+                        fix="Restore the file from a copy, or delete the shard's folder and write it again.",
+                    )
+                out.write(line)
                 end += entry["size"]
                 entry["end"] = end
             ledger.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")

@@ -13,7 +13,7 @@ import pytest
 import scripted
 from conftest import kill_when, read_lines, run
 
-from contracts.conversation import Conversation, read_conversations
+from contracts.conversation import Conversation, find_part, read_conversations
 from contracts.errors import UserError
 from contracts.recipe import load_recipe
 from synth.conversation import resolve_sampling
@@ -305,9 +305,15 @@ def test_a_run_that_goes_on_with_another_number_of_shards_loses_and_repeats_noth
     ledger = output / f"shards/0000{cut}-of-00004/ledger.jsonl"
     assert kill_when(lambda: len(read_lines(ledger)) > 1, "synth", "generate", *args, "--shard", f"{cut}/4") == -9
     begun = len(read_lines(ledger))
+    # As a kill leaves it between a record and its ledger line, and in the middle of a record.
+    with (ledger.parent / FILE).open("a") as file:
+        file.write(whole[-1].model_dump_json(exclude={"conversations"}) + '\n{"id":"torn')
     for shard in (f"{(cut + 1) % 4}/4", "0/3", "1/3", "2/3"):
         run("synth", "generate", *args, "--shard", shard)
     assert len(read_lines(ledger)) == begun
+    parts = [(folder, (number, 3)) for number in range(3) for folder in find_part(output, (number, 3))]
+    records = [record for folder, part in parts for record in read_conversations(folder, part)]
+    assert sorted(record.id for record in records) == sorted(record.id for record in whole)
     held = (output / "shards/00001-of-00003/run.lock").open("a")
     fcntl.flock(held, fcntl.LOCK_EX)
     refused = run("synth", "generate", *args, "--shard", "0/5", check=False)
@@ -317,6 +323,12 @@ def test_a_run_that_goes_on_with_another_number_of_shards_loses_and_repeats_noth
     assert sorted(written) == list(range(24))
     assert "merged 5 shards, 24 rows: 21 done, 1 truncated, 2 filtered" in run("synth", "merge", output).stdout
     assert list(read_conversations(output)) == whole
+    shorter = output / "shards/00000-of-00003" / FILE
+    shorter.write_bytes(shorter.read_bytes()[:-9])
+    (output / "run.json").unlink()
+    lost = run("synth", "merge", output, check=False)
+    assert lost.returncode == 2
+    assert "00000-of-00003/conversations.jsonl: found no whole record before byte" in lost.stderr
 
 
 def test_a_shard_whose_failed_row_was_tried_again_is_merged_anew(recipe_path: Path, tmp_path: Path) -> None:
