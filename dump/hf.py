@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from contracts.errors import UserError
 from contracts.recipe import Recipe
 from contracts.target import Target
+from contracts.vml import settle_vector_functions
 from dump.capture import Staged, Staging
 
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm")
@@ -77,6 +78,7 @@ def load_model(target: Target, dtype: Any) -> Any:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    settle_vector_functions()
     model_type = json.loads((target.path / "config.json").read_text())["model_type"]
     text_only = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     auto = transformers.AutoModelForCausalLM if text_only else transformers.AutoModelForImageTextToText

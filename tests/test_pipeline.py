@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, kill_when, read_lines, run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from contracts.conversation import read_conversations
 from contracts.recipe import load_recipe
 from contracts.store import Store
 from contracts.target import Target
 from contracts.target_weights import read_head
+from dump.hf import load_model
 from dump.verify import logit_gaps
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -133,7 +134,7 @@ def test_generated_tokens_are_supervised_to_the_stop_token_and_nothing_else(pipe
 def test_states_equal_a_transformers_forward_and_predict_the_generated_tokens(pipeline: Path) -> None:
     store = Store(pipeline / "store/train")
     manifest = store.read_manifest()
-    model = AutoModelForCausalLM.from_pretrained(pipeline / "target", dtype=torch.float32).eval()
+    model = load_model(Target.read(pipeline / "target"), torch.float32).eval()
     final: list[torch.Tensor] = []
     model.model.norm.register_forward_pre_hook(lambda module, args: final.append(args[0][0]))
     head = read_head(Target.read(pipeline / "target"))

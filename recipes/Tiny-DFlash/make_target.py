@@ -40,6 +40,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from contracts.vml import settle_vector_functions
+
 HERE = Path(__file__).resolve().parent
 BEGIN, END, ROLE = "]~!b[", "[e~[", "]~b]"
 THINK, END_THINK = "<mm:think>", "</mm:think>"
@@ -55,6 +57,7 @@ def main() -> None:
         print(f"target: {target} is finished, skipped")
         return
     started = time.time()
+    settle_vector_functions()
     torch.manual_seed(SEED)
     torch.set_num_threads(args.threads)
     subjects = read_subjects()

