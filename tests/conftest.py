@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import importlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +113,20 @@ def other_target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the tiny recipe begins with, made once for all test processes: a target, trained briefly, and 60 prompts."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "trained"
+    folder.mkdir(exist_ok=True)
+    script = [sys.executable, str(ROOT / "recipes/Tiny-DFlash/make_target.py"), "--output", str(folder)]
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        sizes = ["--steps", "130", "--num-train", "60", "--num-held-out", "12"]
+        subprocess.run([*script, *sizes], check=True, cwd=ROOT)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def recipe_path(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     path.write_text(RECIPE_TEXT.format(target=target_folder))
@@ -139,6 +158,33 @@ def run(*args: object, check: bool = True) -> subprocess.CompletedProcess[str]:
     result = subprocess.run(command(*args), capture_output=True, text=True, cwd=ROOT, check=False)
     if check and result.returncode != 0:
         raise AssertionError(f"{args} exited {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
+    return result
+
+
+def run_here(*args: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has imported torch and transformers already: half of a short command's time.
+
+    Not for commands that start an engine or a server, nor for what a process of its own prints.
+    """
+    name, *rest = map(str, args)
+    out, err = io.StringIO(), io.StringIO()
+    argv, on_sigterm, code = sys.argv, signal.getsignal(signal.SIGTERM), 0
+    sys.argv = [name, *rest]
+    try:
+        with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                importlib.import_module(f"{name}.cli").main()
+            except SystemExit as end:
+                code = int(end.code or 0)
+            except Exception:
+                traceback.print_exc()
+                code = 1
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, on_sigterm)
+    result = subprocess.CompletedProcess(list(map(str, args)), code, out.getvalue(), err.getvalue())
+    if check and code != 0:
+        raise AssertionError(f"{args} exited {code}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
     return result
 
 

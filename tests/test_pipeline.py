@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, kill_when, read_lines, run
+from conftest import ROOT, kill_when, read_lines, run, run_here
 from transformers import AutoTokenizer
 
 from contracts.conversation import read_conversations
@@ -45,11 +45,9 @@ def run_script(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pipeline(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
-    script = [sys.executable, str(ROOT / "recipes/Tiny-DFlash/make_target.py"), "--output", str(folder)]
-    sizes = ["--steps", "130", "--num-train", str(NUM_TRAIN), "--num-held-out", str(NUM_HELD_OUT)]
-    subprocess.run([*script, *sizes], check=True, cwd=ROOT)
+    shutil.copytree(trained, folder, dirs_exist_ok=True)
     run_script(folder)
     return folder
 
@@ -156,7 +154,7 @@ def test_a_store_with_a_shifted_layer_or_a_flipped_byte_does_not_verify(pipeline
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
-    result = run("dump", "verify", *args, "--store", flipped, check=False)
+    result = run_here("dump", "verify", *args, "--store", flipped, check=False)
     assert result.returncode == 2
     assert f"{path}: found" in result.stderr
 
@@ -168,7 +166,7 @@ def test_a_store_with_a_shifted_layer_or_a_flipped_byte_does_not_verify(pipeline
     sample.hidden_states = sample.aux_hidden_states[:, -sample.hidden_states.shape[1] :]
     first.update(store.write_sample(first["id"], sample))
     store.ledger_path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    result = run("dump", "verify", *args, "--store", shifted, check=False)
+    result = run_here("dump", "verify", *args, "--store", shifted, check=False)
     assert result.returncode == 1
     assert "that its states do not predict" in result.stderr
 

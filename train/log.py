@@ -20,6 +20,7 @@ from train.processes import Processes
 from train.schedule import learning_rate
 
 LOG_EVERY = 10
+DRAW_EVERY_S = 60.0  # a picture takes as long as several small steps
 
 
 class Log:
@@ -30,6 +31,7 @@ class Log:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._tokens = self._steps = 0
         self._part, self._since = "rest", time.perf_counter()
+        self._drawn = self._since
 
     def __enter__(self) -> Log:
         if self._processes.is_first:
@@ -100,9 +102,12 @@ class Log:
         self._tokens = self._steps = 0
         return loss
 
-    def draw(self) -> None:
-        if self._processes.is_first:
+    def draw(self, *, at_once: bool) -> None:
+        """Draw the curves: at once, or if the last picture is old."""
+        now = time.perf_counter()
+        if self._processes.is_first and (at_once or now - self._drawn > DRAW_EVERY_S):
             draw_curves(self._run.metrics_path, self._run.folder / "curves.png")
+            self._drawn = now
 
 
 def cut_metrics(path: Path, first_step: int) -> float:

@@ -170,7 +170,7 @@ def _train(
                 best = best_length if improved else None
                 save_checkpoint(draft_run, step + 1, processes, model, optimizer, recipe, config, best)
                 improved = False
-                log.draw()
+                log.draw(at_once=last or stop)
             if stop and not last:
                 raise IncompleteError(f"{output}: stopped by SIGTERM after step {step + 1}, which is saved. Run again.")
             if run is not None:

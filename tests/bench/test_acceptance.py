@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, command, run
+from conftest import ROOT, command, run, run_here
 from written import write_store
 
 from bench.acceptance import parse_draft_tokens
@@ -96,8 +96,8 @@ def test_sets_modes_and_draft_tokens_are_measured_in_one_run_that_resumes(
 ) -> None:
     args = ["--recipe", recipe_path]
     store = write_store(tmp_path / "store", Target.read(target_folder))
-    run("train", "offline", *args, "--store", store, "--output", tmp_path / "draft")
-    run("train", "export", *args, "--run", tmp_path / "draft", "--output", tmp_path / "export")
+    run_here("train", "offline", *args, "--store", store, "--output", tmp_path / "draft")
+    run_here("train", "export", *args, "--run", tmp_path / "draft", "--output", tmp_path / "export")
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     rows = [{"id": f"q{n}", "category": f"kind{n % 2}", "turns": [f"Explain {n}."]} for n in range(4)]
     one.write_text("\n".join(map(json.dumps, rows)) + "\n")

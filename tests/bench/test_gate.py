@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run
+from conftest import run_here
 from written import write_store
 
 from bench.gate import explain
@@ -24,8 +24,8 @@ def trained(request: Any, recipe_path: Path, target_folder: Path, tmp_path_facto
     folder = tmp_path_factory.mktemp("gate")
     args = ["--recipe", recipe_path, "--set", f"train.method={request.param}", "--set", "train.num_steps=1"]
     store = write_store(folder / "store", Target.read(target_folder))
-    run("train", "offline", *args, "--store", store, "--output", folder / "draft")
-    run("train", "export", *args, "--run", folder / "draft", "--output", folder / "export")
+    run_here("train", "offline", *args, "--store", store, "--output", folder / "draft")
+    run_here("train", "export", *args, "--run", folder / "draft", "--output", folder / "export")
     return request.param, folder
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run
+from conftest import run, run_here
 from safetensors.torch import load_file, save_file
 from written import write_conversations
 
@@ -36,11 +36,11 @@ def trained(
     folder = tmp_path_factory.mktemp("parity")
     args: list[object] = ["--recipe", recipe_path, "--set", f"train.method={request.param}"]
     args += ["--set", "train.num_steps=2", "--set", f"train.draft_vocab_size={KNOWN}"]
-    run("train", "offline", *args, "--store", store, "--output", folder / "draft")
+    run_here("train", "offline", *args, "--store", store, "--output", folder / "draft")
     weights_path = DraftRun(folder / "draft").chosen_weights()
     weights = {name: 4 * t if t.dim() > 1 else t for name, t in load_file(weights_path).items()}
     save_file(weights, weights_path)
-    run("train", "export", *args, "--run", folder / "draft", "--output", folder / "export")
+    run_here("train", "export", *args, "--run", folder / "draft", "--output", folder / "export")
     return request.param, args, folder
 
 

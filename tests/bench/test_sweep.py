@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import scripted
-from conftest import ROOT, kill_when, run
+from conftest import ROOT, kill_when, run, run_here
 from written import write_store
 
 import bench.sweep
@@ -109,8 +109,8 @@ def draft(recipe_path: Path, target_folder: Path, tmp_path_factory: pytest.TempP
     args = ["--recipe", recipe_path, "--set", "train.num_steps=1"]
     args += ["--set", "export.max_position_embeddings=512", "--set", "export.yarn.factor=4.0"]  # room for the 256 extra
     store = write_store(folder / "store", Target.read(target_folder))
-    run("train", "offline", *args, "--store", store, "--output", folder / "draft")
-    run("train", "export", *args, "--run", folder / "draft", "--output", folder / "export")
+    run_here("train", "offline", *args, "--store", store, "--output", folder / "draft")
+    run_here("train", "export", *args, "--run", folder / "draft", "--output", folder / "export")
     return folder / "export"
 
 

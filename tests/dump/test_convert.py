@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import run
+from conftest import run_here
 from safetensors.torch import load_file
 
 from contracts.modelopt import ModelOptStore
@@ -21,13 +21,13 @@ from contracts.store import Store
 def store(recipe_path: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     folder = tmp_path_factory.mktemp("store") / "store"
     args = ("-r", recipe_path, "--conversations", conversations, "--output", folder, "--set", "dump.backend=hf")
-    run("dump", "run", *args)
+    run_here("dump", "run", *args)
     return Store(folder)
 
 
 def test_modelopts_layout_holds_the_same_samples(store: Store, tmp_path: Path) -> None:
     for _ in range(2):  # the second time nothing is left to do
-        run("dump", "convert", store.folder, "--to", "modelopt", "--output", tmp_path)
+        run_here("dump", "convert", store.folder, "--to", "modelopt", "--output", tmp_path)
     files = sorted(tmp_path.glob("*.pt"))
     assert [file.stem for file in files] == store.sample_ids()
     for file in files[::10]:
@@ -45,10 +45,10 @@ def test_modelopts_layout_holds_the_same_samples(store: Store, tmp_path: Path) -
 def test_a_draft_trained_from_modelopts_layout_is_the_very_same(
     store: Store, recipe_path: Path, tmp_path: Path
 ) -> None:
-    run("dump", "convert", store.folder, "--to", "modelopt", "--output", tmp_path / "modelopt")
+    run_here("dump", "convert", store.folder, "--to", "modelopt", "--output", tmp_path / "modelopt")
     more = ("-r", recipe_path, "--set", "train.num_steps=4")
     for name, folder in (("ours", store.folder), ("theirs", tmp_path / "modelopt")):
-        run("train", "offline", *more, "--store", folder, "--output", tmp_path / name)
+        run_here("train", "offline", *more, "--store", folder, "--output", tmp_path / name)
     weights = [load_file(tmp_path / name / "step-000004/weights.safetensors") for name in ("ours", "theirs")]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
@@ -59,13 +59,13 @@ def test_a_foreign_modelopt_folder_needs_its_layers_named_and_runs_no_code_and_l
     store: Store, recipe_path: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "theirs"
-    run("dump", "convert", store.folder, "--to", "modelopt", "--output", folder)
+    run_here("dump", "convert", store.folder, "--to", "modelopt", "--output", folder)
     layers = json.loads((folder / "manifest.json").read_text())["layer_ids"]
     (folder / "manifest.json").unlink()
 
     def train(name: str, *more: str) -> subprocess.CompletedProcess[str]:
         args = ("-r", recipe_path, "--set", "train.num_steps=2", "--store", folder, "--output", tmp_path / name)
-        return run("train", "offline", *args, *more, check=False)
+        return run_here("train", "offline", *args, *more, check=False)
 
     refused = train("a")
     assert refused.returncode == 2
@@ -87,7 +87,7 @@ def test_a_foreign_modelopt_folder_needs_its_layers_named_and_runs_no_code_and_l
 
 
 def test_speculators_layout_holds_the_same_samples_row_by_row(store: Store, tmp_path: Path) -> None:
-    run("dump", "convert", store.folder, "--to", "speculators", "--output", tmp_path)
+    run_here("dump", "convert", store.folder, "--to", "speculators", "--output", tmp_path)
     rows = datasets.load_from_disk(str(tmp_path))
     assert len(rows) == 60
     for number in range(0, 60, 10):
@@ -103,8 +103,8 @@ def test_speculators_layout_holds_the_same_samples_row_by_row(store: Store, tmp_
 
 
 def test_an_unknown_layout_and_an_unfinished_store_are_refused(store: Store, tmp_path: Path) -> None:
-    result = run("dump", "convert", store.folder, "--to", "pickle", "--output", tmp_path / "out", check=False)
+    result = run_here("dump", "convert", store.folder, "--to", "pickle", "--output", tmp_path / "out", check=False)
     assert result.returncode == 2
     assert "expected one of modelopt, speculators" in result.stderr
-    result = run("dump", "convert", tmp_path, "--to", "modelopt", "--output", tmp_path / "out", check=False)
+    result = run_here("dump", "convert", tmp_path, "--to", "modelopt", "--output", tmp_path / "out", check=False)
     assert result.returncode == 2

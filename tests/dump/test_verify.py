@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_lines, run
+from conftest import read_lines, run_here
 from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM
 from written import write_conversations
 
@@ -25,7 +25,7 @@ from dump.verify import sampled_deviations
 def good(recipe_path: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store") / "good"
     args = ("-r", recipe_path, "--conversations", conversations, "--output", folder, "--set", "dump.backend=hf")
-    run("dump", "run", *args)
+    run_here("dump", "run", *args)
     return folder
 
 
@@ -80,7 +80,7 @@ def masked_too_much(sample: StoredSample, *_: object) -> None:
 
 
 def verify(recipe: Path, store: Path) -> tuple[int, str]:
-    result = run("dump", "verify", "-r", recipe, "--store", store, check=False)
+    result = run_here("dump", "verify", "-r", recipe, "--store", store, check=False)
     return result.returncode, result.stderr + result.stdout
 
 
@@ -117,7 +117,7 @@ def test_each_seeded_defect_is_named_with_the_first_sample_that_has_it(
 
 def test_layers_that_are_off_by_one_are_named(recipe_path: Path, conversations: Path, tmp_path: Path) -> None:
     args = ("-r", recipe_path, "--conversations", conversations, "--output", tmp_path / "bad", "--set")
-    run("dump", "run", *args, "dump.backend=hf", "--set", "target.aux_layers=[1,2]")
+    run_here("dump", "run", *args, "dump.backend=hf", "--set", "target.aux_layers=[1,2]")
     manifest = json.loads((tmp_path / "bad/manifest.json").read_text())
     (tmp_path / "bad/manifest.json").write_text(json.dumps({**manifest, "layer_ids": [0, 1]}))
     code, printed = verify(recipe_path, tmp_path / "bad")
@@ -151,8 +151,8 @@ def test_a_gemma_norm_is_proven_and_an_rms_norm_in_its_place_is_named(
     folder = build_gemma(tmp_path / "gemma", target_folder)
     conversations = write_conversations(folder, tmp_path / "conversations", 18)
     more = ("-r", recipe_path, "--set", f"target.path={folder}", "--set", "dump.backend=hf")
-    run("dump", "run", *more, "--conversations", conversations, "--output", tmp_path / "good")
-    printed = run("dump", "verify", *more, "--store", tmp_path / "good").stdout
+    run_here("dump", "run", *more, "--conversations", conversations, "--output", tmp_path / "good")
+    printed = run_here("dump", "verify", *more, "--store", tmp_path / "good").stdout
     assert "180 of 180 generated tokens of 18 greedy samples are the states' argmax" in printed
     assert "all layers of 8 samples are as transformers computes them" in printed
 
@@ -169,7 +169,7 @@ def test_a_gemma_norm_is_proven_and_an_rms_norm_in_its_place_is_named(
         sample.hidden_states = torch.nn.functional.rms_norm(states, states.shape[-1:], head.norm, head.eps)
 
     first = seed(tmp_path / "good", tmp_path / "bad", normed_by_rms)
-    result = run("dump", "verify", *more, "--store", tmp_path / "bad", check=False)
+    result = run_here("dump", "verify", *more, "--store", tmp_path / "bad", check=False)
     assert result.returncode == 1
     assert "normed already, and by a rms norm, not gemma" in result.stderr
     assert first in result.stderr

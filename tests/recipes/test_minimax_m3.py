@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, run
+from conftest import ROOT, run, run_here
 from tiny_m3 import HIDDEN, NUM_LAYERS, build_tiny_m3
 from transformers import AutoConfig
 from written import write_conversations
@@ -53,17 +53,17 @@ def test_a_tiny_m3_goes_through_the_recipe_from_end_to_end(tiny_m3: Path, tmp_pa
     args = ["--recipe", RECIPE, *sizes_of(tiny_m3)]
     conversations = write_conversations(tiny_m3, tmp_path / "conversations", 50)
     run("recipe", "check", *args)
-    run("dump", "run", *args, "--backend", "hf", "--conversations", conversations, "--output", tmp_path / "store")
-    printed = run("dump", "verify", *args, "--store", tmp_path / "store").stdout
+    run_here("dump", "run", *args, "--backend", "hf", "--conversations", conversations, "--output", tmp_path / "store")
+    printed = run_here("dump", "verify", *args, "--store", tmp_path / "store").stdout
     assert "500 of 500 generated tokens of 50 greedy samples are the states' argmax" in printed
     assert "all layers of 8 samples are as transformers computes them" in printed
     assert json.loads((tmp_path / "store/manifest.json").read_text())["final_norm"] == "gemma"
-    run("train", "offline", *args, "--store", tmp_path / "store", "--output", tmp_path / "draft")
+    run_here("train", "offline", *args, "--store", tmp_path / "store", "--output", tmp_path / "draft")
     evaluation = tmp_path / "eval.json"
-    run("train", "eval", *args, "--run", tmp_path / "draft", "--store", tmp_path / "store", "--output", evaluation)
+    run_here("train", "eval", *args, "--run", tmp_path / "draft", "--store", tmp_path / "store", "--output", evaluation)
     assert json.loads(evaluation.read_text())["acceptance_length"] > 1.5
     export = tmp_path / "export"
-    run("train", "export", *args, "--run", tmp_path / "draft", "--output", export, "--eval", evaluation)
+    run_here("train", "export", *args, "--run", tmp_path / "draft", "--output", export, "--eval", evaluation)
 
     config = json.loads((export / "config.json").read_text())
     highest = max(used_token_ids(Target.read(tiny_m3)))

@@ -57,7 +57,11 @@ def server_process(fail_fraction: float = 0.0, port: int | None = None) -> Itera
         process.wait()
 
 
-def test_after_50_kills_over_a_failing_server_it_equals_an_uninterrupted_run(recipe_path: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kills", [15, pytest.param(50, marks=pytest.mark.long)])
+def test_after_kills_over_a_failing_server_it_equals_an_uninterrupted_run(
+    recipe_path: Path, tmp_path: Path, kills: int
+) -> None:
     prompts = tmp_path / "prompts.jsonl"
     write_prompts(prompts, [[f"first {i}", f"second {i}", *([f"third {i}"] if i % 3 else [])] for i in range(2000)])
     with prompts.open("a") as file:
@@ -69,9 +73,10 @@ def test_after_50_kills_over_a_failing_server_it_equals_an_uninterrupted_run(rec
     args = ["synth", "generate", "--recipe", recipe_path, "--prompts", prompts, "--output", output]
     rng = random.Random(0)
     with server_process(fail_fraction=0.05) as (url, _):
-        for _ in range(50):
+        for _ in range(kills):
             # At any moment: before its first record, between records, inside of one.
-            assert kill_when(grown_by(output / FILE, rng.randrange(0, 60000)), *args, "--endpoint", url) == -9
+            moment = grown_by(output / FILE, rng.randrange(0, 3_000_000 // kills))
+            assert kill_when(moment, *args, "--endpoint", url) == -9
         generate(recipe_path, prompts, output, url)
         assert "is finished, skipped" in generate(recipe_path, prompts, output, url).stdout
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, kill_when, read_lines, run
+from conftest import ROOT, command, kill_when, read_lines, run, run_here
 from safetensors.torch import load_file
 from written import write_store
 
@@ -94,7 +94,7 @@ def test_a_part_is_held_out_by_conversation_and_the_best_checkpoint_is_kept(
     store = write_store(tmp_path / "store", Target.read(target_folder), num_samples=20)
     args = ["--recipe", recipe_path, "--store", store, "--output", tmp_path / "draft"]
     sets = ["held_out_fraction=0.3", "evaluate_every=10", "num_steps=40", "keep_checkpoints=1"]
-    printed = run("train", "offline", *args, *(word for s in sets for word in ("--set", f"train.{s}"))).stdout
+    printed = run_here("train", "offline", *args, *(word for s in sets for word in ("--set", f"train.{s}"))).stdout
     assert "predicted acceptance length" in printed
     draft = DraftRun(tmp_path / "draft")
     summary = json.loads((draft.folder / "run.json").read_text())["summary"]
@@ -139,7 +139,7 @@ def test_two_processes_follow_the_loss_of_one(
 def test_every_objective_learns(recipe_path: Path, target_folder: Path, tmp_path: Path, changes: list[str]) -> None:
     store = write_store(tmp_path / "store", Target.read(target_folder))
     sets = [word for change in [*changes, "num_steps=60"] for word in ("--set", f"train.{change}")]
-    run("train", "offline", "--recipe", recipe_path, "--store", store, "--output", tmp_path / "draft", *sets)
+    run_here("train", "offline", "--recipe", recipe_path, "--store", store, "--output", tmp_path / "draft", *sets)
     losses = [line["loss"] for line in read_lines(tmp_path / "draft/metrics.jsonl")]
     assert losses[-1] < losses[0]
 
@@ -164,7 +164,7 @@ def test_data_that_holds_the_mask_token_is_refused(recipe_path: Path, target_fol
     sample.input_ids[20] = choose_mask_token(target, None)
     store.write_sample(store.sample_ids()[0], sample)
     args = ["--recipe", recipe_path, "--store", store.folder, "--output", tmp_path / "draft"]
-    result = run("train", "offline", *args, check=False)
+    result = run_here("train", "offline", *args, check=False)
     assert result.returncode == 2
     assert "among its tokens" in result.stderr
 
@@ -173,7 +173,8 @@ def test_a_store_of_another_target_is_refused_in_one_line(
     recipe_path: Path, other_target_folder: Path, tmp_path: Path
 ) -> None:
     store = write_store(tmp_path / "store", Target.read(other_target_folder))
-    result = run("train", "offline", "--recipe", recipe_path, "--store", store, "--output", tmp_path / "d", check=False)
+    args = ["--recipe", recipe_path, "--store", store, "--output", tmp_path / "draft"]
+    result = run_here("train", "offline", *args, check=False)
     assert result.returncode == 2
     assert "found states of target" in result.stderr
     assert result.stderr.count("\n") == 1
@@ -184,8 +185,8 @@ def test_a_changed_recipe_is_refused_for_a_run_that_was_begun(
 ) -> None:
     store = write_store(tmp_path / "store", Target.read(target_folder))
     args = ["--recipe", recipe_path, "--store", store, "--output", tmp_path / "draft"]
-    run("train", "offline", *args)
-    result = run("train", "offline", *args, "--set", "train.learning_rate=0.5", check=False)
+    run_here("train", "offline", *args)
+    result = run_here("train", "offline", *args, "--set", "train.learning_rate=0.5", check=False)
     assert result.returncode == 2
     assert "(settings.train.learning_rate): found 0.5, expected 0.0012" in result.stderr
 
@@ -195,9 +196,9 @@ def test_an_export_holds_what_vllm_reads_and_neither_embedding_nor_head(
 ) -> None:
     target = Target.read(target_folder)
     store = write_store(tmp_path / "store", target)
-    run("train", "offline", "--recipe", recipe_path, "--store", store, "--output", tmp_path / "draft")
+    run_here("train", "offline", "--recipe", recipe_path, "--store", store, "--output", tmp_path / "draft")
     export = ["train", "export", "--recipe", recipe_path, "--run", tmp_path / "draft", "--output", tmp_path / "export"]
-    run(*export)
+    run_here(*export)
     config = json.loads((tmp_path / "export/config.json").read_text())
     assert config["architectures"] == ["DFlashDraftModel"]
     assert config["block_size"] == 4
@@ -208,11 +209,12 @@ def test_an_export_holds_what_vllm_reads_and_neither_embedding_nor_head(
     names = set(load_file(tmp_path / "export/model.safetensors"))
     assert {"fc.weight", "hidden_norm.weight", "norm.weight", "layers.0.self_attn.q_norm.weight"} <= names
     assert not any("embed" in name or "lm_head" in name or "rope" in name for name in names)
-    assert "is finished, skipped" in run(*export).stdout
+    assert "is finished, skipped" in run_here(*export).stdout
     assert "Not evaluated" in (tmp_path / "export/README.md").read_text()
     evaluation = tmp_path / "eval.json"
-    run("train", "eval", "--recipe", recipe_path, "--run", tmp_path / "draft", "--store", store, "--output", evaluation)
-    run(*export[:-1], tmp_path / "evaluated", "--eval", evaluation)
+    args = ["--recipe", recipe_path, "--run", tmp_path / "draft", "--store", store]
+    run_here("train", "eval", *args, "--output", evaluation)
+    run_here(*export[:-1], tmp_path / "evaluated", "--eval", evaluation)
     card = (tmp_path / "evaluated/README.md").read_text()
     assert f"acceptance length {json.loads(evaluation.read_text())['acceptance_length']:.3f}" in card
     assert json.loads((tmp_path / "export/draftline.json").read_text())["sha256"] in card
@@ -253,7 +255,7 @@ def test_a_yarn_window_that_is_not_the_context_length_is_refused_before_training
 ) -> None:
     store = write_store(tmp_path / "store", Target.read(target_folder))
     yarn = ["--recipe", recipe_path, "--set", "export.yarn.factor=3"]
-    result = run("train", "offline", *yarn, "--store", store, "--output", tmp_path / "draft", check=False)
+    result = run_here("train", "offline", *yarn, "--store", store, "--output", tmp_path / "draft", check=False)
     assert result.returncode == 2
     assert not (tmp_path / "draft").exists()
     assert (

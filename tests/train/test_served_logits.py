@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run_here
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from written import write_store
@@ -46,7 +46,7 @@ def test_logits_of_an_exported_eagle3_draft_are_the_trainers(
     args += ["--set", f"train.draft_vocab_size={known}"] if known else []
     args += [] if yarn else ["--set", "export.yarn=null"]
     store = write_store(tmp_path / "store", Target.read(target_folder))
-    printed = run("train", "offline", *args, "--store", store, "--output", tmp_path / "draft").stdout
+    printed = run_here("train", "offline", *args, "--store", store, "--output", tmp_path / "draft").stdout
     assert bool(known) == ("the draft knows 300 of" in printed)
     draft_run = DraftRun(tmp_path / "draft")
     draft = make_draft(draft_run.read_config())
@@ -54,7 +54,8 @@ def test_logits_of_an_exported_eagle3_draft_are_the_trainers(
     weights = {name: 4 * tensor if tensor.dim() > 1 else tensor for name, tensor in weights.items()}
     save_file(weights, draft_run.chosen_weights())
     draft.load_state_dict(weights)
-    run(*("train", "export", *args, "--format", layout, "--run", tmp_path / "draft", "--output", tmp_path / "export"))
+    places = ("--run", tmp_path / "draft", "--output", tmp_path / "export")
+    run_here("train", "export", *args, "--format", layout, *places)
     served = serve("eagle3", target_folder, tmp_path)
 
     target = Target.read(target_folder)
@@ -85,7 +86,7 @@ def test_logits_of_an_exported_dflash_draft_are_the_trainers(
 ) -> None:
     args = ["--recipe", recipe_path, *([] if yarn else ["--set", "export.yarn=null"])]
     store = write_store(tmp_path / "store", Target.read(target_folder))
-    run("train", "offline", *args, "--store", store, "--output", tmp_path / "draft")
+    run_here("train", "offline", *args, "--store", store, "--output", tmp_path / "draft")
     draft_run = DraftRun(tmp_path / "draft")
     draft = make_draft(draft_run.read_config())
     assert isinstance(draft, DFlash)
@@ -94,7 +95,8 @@ def test_logits_of_an_exported_dflash_draft_are_the_trainers(
     weights = {name: 4 * tensor if tensor.dim() > 1 else tensor for name, tensor in weights.items()}
     save_file(weights, draft_run.chosen_weights())
     draft.load_state_dict(weights)
-    run(*("train", "export", *args, "--format", layout, "--run", tmp_path / "draft", "--output", tmp_path / "export"))
+    places = ("--run", tmp_path / "draft", "--output", tmp_path / "export")
+    run_here("train", "export", *args, "--format", layout, *places)
     config = json.loads((tmp_path / "export/config.json").read_text())
     assert bool({**config, **config.get("transformer_layer_config", {})}["rope_scaling"]) == yarn
 
