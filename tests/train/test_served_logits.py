@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, run_here
+from conftest import run_here
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from warm import Warm
 from written import write_store
 
 from contracts.draft import DraftRun
@@ -26,11 +25,10 @@ from train.eagle3 import Eagle3
 PROMPT = 150  # beyond the YaRN draft's original window of 128
 
 
-def serve(method: str, target_folder: Path, folder: Path) -> dict[str, Any]:
+def serve(engine: Warm, method: str, target_folder: Path, folder: Path) -> dict[str, Any]:
     """What the probe found of the export in `folder`."""
     probe = Path(__file__).with_name("logits_probe.py")
-    command = [sys.executable, probe, method, target_folder, folder / "export", str(PROMPT), folder / "served.pt"]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=280)
+    engine.run(probe, method, target_folder, folder / "export", PROMPT, folder / "served.pt")
     return dict(torch.load(folder / "served.pt", weights_only=True))
 
 
@@ -40,7 +38,7 @@ def serve(method: str, target_folder: Path, folder: Path) -> dict[str, Any]:
     ("yarn", "known", "layout"), [(True, None, "native"), (False, None, "speculators"), (False, 300, "native")]
 )
 def test_logits_of_an_exported_eagle3_draft_are_the_trainers(
-    recipe_path: Path, target_folder: Path, tmp_path: Path, yarn: bool, known: int | None, layout: str
+    engine: Warm, recipe_path: Path, target_folder: Path, tmp_path: Path, yarn: bool, known: int | None, layout: str
 ) -> None:
     args = ["--recipe", recipe_path, "--set", "train.method=eagle3", "--set", "train.ttt_steps=3"]
     args += ["--set", f"train.draft_vocab_size={known}"] if known else []
@@ -56,7 +54,7 @@ def test_logits_of_an_exported_eagle3_draft_are_the_trainers(
     draft.load_state_dict(weights)
     places = ("--run", tmp_path / "draft", "--output", tmp_path / "export")
     run_here("train", "export", *args, "--format", layout, *places)
-    served = serve("eagle3", target_folder, tmp_path)
+    served = serve(engine, "eagle3", target_folder, tmp_path)
 
     target = Target.read(target_folder)
     model = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32).eval()
@@ -82,7 +80,7 @@ def test_logits_of_an_exported_eagle3_draft_are_the_trainers(
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("yarn", "layout"), [(True, "native"), (False, "speculators")])
 def test_logits_of_an_exported_dflash_draft_are_the_trainers(
-    recipe_path: Path, target_folder: Path, tmp_path: Path, yarn: bool, layout: str
+    engine: Warm, recipe_path: Path, target_folder: Path, tmp_path: Path, yarn: bool, layout: str
 ) -> None:
     args = ["--recipe", recipe_path, *([] if yarn else ["--set", "export.yarn=null"])]
     store = write_store(tmp_path / "store", Target.read(target_folder))
@@ -100,7 +98,7 @@ def test_logits_of_an_exported_dflash_draft_are_the_trainers(
     config = json.loads((tmp_path / "export/config.json").read_text())
     assert bool({**config, **config.get("transformer_layer_config", {})}["rope_scaling"]) == yarn
 
-    served = serve("dflash", target_folder, tmp_path)
+    served = serve(engine, "dflash", target_folder, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32).eval()
     token_ids = torch.tensor([*range(10, 10 + PROMPT), *served["token_ids"]])
     with torch.no_grad():
