@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from contracts.errors import UserError
 from contracts.target import Target
+from contracts.vml import settle_vector_functions
 
 # How the families name them; all but the first are targets with LayerNorms.
 EMBEDDING = ("model.embed_tokens.weight", "embed_in.weight", "wte.weight")
@@ -86,8 +87,10 @@ def sampling_probabilities(
 def read_head(target: Target) -> TargetHead:
     """Read the three tensors, whatever prefix they have (`language_model.` and the like); lm_head may be tied.
 
+    Whatever trains a draft, follows one, or proves a store comes here before it computes: see contracts/vml.py.
     Raises UserError when one is missing, or when the lm_head has a bias, which no draft's server would add.
     """
+    settle_vector_functions()
     files, config = _files_by_tensor(target), target.config
     embedding = _read(target, files, EMBEDDING)
     untied = _find(files, LM_HEAD)

@@ -10,7 +10,6 @@ from contracts.mask_token import choose_mask_token
 from contracts.recipe import Recipe, TrainSection
 from contracts.store import Manifest
 from contracts.target import Target
-from contracts.vml import settle_vector_functions
 from train.dflash import DFlash
 from train.eagle3 import Eagle3
 
@@ -18,8 +17,7 @@ Draft = DFlash | Eagle3
 
 
 def make_draft(config: DraftConfig, section: TrainSection | None = None) -> Draft:
-    """The draft that a config names. Whatever trains or follows one comes here before it computes."""
-    settle_vector_functions()
+    """The draft that a config names."""
     return DFlash(config, section) if config.method == "dflash" else Eagle3(config, section)
 
 
