@@ -66,7 +66,7 @@ class ServeCommand:
         lines += [f"  -e {key}={shlex.quote(value)}" for key, value in sorted(self.env.items())]
         lines += [
             f"  -p {self.host}:{self.port}:{self.port}",
-            '  -v "$HOME/.cache/huggingface:/root/.cache/huggingface"',
+            '  -e HF_HOME=/huggingface -v "$HOME/.cache/huggingface:/huggingface"',
         ]
         folders = [word for word in (*self.args, *_strings_in_json(self.args)) if Path(word).is_absolute()]
         lines += [f"  -v {shlex.quote(f'{folder}:{folder}:ro')}" for folder in dict.fromkeys(folders)]
