@@ -117,7 +117,7 @@ def other_target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the tiny recipe begins with, made once for all test processes: a target, trained briefly, and 60 prompts."""
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "trained"

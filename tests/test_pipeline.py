@@ -45,9 +45,9 @@ def run_script(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def pipeline(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pipeline(trained_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
-    shutil.copytree(trained, folder, dirs_exist_ok=True)
+    shutil.copytree(trained_target, folder, dirs_exist_ok=True)
     run_script(folder)
     return folder
 

