@@ -22,6 +22,7 @@ def run_benchmark(name: str, *args: str) -> str:
     [
         ("synth_client", ("--rows", "100"), "ratio"),
         ("preemption", ("--rows", "20000"), "lost rows"),
+        ("first_calls", ("--waves", "1"), "with settled functions: 0 of 24"),
     ],
 )
 def test_a_benchmark_that_needs_nothing_else_runs(name: str, args: tuple[str, ...], told: str) -> None:

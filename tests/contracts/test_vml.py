@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import struct
+import mmap
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import make_target
 import pytest
 import torch
+from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contracts.target import Target
@@ -17,6 +21,7 @@ from contracts.target_weights import read_head
 from contracts.vml import FUNCTIONS, settle_vector_functions
 
 SHARED_OUT = 2048  # elements from which on torch gives an operation to several threads
+needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs a torch with MKL")
 
 
 class FirstCalls(TorchDispatchMode):
@@ -61,37 +66,28 @@ def test_whatever_reads_the_targets_head_computes_after_the_first_calls(calls: F
     first_calls_are_small(calls)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork") or not torch.backends.mkl.is_available(), reason="needs fork and MKL")
+def test_the_tiny_target_is_trained_after_the_first_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(make_target, "settle_vector_functions", lambda: done.append("settled"))
+    monkeypatch.setattr(make_target, "read_subjects", lambda: sys.exit(3))  # what main begins with
+    monkeypatch.setattr(sys, "argv", ["make_target.py", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="3"):
+        make_target.main()
+    assert done == ["settled"]
+
+
+@needs_mkl
+def test_the_functions_are_all_that_torch_takes_from_mkl() -> None:
+    library = Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        names = {name.decode().lower() for name in re.findall(rb"\0vms([A-Z][A-Za-z0-9]+)\0", data)}
+    assert {{"ln": "log"}.get(name, name) for name in names} == set(FUNCTIONS)
+
+
+@needs_mkl
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_no_process_of_thousands_gets_another_cosine() -> None:
-    """Without the first calls 3 of 3600 did."""
-    assert sum(_cosines_of_a_wave(24) for _ in range(150)) == 0
-
-
-def _cosines_of_a_wave(processes: int) -> int:
-    """How many of so many processes, started at once, compute a cosine that is more than 1e-5 off."""
-    start, go = os.pipe()
-    children = []
-    for _ in range(processes):
-        answer, tell = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(go)
-            torch.set_num_threads(3)
-            settle_vector_functions()
-            values = torch.arange(1, 200_001) * 1e-3
-            os.read(start, 1)
-            cosines = values.cos()
-            os.write(tell, struct.pack("d", (cosines.double() - values.double().cos()).abs().max()))
-            os._exit(0)
-        os.close(tell)
-        children.append((pid, answer))
-    os.close(start)
-    os.close(go)
-    wrong = 0
-    for pid, answer in children:
-        wrong += struct.unpack("d", os.read(answer, 8))[0] > 1e-5
-        os.close(answer)
-        os.waitpid(pid, 0)
-    return wrong
+def test_no_process_of_thousands_computes_wrong_cosines() -> None:
+    words = [sys.executable, "benchmarks/first_calls.py"]
+    printed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "with settled functions: 0 of 3600 processes" in printed

@@ -15,6 +15,7 @@ from conftest import ROOT, command, kill_when, read_lines, run, run_here
 from safetensors.torch import load_file
 from written import write_store
 
+import train.log
 from contracts.draft import DraftRun
 from contracts.errors import UserError
 from contracts.mask_token import choose_mask_token
@@ -111,6 +112,24 @@ def test_a_part_is_held_out_by_conversation_and_the_best_checkpoint_is_kept(
     assert set(draft.steps()) == {best, 40}
     assert (draft.folder / "curves.png").stat().st_size > 10_000
     assert list((draft.folder / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(("every_s", "pictures"), [(0.0, 4), (3600.0, 1)])
+def test_curves_are_drawn_at_the_end_and_else_only_when_the_last_picture_is_old(
+    recipe_path: Path,
+    target_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    every_s: float,
+    pictures: int,
+) -> None:
+    drawn: list[Path] = []
+    monkeypatch.setattr(train.log, "DRAW_EVERY_S", every_s)
+    monkeypatch.setattr(train.log, "draw_curves", lambda metrics, output: drawn.append(output))
+    store = write_store(tmp_path / "store", Target.read(target_folder))
+    sets = ["--set", "train.num_steps=4", "--set", "train.checkpoint_every=1"]
+    run_here("train", "offline", "--recipe", recipe_path, "--store", store, "--output", tmp_path / "draft", *sets)
+    assert drawn == [tmp_path / "draft/curves.png"] * pictures
 
 
 @pytest.mark.timeout(600)

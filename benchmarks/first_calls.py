@@ -1,0 +1,68 @@
+"""How often a new process computes wrong cosines, without and with `settle_vector_functions` (contracts/vml.py).
+
+    python benchmarks/first_calls.py [--waves 150]
+
+Waves of 24 processes start at once, each with three threads, and compute 200,000 cosines as their first operation.
+Prints how many had one that is more than 1e-5 off, of how many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import struct
+
+import torch
+
+from contracts.vml import settle_vector_functions
+
+PROCESSES, THREADS = 24, 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--waves", type=int, default=150, help="waves of each kind (default: %(default)s)")
+    args = parser.parse_args()
+    wrong = {"without": 0, "with": 0}
+    for _ in range(args.waves):
+        for kind in wrong:
+            wrong[kind] += count_wrong(settle=kind == "with")
+    for kind, count in wrong.items():
+        print(f"{kind} settled functions: {count} of {args.waves * PROCESSES} processes computed wrong cosines")
+
+
+def count_wrong(*, settle: bool) -> int:
+    """Of one wave. This process itself computes nothing: what it had settled, its children would inherit."""
+    start, go = os.pipe()
+    children = []
+    for _ in range(PROCESSES):
+        answer, tell = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(go)
+            compute(start, tell, settle=settle)
+            os._exit(0)
+        os.close(tell)
+        children.append((pid, answer))
+    os.close(start)
+    os.close(go)  # all of them see the end of that pipe, and begin
+    wrong = 0
+    for pid, answer in children:
+        wrong += struct.unpack("d", os.read(answer, 8))[0] > 1e-5
+        os.close(answer)
+        os.waitpid(pid, 0)
+    return wrong
+
+
+def compute(start: int, tell: int, *, settle: bool) -> None:
+    torch.set_num_threads(THREADS)
+    if settle:
+        settle_vector_functions()
+    values = torch.arange(1, 200_001) * 1e-3
+    os.read(start, 1)
+    cosines = values.cos()
+    os.write(tell, struct.pack("d", (cosines.double() - values.double().cos()).abs().max()))
+
+
+if __name__ == "__main__":
+    main()
