@@ -1,26 +1,33 @@
-# make demo   the whole pipeline on this machine, no GPU needed     (about 12 minutes on 2 cores, then cached)
-# make test   every test that this machine can run
-# make check  format, lint and types
-# make clean  forget the demo's run; `make distclean` the environment, too
+# make demo       the whole pipeline on this machine, no GPU needed (about 12 minutes on 2 cores, then cached)
+# make test       the tests that this machine can run (at most 20 minutes on 2 cores)
+# make test-long  the tests that take many minutes each, marked `long`
+# make check      format, lint, types, declared imports, dead code
+# make clean      delete the demo's run; `make distclean` deletes the environment, too
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test check format clean distclean
+.PHONY: demo test test-long check format clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	recipes/Tiny-DFlash/run.sh
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --durations 15
+
+# One after the other: some of them keep all cores busy on purpose.
+test-long: $(VENV)/installed
+	$(BIN)/python -m pytest -m long --timeout 1500 --durations 0
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/deptry .
+	$(BIN)/vulture
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .

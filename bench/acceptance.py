@@ -1,14 +1,14 @@
-"""Acceptance of a draft over prompt sets: by category, thinking mode, temperature and number of draft tokens.
+"""Measure a draft's acceptance on prompt sets: by category, thinking mode, temperature and number of draft tokens.
 
 Reads:  prompt sets (bench/datasets.py), an exported draft.
 Writes: OUTPUT/prompts (the rows), OUTPUT/conversations/<set>-<mode> (`synth generate`: the replies without a draft),
-        OUTPUT/k<K>/<group>.json (every reply with the draft, and what vLLM counted over the group),
+        OUTPUT/k<K>/<group>.json (all replies with the draft, and vLLM's counters for the group),
         OUTPUT/acceptance.json (the figures), acceptance.md (the tables), golden_al.yaml, acceptance_by_k.png.
 
-The target first writes every conversation without a draft. Each of its replies is then asked for again with the draft,
-as token ids in the recorded context: all numbers of draft tokens answer the very same prompts, and greedy replies can
-be compared with those without a draft. (A running server always drafts: its replies are compared with none.) What is
-finished is kept: the conversations row by row, the rest by group (a set, a mode and a temperature).
+The target first writes all conversations without a draft. Then each reply is generated again with the draft, from the
+recorded context as token ids. So every number of draft tokens gets the same prompts, and greedy replies can be compared
+with those without a draft. With --endpoint there is nothing to compare: that server always drafts. Finished work is
+kept: the conversations row by row, the rest by group (a set, a mode and a temperature).
 """
 
 from __future__ import annotations
@@ -27,21 +27,32 @@ from bench.acceptance_report import summarize, write_report
 from bench.datasets import write_prompts
 from bench.lossless import compare_replies
 from bench.replay import NUM_WARMUP
-from bench.requests import Answer, Turn, answers_to_json, ask_model, read_counters, read_turns, score, send_all
+from bench.requests import (
+    Answer,
+    Served,
+    Turn,
+    answers_to_json,
+    ask_model,
+    read_counters,
+    read_turns,
+    score,
+    send_all,
+)
+from common.errors import IncompleteError, UserError
+from common.files import hash_file, hash_json, read_json, write_json
 from contracts.acceptance import Acceptance
 from contracts.conversation import read_conversations
-from contracts.errors import IncompleteError, UserError
-from contracts.files import hash_file, hash_json, read_json, write_json
-from contracts.recipe import Recipe
 from contracts.run import Run
-from contracts.target import Target
+from recipe.recipe import Recipe
 from serve.command import MODEL_NAME, build_command, fingerprint_draft, speculation_of
 from serve.server import find_port, run_server
+from serve.settings import measured_settings
+from target.target import Target
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """What is asked: sets by name or file, modes, temperatures, numbers of draft tokens (None: the draft's own)."""
+    """What to measure: prompt sets by name or file, modes, temperatures, draft tokens (None: the draft's)."""
 
     prompts: list[str]
     modes: list[str]
@@ -49,7 +60,7 @@ class Matrix:
     draft_tokens: list[int] | None = None
     limit: int | None = None
     endpoint: str | None = None
-    """A running server with the draft, which answers everything, instead of servers of our own."""
+    """URL of a running server with the draft, which answers everything. None: servers are started."""
 
 
 @dataclass
@@ -60,58 +71,22 @@ class Group:
     turns: list[Turn]
 
 
-@dataclass(frozen=True)
-class Served:
-    """A server: its URL without /v1, and its model's name there."""
-
-    url: str
-    model: str
-
-
 def measure(recipe: Recipe, recipe_args: Sequence[str], draft: Path, matrix: Matrix, output: Path) -> dict[str, Any]:
-    """Measure the matrix; the report. `recipe_args` are the flags that gave `recipe`.
+    """Measure the matrix and return the report. `recipe_args` are the flags that gave `recipe`.
 
     Raises UserError for prompts or a draft that do not fit, IncompleteError when a stage fails or when vLLM's counters
     and the sum of the requests' counts differ.
     """
-    target = Target.read(recipe.target.path)
-    own = int(speculation_of(recipe, target, draft)["num_speculative_tokens"])
-    draft_tokens = sorted(set(matrix.draft_tokens or [own]))
-    if matrix.endpoint and matrix.draft_tokens and len(draft_tokens) > 1:
-        raise UserError(
-            "--draft-tokens",
-            found=str(draft_tokens),
-            expected=f"the one number that {matrix.endpoint} drafts",
-            fix="Leave --endpoint out: then a server is started for each.",
-        )
-    if not 1 <= draft_tokens[0] <= draft_tokens[-1] <= own:
-        raise UserError(
-            "--draft-tokens", found=str(draft_tokens), expected=f"from 1 to {own}, as {draft} drafts", fix="Correct it."
-        )
+    target = Target.here(recipe.target)
+    draft_tokens = _choose_draft_tokens(recipe, target, draft, matrix)
     sets = [write_prompts(text, output / "prompts", matrix.limit) for text in matrix.prompts]
     if len({path.stem for path in sets}) < len(sets):
         raise UserError("--prompts", found="a name twice", expected="one for each set", fix="Give NAME=FILE.")
-    run = Run.open(
-        output,
-        "bench acceptance",
-        settings={
-            "serve": recipe.serve.settings(),
-            "synth": recipe.synth.settings(),
-            "modes": matrix.modes,
-            "temperatures": matrix.temperatures,
-            "endpoint": bool(matrix.endpoint),
-        },
-        inputs={
-            "prompts": hash_json([hash_file(path) for path in sets]),
-            "target": target.fingerprint,
-            "draft": fingerprint_draft(recipe, draft),
-        },
-        recipe_yaml=recipe.to_yaml(),
-    )
+    run = _open_run(recipe, target, draft, matrix, sets, output)
     write_conversations(recipe, recipe_args, target, sets, matrix, output)
     groups = read_groups(sets, matrix, output)
     if run.complete:
-        run.reopen()  # there may be other numbers of draft tokens to come
+        run.reopen()  # other numbers of draft tokens may follow
     results = {}
     for k in draft_tokens:
         folder = output / f"k{k}"
@@ -124,26 +99,58 @@ def measure(recipe: Recipe, recipe_args: Sequence[str], draft: Path, matrix: Mat
                     write_json(folder / f"{group.name}.json", found)
                     run.tick()
         results[k] = [dict(read_json(folder / f"{group.name}.json", "a group's replies")) for group in groups]
+    turns = [turn for group in groups for turn in group.turns]
     report = {
         "draft": str(draft),
         "target": str(recipe.target.path),
-        **summarize(
-            [turn for group in groups for turn in group.turns],
-            results,
-            target.end_token_ids,
-            recipe.synth.loop_tokens,
-        ),
+        **summarize(turns, results, target.end_token_ids, recipe.synth.min_loop_tokens),
     }
     write_report(report, output)
     run.finish({"acceptance_length": report["pooled"][str(draft_tokens[-1])]["acceptance_length"]})
-    print(
-        f"bench: {sum(len(g.turns) for g in groups)} replies at K = {draft_tokens} in {run.seconds:.0f} s -> {output}"
-    )
+    print(f"bench: {len(turns)} replies at K = {draft_tokens} in {run.seconds:.0f} s -> {output}")
     return report
 
 
+def _choose_draft_tokens(recipe: Recipe, target: Target, draft: Path, matrix: Matrix) -> list[int]:
+    """Return the numbers of draft tokens in ascending order. Raises UserError for some that cannot be served."""
+    own = int(speculation_of(recipe, target, draft)["num_speculative_tokens"])
+    chosen = sorted(set(matrix.draft_tokens or [own]))
+    if matrix.endpoint and matrix.draft_tokens and len(chosen) > 1:
+        raise UserError(
+            "--draft-tokens",
+            found=str(chosen),
+            expected=f"the one number that {matrix.endpoint} drafts",
+            fix="Omit --endpoint: then a server is started for each.",
+        )
+    if not 1 <= chosen[0] <= chosen[-1] <= own:
+        raise UserError(
+            "--draft-tokens", found=str(chosen), expected=f"from 1 to {own}, as {draft} drafts", fix="Correct it."
+        )
+    return chosen
+
+
+def _open_run(recipe: Recipe, target: Target, draft: Path, matrix: Matrix, sets: Sequence[Path], output: Path) -> Run:
+    return Run.open(
+        output,
+        "bench acceptance",
+        settings={
+            "serve": measured_settings(recipe),
+            "synth": recipe.synth.settings(),
+            "modes": matrix.modes,
+            "temperatures": matrix.temperatures,
+            "endpoint": bool(matrix.endpoint),
+        },
+        inputs={
+            "prompts": hash_json([hash_file(path) for path in sets]),
+            "target": target.fingerprint,
+            "draft": fingerprint_draft(recipe, draft),
+        },
+        recipe_yaml=recipe.to_yaml(),
+    )
+
+
 def parse_draft_tokens(text: str | None) -> list[int] | None:
-    """`1-7`, `3,7` or `7` as numbers. Raises UserError for anything else."""
+    """Parse `1-7`, `3,7` or `7` as numbers. Raises UserError for anything else."""
     if text is None:
         return None
     numbers: list[int] = []
@@ -160,7 +167,7 @@ def parse_draft_tokens(text: str | None) -> list[int] | None:
 def write_conversations(
     recipe: Recipe, recipe_args: Sequence[str], target: Target, sets: Sequence[Path], matrix: Matrix, output: Path
 ) -> None:
-    """Have the target answer every set in every mode, without a draft where the server is ours: one for all."""
+    """Generate conversations for each set and mode, all on one server; without a draft unless --endpoint names it."""
     todo = []
     for path in sets:
         for mode in matrix.modes:
@@ -173,7 +180,7 @@ def write_conversations(
     with _serve(recipe, target, None, None, matrix.endpoint, output / "conversations.log") as server:
         for path, mode, folder in todo:
             how = "by the running server" if matrix.endpoint else "without a draft"
-            print(f"bench: {path.stem}, thinking {mode or 'as it is'}, {how}", flush=True)
+            print(f"bench: {path.stem}, thinking {mode or 'unset'}, {how}", flush=True)
             words = [
                 "generate", *recipe_args, "--prompts", str(path), "--output", str(folder), "--thinking-modes", mode,
                 "--endpoint", f"{server.url}/v1", "--set", f"synth.temperature={matrix.temperatures}",
@@ -188,7 +195,7 @@ def write_conversations(
 
 
 def read_groups(sets: Sequence[Path], matrix: Matrix, output: Path) -> list[Group]:
-    """The recorded turns by set, mode and temperature. Raises UserError where there is none at all."""
+    """Read the recorded turns by set, mode and temperature. Raises UserError when there are none."""
     groups = []
     for path in sets:
         for mode in matrix.modes:
@@ -206,10 +213,10 @@ def read_groups(sets: Sequence[Path], matrix: Matrix, output: Path) -> list[Grou
 def serve_group(
     recipe: Recipe, server: Served, group: Group, num_draft_tokens: int, *, compare: bool
 ) -> dict[str, Any]:
-    """One group's answers, the delta of vLLM's counters over it, and where greedy replies differ, if they are compared.
+    """Send one group; return its answers, the change of vLLM's counters, and where greedy replies differ.
 
-    Raises UserError when the server drafts another number of tokens, IncompleteError when the counters are not the sum
-    of the requests' counts, where the server tells these.
+    Greedy replies are compared only if `compare`. Raises UserError when the server drafts another number of tokens,
+    IncompleteError when the counters are not the sum of the requests' counts, if the server returns these.
     """
     before = read_counters(server.url)
     at_once = max(recipe.bench.concurrency)
@@ -217,7 +224,7 @@ def serve_group(
     answers, seconds = asyncio.run(_send(server, group.turns, recipe, at_once, title))
     after = read_counters(server.url)
     counters = {key: after[key] - before.get(key, 0.0) for key in after}
-    positions = sum(key.startswith("accepted_at_") for key in counters)  # vLLM has one for each draft token
+    positions = sum(key.startswith("accepted_at_") for key in counters)  # vLLM has a counter for each draft token
     if positions != num_draft_tokens:
         raise UserError(
             server.url,
@@ -230,7 +237,7 @@ def serve_group(
     if per_request:
         check_counters(counted, counters, group.name)
     recorded = {turn.id: turn.reply for turn in group.turns}
-    scorer = partial(score, f"{server.url}/v1", server.model)
+    scorer = partial(score, server)
     identical, differing = compare_replies(group.turns, recorded, answers, scorer) if compare else (0, [])
     return {
         "dataset": group.turns[0].dataset,
@@ -247,7 +254,7 @@ def serve_group(
 
 
 def check_counters(counted: Acceptance, counters: dict[str, float], where: str) -> None:
-    """Raise IncompleteError when vLLM's counters, per position too, are not the sum of what the requests say."""
+    """Raise IncompleteError when vLLM's counters, also by position, are not the sum of the requests' counts."""
     found = {key: int(value) for key, value in counters.items() if value}
     at = [sum(counted.histogram[i + 1 :]) for i in range(len(counted.histogram) - 1)]
     expected = {
@@ -267,8 +274,7 @@ async def _send(
     server: Served, turns: Sequence[Turn], recipe: Recipe, concurrency: int, title: str
 ) -> tuple[list[Answer], float]:
     return await send_all(
-        f"{server.url}/v1",
-        server.model,
+        server,
         turns,
         concurrency=concurrency,
         max_tokens=recipe.synth.max_tokens,

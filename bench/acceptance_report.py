@@ -1,10 +1,10 @@
-"""The figures of `bench acceptance` over prompt sets, and how they are shown.
+"""Compute the figures of `bench acceptance` on prompt sets, and write its tables and plot.
 
 Writes: acceptance.json; acceptance.md, a table for each thinking mode and temperature; golden_al.yaml, the acceptance
-        length by thinking mode and number of draft tokens, as simulated serving reads it; acceptance_by_k.png.
+        length by thinking mode and number of draft tokens, for simulated serving; acceptance_by_k.png.
 
-Counters are summed before they are divided (micro); the macro average is that of the rows' lengths. Replies that fell
-into a loop are easy to draft and say nothing about use: they have a line of their own and are in no other.
+The micro average sums counters before dividing; the macro average is the mean of the rows' acceptance lengths. Replies
+that fell into a loop are easy to draft and not typical: they are counted on a line of their own and nowhere else.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import yaml
 from bench.lossless import find_overruns
 from bench.replay import kept_steps
 from bench.requests import Answer, Turn, answers_from_json
+from common.files import write_atomic, write_json
+from common.loops import find_loop
 from contracts.acceptance import Acceptance
-from contracts.files import write_atomic, write_json
-from contracts.loops import find_loop
 
 HEADER = "| category | dataset | n | mean acceptance length [95%] | draft acceptance rate | per position |"
 RULE = "|---|---|---:|---:|---:|---|"
@@ -33,9 +33,9 @@ def summarize(
     end_token_ids: Collection[int],
     loop_tokens: int,
 ) -> dict[str, Any]:
-    """The figures of every K (`results`: its groups as bench/acceptance.py writes them).
+    """Compute the figures of each K. `results` holds its groups as bench/acceptance.py writes them.
 
-    `rows` are the finest parts: a set, category, mode, temperature and K each; `by_mode` and `pooled` add them up.
+    `rows` has an entry for each set, category, mode, temperature and K; `by_mode` and `pooled` sum them up.
     """
     report: dict[str, Any] = {"rows": [], "by_mode": [], "pooled": {}, "greedy": {}, "overruns": {}}
     for k, groups in results.items():
@@ -71,7 +71,7 @@ def summarize(
 def make_rows(
     turns: Sequence[Turn], answers: Mapping[str, Answer], loops: Collection[str], num_draft_tokens: int
 ) -> list[dict[str, Any]]:
-    """One row for each set, category, mode and temperature; without the replies in `loops`, which are only counted."""
+    """Make a row for each set, category, mode and temperature. Replies in `loops` are counted, but not measured."""
     groups: dict[tuple[str, str, str, float], list[Turn]] = defaultdict(list)
     for turn in turns:
         groups[turn.dataset, turn.category, turn.thinking_mode, turn.temperature].append(turn)
@@ -100,7 +100,7 @@ def make_rows(
 def row_of_counters(
     turns: Sequence[Turn], loops: Collection[str], group: Mapping[str, Any], num_draft_tokens: int
 ) -> dict[str, Any]:
-    """The row of a group whose server does not tell what each request accepted: all categories, loops included."""
+    """Make the row of a group whose server does not report accepted tokens by request: all categories, with loops."""
     members = [turn for turn in turns if turn.group == _key(group)]
     counters = group["counters"]
     total = Acceptance.from_counters(
@@ -122,7 +122,7 @@ def row_of_counters(
 
 
 def pool_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The micro average of rows, from the sum of their counters, and the macro average of those that have steps."""
+    """Return the micro average of rows, from the sum of their counters, and the macro average of rows with steps."""
     total = Acceptance.pool(Acceptance(tuple(row["histogram"])) for row in rows)
     lengths = [row["acceptance_length"] for row in rows if row["steps"]]
     return {
@@ -133,7 +133,7 @@ def pool_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def make_tables(report: Mapping[str, Any]) -> str:
-    """The tables, as Markdown: one for each mode and temperature at the largest K, then lengths by K."""
+    """Format the tables as Markdown: one for each mode and temperature at the largest K, then lengths by K."""
     largest = max(entry["num_draft_tokens"] for entry in report["by_mode"])
     lines = []
     for entry in report["by_mode"]:
@@ -149,7 +149,7 @@ def make_tables(report: Mapping[str, Any]) -> str:
         lines.append(f"| **macro** | all | {entry['n']} | {entry['macro_acceptance_length']:.3f} | | |")
         if entry["looping"]["replies"]:
             looping = entry["looping"]
-            lines.append(_line("looping, apart", "all", {"n": looping["replies"], **looping}))
+            lines.append(_line("looping, not included", "all", {"n": looping["replies"], **looping}))
     ks = sorted({entry["num_draft_tokens"] for entry in report["by_mode"]})
     if len(ks) > 1:
         lines += ["", "Mean acceptance length by number of draft tokens", ""]
@@ -157,20 +157,20 @@ def make_tables(report: Mapping[str, Any]) -> str:
         lines.append("|---|---:|" + "---:|" * len(ks))
         for (mode, temperature), lengths in _lengths(report).items():
             figures = " | ".join(f"{lengths[k]:.3f}" for k in ks)
-            lines.append(f"| {mode or 'as it is'} | {temperature:g} | {figures} |")
+            lines.append(f"| {mode or 'unset'} | {temperature:g} | {figures} |")
     lines.append("")
     for k, greedy in report["greedy"].items():
         if greedy["compared"]:
             lines.append(f"Greedy replies identical to those without a draft, K = {k}: {_describe(greedy)}")
         else:
-            lines.append("Greedy replies were compared with none: the running server always drafts.")
+            lines.append("Greedy replies were not compared: the running server always drafts.")
     wrong = sum(len(found) for found in report["overruns"].values())
     lines.append(f"Replies that do not end at their stop token: {wrong}")
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
 def write_report(report: Mapping[str, Any], output: Path) -> None:
-    """Write all files of a report, and print its tables."""
+    """Write all files of a report and print its tables."""
     tables = make_tables(report)
     write_atomic(output / "acceptance.md", tables)
     print(tables)
@@ -196,7 +196,7 @@ def _key(group: Mapping[str, Any]) -> tuple[str, str, float]:
 
 
 def _by_conversation(turns: Sequence[Turn], answers: Mapping[str, Answer], num_draft_tokens: int) -> list[Acceptance]:
-    """Each conversation's acceptance: what bootstrapping draws again."""
+    """Return the acceptance of each conversation, the unit that bootstrapping resamples."""
     steps: dict[str, list[int]] = defaultdict(list)
     for turn in turns:
         steps[turn.conversation] += kept_steps(answers[turn.id])
@@ -231,7 +231,7 @@ def _lengths(report: Mapping[str, Any]) -> dict[tuple[str, float], dict[int, flo
 
 
 def _title(entry: Mapping[str, Any]) -> str:
-    mode = f"thinking {entry['thinking_mode']}" if entry["thinking_mode"] else "thinking as the template has it"
+    mode = f"thinking {entry['thinking_mode']}" if entry["thinking_mode"] else "thinking unset"
     return f"{mode}, temperature {entry['temperature']:g}, K = {entry['num_draft_tokens']} (vLLM)"
 
 
@@ -248,7 +248,7 @@ def _describe(greedy: Mapping[str, Any]) -> str:
     if greedy["differing"]:
         gaps = [abs(d["logit_gap"]) for d in greedy["differing"] if d["logit_gap"] is not None]
         first = greedy["differing"][0]
-        text += f"; the first to differ: {first['turn']} at token {first['first_token']}"
+        text += f"; first difference: {first['turn']} at token {first['first_token']}"
         text += f"; logit gaps up to {max(gaps):.4f}" if gaps else ""
     return text
 

@@ -1,7 +1,7 @@
-"""What a draft is worth under load: uplift over no draft, break-even concurrency, acceptance; one draft or two.
+"""Compare a draft with no draft, or two drafts, under load: uplift, break-even concurrency, acceptance.
 
 Reads:  one or two sweeps (`bench sweep`; one of two may lack a baseline), acceptance by prompt set.
-Writes: OUTPUT/compare.json, the plots as PNG, and report.html, which holds tables and plots and needs no other file.
+Writes: OUTPUT/compare.json, the plots as PNG, and report.html with tables and plots in one file.
 
 Uplift is draft / base - 1 on total tokens/s (input and output), at equal concurrency, layout and scenario.
 """
@@ -16,14 +16,17 @@ from typing import Any
 
 from bench.compare_report import make_table, write_report
 from bench.sweep import SWEEP_FILE
+from common.errors import UserError
+from common.files import read_json, write_json
 from contracts.acceptance import Acceptance
-from contracts.errors import UserError
-from contracts.files import read_json, write_json
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Uplift of one series over another on one layout and scenario: `(concurrency, before, after)`, tokens/s each."""
+    """Uplift of one series over another on one layout and scenario.
+
+    `points` are `(concurrency, tokens/s before, tokens/s after)`.
+    """
 
     scenario: str
     layout: str
@@ -48,7 +51,7 @@ class Curve:
 
 
 def compare(sweeps: Sequence[Path], acceptance: Sequence[Path], output: Path) -> dict[str, Any]:
-    """Write the comparison; the content of compare.json.
+    """Write the comparison and return the content of compare.json.
 
     Raises UserError for sweeps of different targets, or when nothing can be compared.
     """
@@ -69,7 +72,7 @@ def compare(sweeps: Sequence[Path], acceptance: Sequence[Path], output: Path) ->
         label: [p for p in found[name]["points"] if p["kind"] == kind and p["status"] == "done"]
         for (name, kind), label in labels.items()
     }
-    # A sweep without a baseline of its own is held against the other's.
+    # A sweep without a baseline is compared with the other sweep's.
     with_base = [name for name in names if series[labels[name, "base"]]] or names
     pairs = [(labels[name if name in with_base else with_base[0], "base"], labels[name, "draft"]) for name in names]
     pairs += [] if alone else [(names[0], names[1])]
@@ -99,15 +102,15 @@ def compare(sweeps: Sequence[Path], acceptance: Sequence[Path], output: Path) ->
 
 
 def uplift(base: float, draft: float) -> float:
-    """`draft / base - 1`, the gain in tokens/s."""
+    """Return `draft / base - 1`, the gain in tokens/s."""
     return draft / base - 1
 
 
 def break_even(points: Sequence[tuple[int, float]]) -> float | None:
-    """The concurrency at which uplift becomes 0, of `(concurrency, uplift)`; None where it does not cross.
+    """Return the concurrency at which uplift becomes 0, from `(concurrency, uplift)`. None: it does not cross 0.
 
-    Between the last point with a gain and the first one without after it, uplift is taken as linear in the logarithm of
-    the concurrency, which sweeps double.
+    Interpolates between the last point with a gain and the next one, linearly in the logarithm of the concurrency:
+    sweeps double the concurrency.
     """
     ordered = sorted(points)
     last = max((i for i, (_, gain) in enumerate(ordered) if gain > 0), default=None)
@@ -118,7 +121,7 @@ def break_even(points: Sequence[tuple[int, float]]) -> float | None:
 
 
 def tell_break_even(points: Sequence[tuple[int, float]]) -> str:
-    """`break_even` in words, with what is known where nothing crosses."""
+    """Describe `break_even` as text, also where uplift does not cross 0."""
     ordered = sorted(points)
     crossing = break_even(ordered)
     if crossing is not None:
@@ -129,7 +132,7 @@ def tell_break_even(points: Sequence[tuple[int, float]]) -> str:
 
 
 def pair(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], name: str, over: str) -> list[Curve]:
-    """Curves over the points that both series have, one a layout and scenario."""
+    """Make a curve for each layout and scenario, from the points that both series have."""
     known = {(p["scenario"], p["layout"], p["concurrency"]): p["total_tokens_per_s"] for p in before}
     curves: dict[tuple[str, str], list[tuple[int, float, float]]] = defaultdict(list)
     for point in after:
@@ -140,7 +143,7 @@ def pair(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], name
 
 
 def pool_rows(folder: Path) -> dict[str, Any]:
-    """Acceptance of a folder of `bench acceptance` at its highest number of draft tokens, by dataset and category.
+    """Sum up a folder of `bench acceptance` at its largest number of draft tokens, by dataset and category.
 
     Raises UserError when it has no rows by prompt set.
     """
@@ -170,6 +173,6 @@ def pool_rows(folder: Path) -> dict[str, Any]:
 
 
 def name_folders(folders: Sequence[Path]) -> list[str]:
-    """A short name for each: the folder's own, or the whole path where two have the same."""
+    """Name each folder: by its own name, or by the whole path where two have the same name."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]

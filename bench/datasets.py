@@ -1,7 +1,7 @@
-"""The prompt sets that acceptance is measured on, as rows that `synth generate` reads.
+"""Write the prompt sets of `bench acceptance` as rows that `synth generate` reads.
 
-Reads:  a known set by its name, through `datasets` (the hub or its cache); or a local file of rows with `turns`,
-        `messages` or `prompt`, or of a known set in its own columns.
+Reads:  a known set by name, through `datasets` (the hub or its cache); or a local file of prompt rows
+        (contracts/prompts.py), or of a known set in its own columns.
 Writes: FOLDER/<name>.jsonl: `id`, `category`, and `turns` (or what the local rows have).
 """
 
@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contracts.errors import UserError
-from contracts.files import write_atomic
-
-CATEGORY_KEYS = ("category", "subject")
-GENERAL_KEYS = ("turns", "messages", "conversations", "prompt")
+from common.errors import UserError
+from common.files import write_atomic
+from contracts.prompt_files import open_prompts
+from contracts.prompts import PROMPT_KEYS, read_category, read_id
 
 
 @dataclass(frozen=True)
 class Source:
-    """A set on the hub: repository, configuration, split, and the column that holds the prompt or the turns."""
+    """A set on the hub; `column` holds the prompt or the turns."""
 
     repository: str
     config: str | None
@@ -40,13 +39,13 @@ SOURCES = {
     "speed_bench": Source("nvidia/SPEED-Bench", "qualitative", "test", "turns"),
 }
 PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED"
-"""How SPEED-Bench begins a turn whose text its own script has to fetch."""
+"""SPEED-Bench begins a turn so where its own script has to fetch the text."""
 
 
 def parse_name(text: str) -> tuple[str, Path | None]:
-    """`gsm8k`, `gsm8k=FILE` or `FILE` as a name and a local file, if any.
+    """Split `gsm8k`, `gsm8k=FILE` or `FILE` into a name and a local file, if any.
 
-    Raises UserError for a name that is neither known nor a file's, or that could not name a file.
+    Raises UserError for a name that is neither a known set nor a file, or that is not a valid file name.
     """
     name, separator, path = text.partition("=")
     if not separator and name in SOURCES and not Path(name).is_file():
@@ -68,10 +67,10 @@ def parse_name(text: str) -> tuple[str, Path | None]:
 
 
 def write_prompts(text: str, folder: Path, limit: int | None) -> Path:
-    """Write the first `limit` rows of a set into `folder`; the file. Raises UserError when it cannot be had."""
+    """Write the first `limit` rows of a set into `folder`; return the file. Raises UserError for a missing set."""
     name, file = parse_name(text)
     source = SOURCES.get(name)
-    rows = _read_lines(file) if file else _read_hub(name, SOURCES[name])
+    rows = _read_file(file) if file else _read_hub(name, SOURCES[name])
     lines: list[str] = []
     for number, row in enumerate(rows):
         if limit is not None and len(lines) == limit:
@@ -86,29 +85,24 @@ def write_prompts(text: str, folder: Path, limit: int | None) -> Path:
 
 
 def make_row(row: dict[str, Any], name: str, number: int, source: Source | None) -> dict[str, Any] | None:
-    """A row as `synth generate` reads it; None for one that holds a placeholder instead of its text."""
-    own = row.get(source.column) if source and not ({"turns", "messages"} & set(row)) else row.get("turns")
-    turns = [own] if isinstance(own, str) else own
-    if isinstance(turns, list) and any(PLACEHOLDER in str(turn) for turn in turns):
+    """Return a row as `synth generate` reads it; None for one that holds a placeholder instead of its text."""
+    prompt = {key: row[key] for key in PROMPT_KEYS if row.get(key)}
+    if source and not ({"turns", "messages"} & set(prompt)):
+        prompt = {"turns": row.get(source.column)}
+    if isinstance(prompt.get("turns"), str):
+        prompt["turns"] = [prompt["turns"]]
+    if PLACEHOLDER in str(prompt.get("turns")):
         return None
-    made: dict[str, Any] = {"turns": turns} if turns else {key: row[key] for key in GENERAL_KEYS if key in row}
-    made |= {key: row[key] for key in ("tools", "system") if key in row}
-    category = next((str(row[key]) for key in CATEGORY_KEYS if row.get(key)), name)
-    return {"id": str(row.get("id") or row.get("question_id") or f"{name}/{number}"), "category": category, **made}
+    prompt |= {key: row[key] for key in ("tools", "system") if key in row}
+    return {"id": read_id(row) or f"{name}/{number}", "category": read_category(row) or name, **prompt}
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.isspace():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}", found="no JSON object", expected="a row", fix="Mend the line.")
-            yield row
+def _read_file(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a local file. Raises UserError for one that is not an object."""
+    for row in open_prompts(path).rows():
+        if not isinstance(row.value, dict):
+            raise UserError(row.where, found=row.error or "no JSON object", expected="a row", fix="Fix the line.")
+        yield row.value
 
 
 def _read_hub(name: str, source: Source) -> Iterable[dict[str, Any]]:
@@ -119,7 +113,7 @@ def _read_hub(name: str, source: Source) -> Iterable[dict[str, Any]]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"--prompts {name}",
-            found=f"{source.repository}, which cannot be had ({str(error).splitlines()[0][:200]})",
+            found=f"{source.repository}, which cannot be loaded ({str(error).splitlines()[0][:200]})",
             expected="the set, on the hub or in its cache",
             fix=f"Give a local copy: --prompts {name}=FILE.jsonl.",
         ) from None

@@ -18,17 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from bench.explain import explain_config
-from bench.replay import kept_steps, serve_and_send
+from bench.replay import Replay, kept_steps, serve_and_send
 from bench.requests import answers_from_json, read_turns
+from common.errors import IncompleteError, UserError
+from common.files import hash_file, read_json, write_json
 from contracts.acceptance import Acceptance
 from contracts.conversation import read_conversations
 from contracts.draft import DraftRun
-from contracts.errors import IncompleteError, UserError
-from contracts.files import hash_file, read_json, write_json
-from contracts.recipe import Recipe
 from contracts.run import Run
 from contracts.store import Store, open_store
-from contracts.target import Target
+from drafts.published import read_config
+from recipe.recipe import Recipe
+from serve.settings import measured_settings
+from target.target import Target
 
 MAX_DIFFERENCE = 0.02
 MIN_LENGTH = 2.0
@@ -42,7 +44,7 @@ def gate(
     Raises IncompleteError with the likely cause when the gate does not open, UserError when the store's conversations
     are not where they were.
     """
-    target = Target.read(recipe.target.path)
+    target = Target.here(recipe.target)
     store, manifest = open_store(store_folder, target)
     conversations = Path(manifest.conversations_folder)
     if not (conversations / "run.json").exists():
@@ -71,13 +73,13 @@ def gate(
     run = Run.open(
         output,
         "bench gate",
-        settings={"samples": num_samples, "steps": num_steps, "serve": recipe.serve.settings()},
+        settings={"samples": num_samples, "steps": num_steps, "serve": measured_settings(recipe)},
         inputs={"target": target.fingerprint, "store": store.checksum, "draft": hash_file(export / "config.json")},
         recipe_yaml=recipe.to_yaml(),
     )
-    served = serve_and_send(recipe, target, export, turns, output / "served.json", run, concurrency=[8])
+    served = serve_and_send(Replay(recipe, target, turns, run), export, output / "served.json", concurrency=[8])
     answers = {answer.id: answer for answer in answers_from_json(served["points"]["8"]["answers"])}
-    num_draft_tokens = recipe.train.block_size - 1
+    num_draft_tokens = read_config(DraftRun(draft)).num_draft_tokens
     steps = [kept_steps(answers[turn.id]) for turn in turns]
     whole = {turn.id.rpartition("-")[0] for turn in turns}
     predicted = Acceptance.from_steps(

@@ -1,14 +1,14 @@
-"""One load on a running server, by vLLM's own generator (`vllm bench serve`), and the figures of what it found.
+"""Put one load on a running server with vLLM's load generator (`vllm bench serve`) and read its figures.
 
-Reads:  a JSONL of prompts, if the recipe names one.
-Writes: the prompts in the generator's form; the generator's output to a log.
+Reads:  a file of prompt rows (contracts/prompts.py), if the recipe names one.
+Writes: the prompts in the generator's format; the generator's output to a log.
 
-Lengths: vLLM draws them from [x(1-q), x(1+q)] around a mean x; the field's (InferenceMAX's) range ratio r says: uniform
-in [r*n, n], n being the size. So x = n(1+r)/2 and q = (1-r)/(1+r), both rounded down: no length is above n.
+Lengths: vLLM draws them from [x(1-q), x(1+q)] around a mean x. InferenceMAX's range ratio r means uniform in [r*n, n]
+for a size n. So x = n(1+r)/2 and q = (1-r)/(1+r), both rounded down: no length exceeds n.
 
-Random tokens are sent as chat messages. Prompts of a file are rendered here, with the target's chat template and up to
-their first user turn, and sent as text: vLLM's generator knows no system message. Which prompts matters: a draft is
-worth most where it was trained, and over random tokens, of which no reply follows, it is worth next to nothing.
+Random tokens are sent as chat messages. Prompts of a file are rendered here with the target's chat template, up to
+their first user turn, and sent as text, because vLLM's generator has no system message. The choice of prompts matters:
+a draft gains most on the data it was trained on, and next to nothing on random tokens.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from pathlib import Path
 from typing import Any
 
 from bench.plan import Point
+from common.errors import IncompleteError, UserError
+from common.files import read_json, write_atomic
 from contracts.acceptance import Acceptance
-from contracts.errors import IncompleteError, UserError
-from contracts.files import read_json, read_jsonl, write_atomic
-from contracts.recipe import Recipe, SweepSection
-from contracts.target import Target
-from contracts.templates import rendering_template
+from contracts.prompt_files import Row, open_prompts
+from contracts.prompts import read_opening
+from recipe.bench import SweepSection
+from recipe.recipe import Recipe
 from serve.command import MODEL_NAME, to_flags
 from serve.engine import engine_env
-from serve.server import last_words
+from serve.server import find_error
 from serve.vllm_main import PARENT_ENV
+from target.target import Target
+from target.templates import rendering_template
 
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 PERCENTILES = (50, 90, 95, 99)
@@ -61,7 +64,7 @@ def run_load(
             check=False,
         )
     if ended.returncode or not result.exists():
-        raise IncompleteError(f"{log}: the load ended with code {ended.returncode}: {last_words(log)}")
+        raise IncompleteError(f"{log}: the load ended with code {ended.returncode}: {find_error(log)}")
     raw = read_json(result, "a result of vLLM's load generator")
     result.unlink()
     per_request = ("latencies", "queue_times")
@@ -112,12 +115,12 @@ def load_flags(
 
 
 def mean_length(size: int, range_ratio: float) -> int:
-    """The mean of lengths that are uniform in [range_ratio * size, size] (tokens), rounded down."""
+    """Return the mean of lengths that are uniform in [range_ratio * size, size] (tokens), rounded down."""
     return max(1, math.floor(size * (1 + range_ratio) / 2))
 
 
 def spread(range_ratio: float) -> float:
-    """vLLM's range ratio, around the mean, for the field's, below the size."""
+    """Convert InferenceMAX's range ratio (relative to the size) to vLLM's (relative to the mean)."""
     return math.floor(1e6 * (1 - range_ratio) / (1 + range_ratio)) / 1e6
 
 
@@ -133,9 +136,9 @@ def write_prompts(recipe: Recipe, target: Target, point: Point, path: Path) -> t
     template = rendering_template(recipe.target, target)
     draw = random.Random(sweep.seed)
     lines, left_out = [], 0
-    for number, row in read_jsonl(source, "prompts (bench.sweep.dataset)"):
+    for row in open_prompts(source).rows():
         text = tokenizer.apply_chat_template(
-            read_opening(row, f"{source}:{number}"), chat_template=template, add_generation_prompt=True, tokenize=False
+            read_opening_row(row), chat_template=template, add_generation_prompt=True, tokenize=False
         )
         if len(tokenizer(text, add_special_tokens=False).input_ids) > point.isl:
             left_out += 1
@@ -150,24 +153,22 @@ def write_prompts(recipe: Recipe, target: Target, point: Point, path: Path) -> t
     return len(lines), left_out
 
 
-def read_opening(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """A row's messages up to its first user turn. Raises UserError for a row that has none."""
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    turns = row.get("turns") or [row.get("prompt")]
-    messages = row.get("messages") or (turns[0] if isinstance(turns[0], list) else None)
-    if messages is None and turns[0]:
-        messages = [*system, {"role": "user", "content": str(turns[0])}]
-    first = next((i for i, message in enumerate(messages or []) if message.get("role") == "user"), None)
-    if messages is None or first is None:
-        raise UserError(where, found="no user turn", expected="messages, turns or prompt", fix="Mend or delete it.")
-    return list(messages[: first + 1])
+def read_opening_row(row: Row) -> list[dict[str, Any]]:
+    """Return a row's messages up to its first user turn. Raises UserError for a row that has none."""
+    try:
+        if row.error:
+            raise ValueError(row.error)
+        return read_opening(row.value)
+    except ValueError as error:
+        raise UserError(
+            row.where, found=str(error), expected="messages, turns or prompt", fix="Fix or delete the row."
+        ) from None
 
 
 def read_figures(raw: Mapping[str, Any], point: Point) -> dict[str, Any]:
-    """Our figures from the generator's result: latencies in ms, speeds in tokens/s, acceptance from counters.
+    """Compute our figures from the generator's result: latencies in ms, speeds in tokens/s, acceptance from counters.
 
-    Tokens/s a user is 1000 / the median time per output token (ms); a GPU's share is that of the layout's GPUs. All
-    counts are of the load alone, the warm-up apart.
+    Tokens/s per user is 1000 / the median time per output token (ms). Warm-up requests are not counted.
     """
     median_tpot = float(raw["median_tpot_ms"])
     names = {"mean": "mean_{}_ms", **{f"p{p}": f"p{p}_{{}}_ms" for p in PERCENTILES}}
@@ -190,10 +191,10 @@ def read_figures(raw: Mapping[str, Any], point: Point) -> dict[str, Any]:
 
 
 def read_acceptance(raw: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Acceptance from vLLM's counters over the load; None where the server does not draft.
+    """Compute acceptance from vLLM's counters over the load. None: the server does not draft.
 
-    Steps that accepted exactly i tokens are those that accepted i less those that accepted i + 1. Overshoot counts: the
-    last step of a reply may verify tokens beyond its end.
+    Steps that accepted exactly i tokens are those that accepted at least i minus those that accepted at least i + 1.
+    Tokens that the last step accepted beyond the end of a reply are included.
     """
     steps = raw.get("spec_decode_num_drafts")
     if not steps:

@@ -1,7 +1,7 @@
-"""Whether a draft changes what the target says: greedy replies with and without it, token by token.
+"""Check that a draft does not change the target's greedy replies, token by token.
 
-Speculative decoding promises the target's own greedy reply. Where two replies part, the two tokens' log-probabilities
-there tell a tie that rounding decides (a gap near 0; batches differ in shape) from a draft that spoils the output.
+Speculative decoding must return the target's own greedy reply. At the first difference, the log-probabilities of the
+two tokens tell rounding (a gap near 0; batches differ in shape) from a draft that corrupts the output.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Scorer = Callable[[Sequence[int], Sequence[int]], list[float]]
 def compare_replies(
     turns: Sequence[Turn], without: Mapping[str, list[int]], answers: Sequence[Answer], score: Scorer | None = None
 ) -> tuple[int, list[dict[str, Any]]]:
-    """`(greedy replies that are the same, where the others part)`; `without` has the replies without a draft by turn.
+    """Return `(number of identical greedy replies, the differences)`. `without`: replies without a draft, by turn.
 
-    A difference names the first token that differs (its place in the reply, from 0), both tokens, and `logit_gap`: the
-    logit of the one without the draft minus that of the other, as `score` tells it. None: a reply ended early.
+    A difference has the position of the first token that differs (in the reply, from 0), both tokens, and `logit_gap`:
+    the logit of the token without the draft minus that of the other, from `score`. None: a reply ended early.
     """
     known = {turn.id: turn for turn in turns}
     identical, differing = 0, []
@@ -34,17 +34,17 @@ def compare_replies(
             identical += 1
             continue
         pairs = enumerate(zip(expected, answer.token_ids, strict=False))
-        place, tokens = next(((i, pair) for i, pair in pairs if pair[0] != pair[1]), (None, None))
+        position, tokens = next(((i, pair) for i, pair in pairs if pair[0] != pair[1]), (None, None))
         gap = None
         if tokens is not None and score is not None:
-            a, b = score([*turn.prompt, *expected[:place]], tokens)
+            a, b = score([*turn.prompt, *expected[:position]], tokens)
             gap = round(a - b, 5)
-        differing.append({"turn": answer.id, "first_token": place, "tokens": tokens, "logit_gap": gap})
+        differing.append({"turn": answer.id, "first_token": position, "tokens": tokens, "logit_gap": gap})
     return identical, differing
 
 
 def find_overruns(answers: Sequence[Answer], end_token_ids: Collection[int]) -> list[str]:
-    """Turns whose reply goes on after its end token, or says that it stopped and has none."""
+    """Return the turns whose reply continues after an end token, or that stopped without one."""
     if not end_token_ids:
         return []
     wrong = []

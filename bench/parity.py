@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from bench.explain import explain_config
+from common.errors import IncompleteError
+from common.files import write_json
 from contracts.draft import DraftRun
-from contracts.errors import IncompleteError
-from contracts.files import write_json
-from contracts.recipe import Recipe
 from contracts.store import open_store
-from contracts.target import Target
 from contracts.trace import Trace, read_traces
+from drafts import METHODS
+from drafts.published import read_config
+from recipe.recipe import Recipe
 from serve.trace import trace_engine
+from target.target import Target
 
 LIMITS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 """Relative differences that rounding explains, by the engine's dtype."""
@@ -54,7 +56,7 @@ def parity(
 
     Raises IncompleteError that names the first difference and its likely cause.
     """
-    target = Target.read(recipe.target.path)
+    target = Target.here(recipe.target)
     store, manifest = open_store(store_folder, target)
     path = output / "trainer.safetensors"
     words = ["--run", str(run_folder), "--store", str(store_folder), "--output", str(path), "--samples", str(num)]
@@ -65,7 +67,8 @@ def parity(
     samples = [(trace.sample_id, trace.start, trace.tensors["token_ids"].tolist()) for trace in trainer]
     engine = trace_engine(recipe, target, draft, samples, len(trainer[0].tensors["teacher"]))
     limit = LIMITS.get(str(recipe.serve.args.get("dtype", "bfloat16")), LIMITS["bfloat16"])
-    findings = compare(trainer, engine, manifest.layer_ids, limit)
+    method = METHODS[read_config(DraftRun(run_folder)).method]
+    findings = compare(trainer, engine, manifest.layer_ids, limit, autoregressive=method.autoregressive)
     worst = worst_of(findings)
     report = {"samples": len(trainer), "limit": limit, "stages": [vars(found) for found in worst]}
     write_json(output / "parity.json", report)
@@ -91,14 +94,21 @@ CAUSES = {
 }
 
 
-def compare(trainer: Sequence[Trace], engine: Sequence[Trace], layer_ids: Sequence[int], limit: float) -> list[Finding]:
-    """Every stage of every sample, stage by stage."""
+def compare(
+    trainer: Sequence[Trace],
+    engine: Sequence[Trace],
+    layer_ids: Sequence[int],
+    limit: float,
+    *,
+    autoregressive: bool,
+) -> list[Finding]:
+    """Every stage of every sample, stage by stage. `autoregressive`: each draft token is an input of the next one."""
     pairs = list(zip(trainer, engine, strict=True))
     found = [finding for a, b in pairs for finding in _layers(a, b, layer_ids, limit)]
     found += [finding for a, b in pairs for finding in _teacher(a, b)]
     found += [finding for a, b in pairs for finding in _mask(a, b, limit)]
     found += [finding for a, b in pairs for finding in _vocabulary(a, b)]
-    return found + [finding for a, b in pairs for finding in _draft_logits(a, b, limit)]
+    return found + [finding for a, b in pairs for finding in _draft_logits(a, b, limit, autoregressive)]
 
 
 def worst_of(findings: Sequence[Finding]) -> list[Finding]:
@@ -162,7 +172,7 @@ def _vocabulary(ours: Trace, theirs: Trace) -> Iterator[Finding]:
     yield Finding("vocabulary map", ours.sample_id, apart, apart > 0, text)
 
 
-def _draft_logits(ours: Trace, theirs: Trace, limit: float) -> Iterator[Finding]:
+def _draft_logits(ours: Trace, theirs: Trace, limit: float, autoregressive: bool) -> Iterator[Finding]:
     if int(theirs.tensors["teacher"][0]) != int(ours.tensors["token_ids"][ours.start]):
         return  # the engine drafts after another token
     a, b = ours.tensors["draft_logits"], theirs.tensors["draft_logits"]
@@ -173,5 +183,5 @@ def _draft_logits(ours: Trace, theirs: Trace, limit: float) -> Iterator[Finding]
         apart = float((a[slot][known] - b[slot][known]).abs().max() / scale) if same else float("inf")
         text = f"logits apart by {apart:.2g} of the largest; tokens {int(a[slot].argmax())} and {int(b[slot].argmax())}"
         yield Finding(f"draft slot {slot + 1}", ours.sample_id, apart, not apart <= limit, text)
-        if int(a[slot].argmax()) != int(b[slot].argmax()) and "mask_token" not in ours.tensors:
-            return  # EAGLE3: each slot builds on the token of the one before
+        if autoregressive and int(a[slot].argmax()) != int(b[slot].argmax()):
+            return  # from here on the inputs differ

@@ -1,9 +1,8 @@
-"""The points of a serving sweep, before anything is served: layouts, loads, sizes, and which ones are evaluated.
+"""List the points of a serving sweep: layouts, loads, sizes, and which ones are evaluated. Serves nothing.
 
-Reads:  the recipe's `bench.sweep`.
-Writes: nothing; a table or JSON for the terminal.
+Reads: the recipe's `bench.sweep`.
 
-Rules are those of InferenceMAX's single-node sweeps, so that figures can be held against published ones.
+The rules are those of InferenceMAX's single-node sweeps, so that figures can be compared with published ones.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from contracts.errors import UserError
-from contracts.recipe import LayoutSpace, Recipe
+from common.errors import UserError
+from recipe.bench import LayoutSpace
+from recipe.recipe import Recipe
 from serve.command import Sizes, size_flags
 
 PROMPTS_PER_SLOT = 10
@@ -25,7 +25,7 @@ EVALUATED_FROM = 16
 
 @dataclass(frozen=True)
 class Layout:
-    """How a server spreads over its GPUs: tensor parallel, experts over all GPUs, attention as replicas."""
+    """How a server uses its GPUs: tensor parallel size, expert parallel size, data-parallel attention."""
 
     tp: int
     ep: int = 1
@@ -61,13 +61,13 @@ class Point:
 
     @property
     def scenario(self) -> str:
-        """`8k1k` for 8192 in and 1024 out; what is no multiple of 1024 as it is, `256-128`."""
+        """`8k1k` for 8192 in and 1024 out; `256-128` for sizes that are not multiples of 1024."""
         sizes = [f"{size // 1024}k" if size % 1024 == 0 else f"{size}" for size in (self.isl, self.osl)]
         return ("" if all(size.endswith("k") for size in sizes) else "-").join(sizes)
 
     @property
     def id(self) -> str:
-        """A name for files: `8k1k-tp8-ep8-dp-c256`."""
+        """Name of the point's files: `8k1k-tp8-ep8-dp-c256`."""
         return f"{self.scenario}-{self.layout.name}-c{self.concurrency}"
 
     @property
@@ -79,7 +79,7 @@ class Point:
         return WARMUPS_PER_SLOT * self.concurrency
 
     def describe(self, num_draft_tokens: int) -> dict[str, Any]:
-        """The point as JSON; sizes are those of a server that drafts `num_draft_tokens` and has this point alone."""
+        """Return the point as JSON. `flags` size a server with `num_draft_tokens` draft tokens for this point only."""
         sizes = size_flags(Sizes(self.isl, self.osl, self.concurrency), num_draft_tokens)
         return {
             "id": self.id,
@@ -102,9 +102,9 @@ def plan_points(
     scenarios: Collection[str] = (),
     concurrencies: Collection[int] = (),
 ) -> list[Point]:
-    """The recipe's points in its order, each once; of the named layouts, scenarios and concurrencies, if any are named.
+    """List the recipe's points in its order, each once, restricted to the given layouts, scenarios and concurrencies.
 
-    Raises UserError when the recipe has no search space, or when a name is of none of its points.
+    Raises UserError when the recipe has no search space, or when a name does not occur in it.
     """
     found = [
         Point(_layout(space), scenario.isl, scenario.osl, concurrency)
@@ -129,16 +129,16 @@ def plan_points(
     ]
     if not chosen:
         raise UserError(
-            "the filters", found="no point that all of them leave", expected="some", fix="Leave one of them out."
+            "the filters", found="no point that matches all of them", expected="some", fix="Omit one of them."
         )
     return chosen
 
 
 def mark_evaluated(points: Iterable[Point]) -> list[Point]:
-    """The points, those that also run an accuracy evaluation marked.
+    """Return the points, with those marked that also run an accuracy evaluation.
 
-    InferenceMAX's rule for a node: of 8k1k at concurrency 16 and more, for attention as replicas and not, the points
-    at the highest concurrency and those at the median (the upper one of two) of the distinct concurrencies.
+    InferenceMAX's rule for a node: of 8k1k at concurrency 16 and more, with data-parallel attention and without, the
+    points at the highest concurrency and at the (upper) median of the distinct concurrencies.
     """
     points = list(points)
     chosen: set[Point] = set()
@@ -157,7 +157,7 @@ def mark_evaluated(points: Iterable[Point]) -> list[Point]:
 
 
 def show_plan(points: Sequence[Point], num_draft_tokens: int, form: str) -> str:
-    """The points as `table` or `json`. Raises UserError for another form."""
+    """Format the points as `table` or `json`. Raises UserError for another form."""
     rows = [point.describe(num_draft_tokens) for point in points]
     if form == "json":
         return json.dumps(rows, indent=1)
@@ -177,8 +177,8 @@ def show_plan(points: Sequence[Point], num_draft_tokens: int, form: str) -> str:
     servers = {(point.scenario, point.layout) for point in points}
     evaluated = sum(point.is_evaluated for point in points)
     lines.append(
-        f"{len(points)} points on {len(servers)} servers, {evaluated} of them evaluated; with a draft of "
-        f"{num_draft_tokens} tokens and without: {2 * len(points)} points on {2 * len(servers)} servers"
+        f"{len(points)} points on {len(servers)} servers, {evaluated} of them evaluated; with {num_draft_tokens} draft "
+        f"tokens and without a draft: {2 * len(points)} points on {2 * len(servers)} servers"
     )
     return "\n".join(lines)
 

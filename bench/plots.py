@@ -1,7 +1,4 @@
-"""The plots of a comparison, one PNG each: throughput, the trade of throughput for speed, uplift, acceptance.
-
-Reads: nothing; takes the content of compare.json.
-"""
+"""Draw the plots of a comparison, one PNG each: uplift, throughput, throughput against speed per user, acceptance."""
 
 from __future__ import annotations
 
@@ -11,33 +8,33 @@ from pathlib import Path
 from typing import Any
 
 COLOURS = ("#2a6f97", "#bc6c25")  # drafts
-BASE_COLOURS = ("#9db4c0", "#c9b79c")  # the same sweeps without one
+BASE_COLOURS = ("#9db4c0", "#c9b79c")  # their baselines
 MARKERS = "osD^vP*X"
 
 
 def draw_plots(result: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Draw what `result` has data for; the files by title."""
+    """Draw what `result` (the content of compare.json) has data for. Return the files by name."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    plots: dict[str, tuple[str, Any]] = {
-        "Uplift by concurrency": ("uplift.png", _draw_uplift(pyplot, result["curves"])),
-        "Throughput by concurrency": ("throughput.png", _draw_throughput(pyplot, result["points"])),
-        "Throughput per GPU against speed per user": ("pareto.png", _draw_pareto(pyplot, result["points"])),
+    figures = {
+        "uplift": _draw_uplift(pyplot, result["curves"]),
+        "throughput": _draw_throughput(pyplot, result["points"]),
+        "pareto": _draw_pareto(pyplot, result["points"]),
     }
     if result["acceptance"]:
-        plots["Acceptance by category"] = ("categories.png", _draw_categories(pyplot, result["acceptance"]))
-        plots["Acceptance by position"] = ("positions.png", _draw_positions(pyplot, result["acceptance"]))
-    for name, figure in plots.values():
-        figure.savefig(folder / name, dpi=130)
+        figures["categories"] = _draw_categories(pyplot, result["acceptance"])
+        figures["positions"] = _draw_positions(pyplot, result["acceptance"])
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=130)
         pyplot.close(figure)
-    return {title: folder / name for title, (name, _) in plots.items()}
+    return {name: folder / f"{name}.png" for name in figures}
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other one beats in both coordinates, by the first one."""
+    """Return the points that no other one beats in both coordinates, ordered by the first."""
     best: list[tuple[float, float]] = []
     for x, y in sorted(set(points), reverse=True):
         if not best or y > best[-1][1]:
@@ -52,7 +49,7 @@ def _colour(labels: Sequence[str], label: str, points: dict[str, Any]) -> str:
 
 
 def _panels(pyplot: Any, places: Sequence[tuple[str, str]]) -> tuple[Any, dict[tuple[str, str], Any]]:
-    """Axes for each scenario and layout, three in a row."""
+    """Make axes for each scenario and layout, three in a row."""
     places = list(dict.fromkeys(places))
     columns = min(3, len(places))
     rows = math.ceil(len(places) / columns)
@@ -75,7 +72,7 @@ def _tidy(axis: Any, x: str, y: str) -> None:
 
 
 def _legend(figure: Any) -> None:
-    """One for all panels, above them."""
+    """Draw one legend for all panels, above them."""
     known = {label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     place = {"loc": "outside upper left", "ncols": 4}
     figure.legend(known.values(), known.keys(), frameon=False, fontsize="small", **place)
@@ -129,7 +126,7 @@ def _draw_throughput(pyplot: Any, points: dict[str, list[dict[str, Any]]]) -> An
 
 
 def _draw_pareto(pyplot: Any, points: dict[str, list[dict[str, Any]]]) -> Any:
-    """The line joins what no other layout or load beats in both; markers tell layouts apart."""
+    """Draw all points, and a line through the Pareto front. Markers distinguish layouts."""
     every = [p for series in points.values() for p in series]
     scenarios = list(dict.fromkeys(p["scenario"] for p in every))
     layouts = list(dict.fromkeys(p["layout"] for p in every))

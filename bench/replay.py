@@ -1,8 +1,8 @@
-"""Measure a served draft on held-out prompts: acceptance, speed with and without it, equal greedy output.
+"""Measure a served draft on held-out conversations: acceptance, speed with and without it, equal greedy output.
 
 Reads:  held-out conversations (`synth generate`), an exported draft.
-Writes: OUTPUT/baseline.json and OUTPUT/draft.json (every answer, counters, seconds by concurrency; a finished one is
-        kept), OUTPUT/acceptance.json (the figures).
+Writes: OUTPUT/baseline.json and OUTPUT/draft.json (answers, counters, seconds by concurrency; finished files are kept),
+        OUTPUT/acceptance.json (the figures).
 """
 
 from __future__ import annotations
@@ -10,31 +10,53 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.lossless import compare_replies, find_overruns
-from bench.requests import Answer, Turn, answers_from_json, answers_to_json, read_counters, read_turns, score, send_all
+from bench.requests import (
+    Answer,
+    Served,
+    Turn,
+    answers_from_json,
+    answers_to_json,
+    read_counters,
+    read_turns,
+    score,
+    send_all,
+)
+from common.errors import IncompleteError, UserError
+from common.files import hash_file, read_json, write_json
 from contracts.acceptance import Acceptance
 from contracts.conversation import CONVERSATIONS_FILE, check_written_by, read_conversations
-from contracts.errors import IncompleteError, UserError
-from contracts.files import hash_file, read_json, write_json
-from contracts.recipe import Recipe
 from contracts.run import Run
-from contracts.target import Target
+from recipe.recipe import Recipe
 from serve.command import MODEL_NAME, build_command, fingerprint_draft, speculation_of
 from serve.server import find_port, run_server
+from serve.settings import measured_settings
+from target.target import Target
 
 NUM_WARMUP = 2
 
 
+@dataclass(frozen=True)
+class Replay:
+    """The turns to send, the target that answers, and the run that keeps the time."""
+
+    recipe: Recipe
+    target: Target
+    turns: Sequence[Turn]
+    run: Run
+
+
 def measure(recipe: Recipe, conversations: Path, draft: Path, output: Path) -> dict[str, Any]:
-    """Serve without and with the draft, send every held-out turn, and compare; the report.
+    """Serve without and with the draft, send every held-out turn, compare, and return the report.
 
     Raises UserError for conversations or a draft of another target, IncompleteError when counts do not agree.
     """
-    target = Target.read(recipe.target.path)
+    target = Target.here(recipe.target)
     state = check_written_by(conversations, target)
     num_draft_tokens = int(speculation_of(recipe, target, draft)["num_speculative_tokens"])
     turns = read_turns(read_conversations(conversations))
@@ -45,7 +67,7 @@ def measure(recipe: Recipe, conversations: Path, draft: Path, output: Path) -> d
         "bench acceptance",
         settings={
             "bench": recipe.bench.settings(),
-            "serve": recipe.serve.settings(),
+            "serve": measured_settings(recipe),
             "max_tokens": recipe.synth.max_tokens,
         },
         inputs={
@@ -58,8 +80,9 @@ def measure(recipe: Recipe, conversations: Path, draft: Path, output: Path) -> d
     if run.complete:
         print(f"bench: {output} is finished, skipped")
         return dict(read_json(output / "acceptance.json", "a finished benchmark"))
-    baseline = serve_and_send(recipe, target, None, turns, output / "baseline.json", run)
-    drafted = serve_and_send(recipe, target, draft, turns, output / "draft.json", run, baseline=baseline)
+    replay = Replay(recipe, target, turns, run)
+    baseline = serve_and_send(replay, None, output / "baseline.json")
+    drafted = serve_and_send(replay, draft, output / "draft.json", baseline=baseline)
     report = compare(turns, baseline, drafted, num_draft_tokens, target.end_token_ids)
     report["held_out"] = {"conversations": state["summary"]["input"], "left_out": state["summary"]["truncated"]}
     write_json(output / "acceptance.json", report)
@@ -72,68 +95,76 @@ def measure(recipe: Recipe, conversations: Path, draft: Path, output: Path) -> d
 
 
 def serve_and_send(
-    recipe: Recipe,
-    target: Target,
+    replay: Replay,
     draft: Path | None,
-    turns: Sequence[Turn],
     path: Path,
-    run: Run,
+    *,
     concurrency: Sequence[int] | None = None,
     baseline: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One server's answers at every concurrency (default: the recipe's), from `path` if it is there already.
+    """Serve with `draft` or without one and send the turns; return the content of `path`, written if it is missing.
 
-    Greedy ones are compared with those of `baseline`, another server's result, while the server can be asked why.
+    `concurrency` defaults to the recipe's. Greedy answers are compared with those of `baseline`, another server's
+    result, as long as the server can be asked for log-probabilities.
     """
-    name = path.stem
     if path.exists():
         print(f"bench: {path} is there already")
         return dict(read_json(path, "a server's answers"))
+    recipe = replay.recipe
     command = build_command(
         recipe,
-        target,
+        replay.target,
         port=find_port(recipe.serve.host, recipe.serve.port),
         draft=draft,
         purpose="bench",
         extra_args={
-            "enable-prefix-caching": False,  # a second pass over the same prompts must cost what the first did
+            "enable-prefix-caching": False,  # repeated prompts must cost what they cost the first time
             **({"per-request-spec-decode-metrics": "detailed"} if draft else {}),
         },
     )
-    log_path = path.with_suffix(".log")
     points: dict[str, Any] = {}
-    timeout_s = recipe.serve.startup_timeout_s
-    with run_server(command, log_path=log_path, startup_timeout_s=timeout_s) as server:
-        url, max_tokens = f"{server.url}/v1", recipe.synth.max_tokens
-        asyncio.run(send_all(url, MODEL_NAME, turns[:NUM_WARMUP], concurrency=1, max_tokens=16, title="warm-up"))
-        for at_once in concurrency or recipe.bench.concurrency:
-            chosen = turns[: recipe.bench.num_prompts.get(at_once, len(turns))]
-            before = read_counters(server.url)
-            answers, seconds = asyncio.run(
-                send_all(
-                    url,
-                    MODEL_NAME,
-                    chosen,
-                    concurrency=at_once,
-                    max_tokens=max_tokens,
-                    title=f"{name} at {at_once}",
-                )
-            )
-            after = read_counters(server.url)
-            points[str(at_once)] = {
-                "seconds": round(seconds, 3),
-                "tokens": sum(len(answer.token_ids) for answer in answers),
-                "counters": {key: after[key] - before.get(key, 0.0) for key in after},
-                "answers": answers_to_json(answers),
-            }
-            if baseline is not None:
-                without = {a.id: a.token_ids for a in answers_from_json(baseline["points"][str(at_once)]["answers"])}
-                identical, differing = compare_replies(chosen, without, answers, partial(score, url, MODEL_NAME))
-                points[str(at_once)] |= {"greedy_identical": identical, "differing": differing}
-            run.tick()
+    with run_server(
+        command, log_path=path.with_suffix(".log"), startup_timeout_s=recipe.serve.startup_timeout_s
+    ) as server:
+        served = Served(server.url, MODEL_NAME)
+        asyncio.run(send_all(served, replay.turns[:NUM_WARMUP], concurrency=1, max_tokens=16, title="warm-up"))
+        for number in concurrency or recipe.bench.concurrency:
+            without = baseline["points"][str(number)]["answers"] if baseline is not None else None
+            points[str(number)] = _measure_point(replay, served, number, path.stem, without)
+            replay.run.tick()
     result = {"startup_s": round(server.startup_s, 1), "points": points}
     write_json(path, result)
     return result
+
+
+def _measure_point(
+    replay: Replay, server: Served, concurrency: int, name: str, without: Sequence[dict[str, Any]] | None
+) -> dict[str, Any]:
+    """Send the turns at one concurrency. `without` are the answers without a draft, to compare with."""
+    num_turns = replay.recipe.bench.num_prompts.get(concurrency, len(replay.turns))
+    turns = replay.turns[:num_turns]
+    before = read_counters(server.url)
+    answers, seconds = asyncio.run(
+        send_all(
+            server,
+            turns,
+            concurrency=concurrency,
+            max_tokens=replay.recipe.synth.max_tokens,
+            title=f"{name} at {concurrency}",
+        )
+    )
+    after = read_counters(server.url)
+    point = {
+        "seconds": round(seconds, 3),
+        "tokens": sum(len(answer.token_ids) for answer in answers),
+        "counters": {key: after[key] - before.get(key, 0.0) for key in after},
+        "answers": answers_to_json(answers),
+    }
+    if without is not None:
+        expected = {answer.id: answer.token_ids for answer in answers_from_json(without)}
+        identical, differing = compare_replies(turns, expected, answers, partial(score, server))
+        point |= {"greedy_identical": identical, "differing": differing}
+    return point
 
 
 def compare(
@@ -143,10 +174,10 @@ def compare(
     num_draft_tokens: int,
     end_token_ids: Collection[int] = (),
 ) -> dict[str, Any]:
-    """The figures of two servers' answers to the same turns.
+    """Compute the figures from two servers' answers to the same turns.
 
-    Acceptance is that of the largest set of turns. Raises IncompleteError when vLLM's counters and the sum of the
-    per-request counts differ.
+    Acceptance is measured at the concurrency with the most turns. Raises IncompleteError when vLLM's counters are not
+    the sum of the requests' counts.
     """
     widest = max(drafted["points"], key=lambda key: len(drafted["points"][key]["answers"]))
     answers = {answer.id: answer for answer in answers_from_json(drafted["points"][widest]["answers"])}
@@ -190,9 +221,9 @@ def compare(
 
 
 def kept_steps(answer: Answer) -> list[int]:
-    """Accepted tokens of each step, the last step cut where the reply ends.
+    """Return the accepted tokens of each step, without those beyond the end of the reply.
 
-    vLLM's counters count all that the last step verified; tokens beyond the stop token or max_tokens reach nobody.
+    vLLM counts all tokens that the last step accepted, also those beyond the stop token or max_tokens.
     """
     left = len(answer.token_ids) - 1  # the prefill gave the first token
     kept = []

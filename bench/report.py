@@ -1,7 +1,7 @@
-"""Gather a pipeline's figures: report.json, a table for the terminal, and a plot of acceptance by position.
+"""Collect a pipeline's figures: report.json, a table for the terminal, and a plot of acceptance by position.
 
 Reads:  the run folders of all stages.
-Writes: OUTPUT (JSON) and, beside it, acceptance_by_position.png.
+Writes: OUTPUT (JSON), and acceptance_by_position.png beside it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contracts.files import read_json, write_json
+from common.files import read_json, write_json
 from contracts.run import read_run
 
 PLOT_FILE = "acceptance_by_position.png"
@@ -18,7 +18,7 @@ PLOT_FILE = "acceptance_by_position.png"
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a pipeline's stages wrote."""
+    """The folders to which a pipeline's stages wrote."""
 
     target: Path
     synth_train: Path
@@ -67,14 +67,14 @@ def _splits(folders: Folders, stage: str) -> dict[str, Path]:
 
 
 def _add(states: dict[str, dict[str, Any]], keys: tuple[str, ...]) -> dict[str, Any]:
-    """Each key's sum over the splits, and the splits' own figures."""
+    """Return the sum of each key over the splits, and the figures by split."""
     total = {key: sum(state["summary"][key] for state in states.values()) for key in keys}
     splits = {name: {key: state["summary"][key] for key in keys} for name, state in states.items()}
     return {**total, "by_split": splits}
 
 
 def _agreement(evaluation: dict[str, Any], served: dict[str, Any]) -> dict[str, Any]:
-    """How near the prediction came, in all and step by step (the walks of the same replies)."""
+    """Compare predicted and served acceptance, in total and step by step (walks over the same replies)."""
     predicted = {walk["sample"]: walk["accepted"] for walk in evaluation["walks"]}
     measured: dict[str, list[list[int]]] = {}
     for walk in served["walks"]:
@@ -85,11 +85,11 @@ def _agreement(evaluation: dict[str, Any], served: dict[str, Any]) -> dict[str, 
 
 
 def make_table(report: dict[str, Any]) -> str:
-    """What the draft is worth, for a terminal."""
+    """Format acceptance and speed for the terminal."""
     evaluation, served = report["eval"], report["served"]
     lines = [
         "",
-        f"{'what the draft is worth (greedy, held out)':<44}{'predicted':>10}{'served':>10}",
+        f"{'acceptance (greedy, held out)':<44}{'predicted':>10}{'served':>10}",
         f"{'acceptance length':<44}{evaluation['acceptance_length']:>10.3f}{served['acceptance_length']:>10.3f}",
     ]
     for mode, figures in served["by_mode"].items():
@@ -111,7 +111,7 @@ def make_table(report: dict[str, Any]) -> str:
 
 
 def plot_positions(predicted: list[float], served: list[float], path: Path) -> None:
-    """Acceptance by position, predicted against served, as PNG."""
+    """Plot acceptance by position, predicted and served, as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

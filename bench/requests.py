@@ -1,32 +1,38 @@
-"""Send held-out prompts, as token ids, to a running server and count what comes back.
+"""Send held-out prompts as token ids to a running server and read replies and counters.
 
-The prompt of a turn is the recorded tokens up to its reply, so that server and trainer see the very same context.
+The prompt of a turn is the recorded tokens up to its reply, so that server and trainer see the same context.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import time
-import urllib.request
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import openai
-from tqdm import tqdm
-
+from common.errors import IncompleteError, UserError, raise_known
+from common.progress import Progress
 from contracts.conversation import Conversation
-from contracts.errors import IncompleteError, UserError, raise_known
+from serve.client import AnswerError, Client, ask
+
+REQUEST_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server: its URL without /v1, and the name of its model."""
+
+    url: str
+    model: str
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One reply to be generated again: `prompt` token ids, and the `reply` that the target gave without a draft.
+    """One reply to generate again: the `prompt` token ids, and the `reply` of the target without a draft.
 
-    `sampling` is what it was sampled with (temperature, top_p, top_k); none: greedily. `max_tokens` is where this reply
-    was cut, if it was. `dataset` is the prompt set's name, where there are several.
+    `sampling` has the recorded parameters (temperature, top_p, top_k); empty means greedy. `max_tokens` is the length
+    at which this reply was cut, if it was. `dataset` is the name of the prompt set, if there are several.
     """
 
     id: str
@@ -48,18 +54,18 @@ class Turn:
 
     @property
     def group(self) -> tuple[str, str, float]:
-        """Set, thinking mode and temperature: what is measured together."""
+        """Prompt set, thinking mode and temperature: turns that are measured together."""
         return self.dataset, self.thinking_mode, self.temperature
 
     @property
     def conversation(self) -> str:
-        """The id of the conversation that the reply is of."""
+        """The id of the turn's conversation."""
         return self.id.rsplit("-", 2)[0]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A server's reply; `accepted` draft tokens of each verify step where the server drafts."""
+    """A server's reply. `accepted`: accepted draft tokens of each step, if the server drafts."""
 
     id: str
     token_ids: list[int]
@@ -69,7 +75,7 @@ class Answer:
 
 
 def read_turns(conversations: Iterable[Conversation], *, include_cut: bool = False, dataset: str = "") -> list[Turn]:
-    """Every reply of the conversations that ended by themselves, by id; or of all, to be cut where they were."""
+    """Return the replies of the conversations, ordered by id; without those cut at max_tokens unless `include_cut`."""
     turns = []
     for conversation in sorted(conversations, key=lambda conversation: conversation.id):
         cut = conversation.finish_reason == "length"
@@ -98,8 +104,7 @@ def read_turns(conversations: Iterable[Conversation], *, include_cut: bool = Fal
 
 
 async def send_all(
-    base_url: str,
-    model: str,
+    server: Served,
     turns: Sequence[Turn],
     *,
     concurrency: int,
@@ -107,125 +112,111 @@ async def send_all(
     title: str,
     max_model_len: int | None = None,
 ) -> tuple[list[Answer], float]:
-    """`(answers in the order of the turns, seconds from the first request to the last answer)`, sampled as recorded.
+    """Return `(answers in the order of the turns, seconds from the first request to the last answer)`.
 
-    Replies end after `max_tokens`, or where the recorded one was cut, or where `max_model_len` is full.
+    Turns are sampled as recorded. Replies end after `max_tokens`, or where the recorded one was cut, or where
+    `max_model_len` is full.
     """
-    client = openai.AsyncOpenAI(
-        base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "EMPTY"), timeout=600, max_retries=0
-    )
     answers: dict[str, Answer] = {}
     waiting = iter(turns)
-    started = time.perf_counter()
-    with tqdm(total=len(turns), desc=title, unit="turn", mininterval=2) as bar:
+    with Progress(len(turns), title, "turn") as progress:
+        async with Client(concurrency) as client:
 
-        async def work() -> None:
-            for turn in waiting:
-                limit = turn.max_tokens or max_tokens
-                if max_model_len is not None:
-                    limit = min(limit, max_model_len - len(turn.prompt))
-                answers[turn.id] = await _send(client, model, turn, limit)
-                bar.update()
+            async def work() -> None:
+                for turn in waiting:
+                    limit = turn.max_tokens or max_tokens
+                    if max_model_len is not None:
+                        limit = min(limit, max_model_len - len(turn.prompt))
+                    answers[turn.id] = await _send(client, server, turn, limit)
+                    progress.update()
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(concurrency):
-                    group.create_task(work())
-        except BaseExceptionGroup as errors:
-            raise_known(errors)
-    seconds = time.perf_counter() - started
-    await client.close()
+            started = time.perf_counter()
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(concurrency):
+                        group.create_task(work())
+            except BaseExceptionGroup as errors:
+                raise_known(errors)
+            seconds = time.perf_counter() - started
     return [answers[turn.id] for turn in turns], seconds
 
 
-async def _send(client: openai.AsyncOpenAI, model: str, turn: Turn, max_tokens: int) -> Answer:
+async def _send(client: Client, server: Served, turn: Turn, max_tokens: int) -> Answer:
+    url = f"{server.url}/v1"
+    body = {
+        "model": server.model,
+        "prompt": turn.prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0.0,
+        **turn.sampling,
+        "return_token_ids": True,
+    }
     started = time.perf_counter()
     try:
-        response = await client.completions.with_raw_response.create(
-            model=model,
-            prompt=turn.prompt,
-            max_tokens=max_tokens,
-            extra_body={"temperature": 0.0, **turn.sampling, "return_token_ids": True},
-        )
-    except openai.APIError as error:
+        answer = await client.complete(url, body, REQUEST_TIMEOUT_S)
+    except AnswerError as error:
         raise IncompleteError(
-            f"{client.base_url} ({turn.id}): found {type(error).__name__} {error}, expected an answer. "
+            f"{url} ({turn.id}): found {error}, expected an answer. "
             "Look at the server's log beside the answers, then run again: finished servers are kept."
         ) from None
-    body: dict[str, Any] = json.loads(response.content)
-    choice = body["choices"][0]
-    drafting = (body.get("metrics") or {}).get("speculative_decoding") or {}
+    latency_s = time.perf_counter() - started
+    choice = answer["choices"][0]
+    drafting = (answer.get("metrics") or {}).get("speculative_decoding") or {}
     return Answer(
         id=turn.id,
         token_ids=choice["token_ids"],
         finish_reason=choice["finish_reason"],
         accepted=drafting.get("per_step_accepted") or [],
-        latency_s=round(time.perf_counter() - started, 4),
+        latency_s=round(latency_s, 4),
     )
 
 
 def ask_model(url: str) -> str:
-    """The name of the model that a server has, from its /v1 URL. Raises UserError when it does not answer."""
-    client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "EMPTY"), timeout=30, max_retries=0)
+    """Return the name of a server's model, from its /v1 URL. Raises UserError when it does not answer."""
     try:
-        return client.models.list().data[0].id
-    except (openai.APIError, IndexError) as error:
+        return ask(lambda client: client.read_model(url))
+    except AnswerError as error:
         raise UserError(
-            url, found=str(error)[:200], expected="a running server's URL, ending in /v1", fix="Correct it."
+            url, found=str(error), expected="a running server's URL, ending in /v1", fix="Correct it."
         ) from None
 
 
-def score(url: str, model: str, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float]:
-    """The target's log-probabilities of `token_ids` as the one that follows `prompt`.
+def score(server: Served, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float]:
+    """Return the target's log-probability of each of `token_ids` as the token after `prompt`.
 
-    Raises UserError when the server does not tell them.
+    Raises UserError when the server does not return them.
     """
-    client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "EMPTY"), timeout=600, max_retries=0)
+    url = f"{server.url}/v1"
+    body = {
+        "model": server.model,
+        "prompt": list(prompt),
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "logprobs": 1,
+        "logprob_token_ids": list(token_ids),
+        "return_tokens_as_token_ids": True,
+    }
     try:
-        response = client.completions.create(
-            model=model,
-            prompt=list(prompt),
-            max_tokens=1,
-            temperature=0.0,
-            logprobs=1,
-            extra_body={"logprob_token_ids": list(token_ids), "return_tokens_as_token_ids": True},
-        )
-    except openai.APIError as error:
-        raise UserError(url, found=str(error), expected="log-probabilities", fix="Look at the server's log.") from None
-    logprobs = response.choices[0].logprobs
-    (found,) = (logprobs and logprobs.top_logprobs) or [{}]
-    return [found[f"token_id:{token_id}"] for token_id in token_ids]
+        answer = ask(lambda client: client.complete(url, body, REQUEST_TIMEOUT_S))
+        (found,) = answer["choices"][0]["logprobs"]["top_logprobs"]
+        return [float(found[f"token_id:{token_id}"]) for token_id in token_ids]
+    except (AnswerError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            url, found=str(error) or "none", expected="log-probabilities", fix="Look at the server's log."
+        ) from None
 
 
 def read_counters(url: str) -> dict[str, float]:
-    """vLLM's speculative counters, summed over engines: drafts, draft tokens, accepted tokens, and each position's.
+    """Return vLLM's speculative decoding counters (see `serve.client.to_counters`), from a URL without /v1.
 
     Raises UserError when /metrics does not answer.
     """
     try:
-        with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:  # noqa: S310 (our own server)
-            text = response.read().decode()
-    except OSError as error:
+        return ask(lambda client: client.read_counters(url))
+    except AnswerError as error:
         raise UserError(
             f"{url}/metrics", found=str(error), expected="vLLM's metrics", fix="Look at the server's log."
         ) from None
-    return parse_counters(text)
-
-
-def parse_counters(text: str) -> dict[str, float]:
-    """The counters of a Prometheus text; positions as `accepted_at_<i>`, i from 0."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    found = dict.fromkeys(("num_drafts", "num_draft_tokens", "num_accepted_tokens"), 0.0)
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            name = sample.name.removesuffix("_total").removeprefix("vllm:spec_decode_")
-            if name in found:
-                found[name] += sample.value
-            elif name == "num_accepted_tokens_per_pos":
-                key = f"accepted_at_{sample.labels['position']}"
-                found[key] = found.get(key, 0.0) + sample.value
-    return found
 
 
 def answers_to_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:

@@ -1,11 +1,11 @@
-"""A serving sweep: every layout and load of the recipe, without a draft and with one, on clean servers.
+"""Run a serving sweep: each layout and load of the recipe, without a draft and with one, on fresh servers.
 
 Reads:  the recipe's `bench.sweep`, an exported draft (or one of serve.heads).
-Writes: OUTPUT/points/<point>-{base,draft}.json, one a finished or failed point: our figures and vLLM's own result (in
-        .log what its load generator said); servers/*.log; prompts/; sweep.json and sweep.csv, all points of the folder.
+Writes: OUTPUT/points/<point>-{base,draft}.json, one for each finished or failed point: our figures and vLLM's own
+        result (and the load generator's output in .log); servers/*.log; prompts/; sweep.json and sweep.csv, all points.
 
-Each server is for one layout and scenario, sized by InferenceMAX's rules for the highest concurrency that it gets, and
-without prefix caching. Points are kept one by one: a sweep goes on where it was stopped, and tries failed points again.
+Each server has one layout and scenario, is sized by InferenceMAX's rules for its highest concurrency, and runs without
+prefix caching. Each point is saved when it is measured: a stopped sweep continues there, and retries failed points.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import Any
 
 from bench.load import read_figures, run_load, write_prompts
 from bench.plan import Layout, Point
-from contracts.errors import IncompleteError, UserError
-from contracts.files import hash_file, read_json, write_atomic, write_json
-from contracts.recipe import Recipe
+from common.errors import IncompleteError, UserError
+from common.files import hash_file, read_json, write_atomic, write_json
 from contracts.run import Run
-from contracts.target import Target
+from recipe.recipe import Recipe
 from serve.command import ServeCommand, Sizes, build_command, fingerprint_draft, speculation_of
 from serve.server import find_port, run_server
+from serve.settings import measured_settings
+from target.target import Target
 
 MAX_FAILED_FRACTION = 0.05
 SWEEP_FILE = "sweep.json"
@@ -44,13 +45,13 @@ class Job:
 
     @property
     def server(self) -> tuple[str, Layout, str]:
-        """Jobs of the same server have the same."""
+        """A key that jobs on the same server share."""
         return self.point.scenario, self.point.layout, self.kind
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is served, where its points go, and which of them are still to be measured."""
+    """What to serve, the folder of the points, and the points that are still to be measured."""
 
     recipe: Recipe
     target: Target
@@ -66,7 +67,7 @@ class Sweep:
         return path.exists() and read_json(path, "a point")["status"] == "done"
 
     def note(self, job: Job, record: dict[str, Any]) -> None:
-        """Keep what came of a point, and say so."""
+        """Save the result of a point and print it."""
         write_json(self.path(job), record)
         print(f"bench: point {self.left.index(job) + 1} of {len(self.left)}: {_in_words(record)}", flush=True)
 
@@ -74,12 +75,12 @@ class Sweep:
 def sweep(
     recipe: Recipe, points: Sequence[Point], draft: str | None, output: Path, *, with_baseline: bool = True
 ) -> dict[str, Any]:
-    """Measure what is not measured yet; the content of sweep.json.
+    """Measure what is not measured yet and return the content of sweep.json.
 
-    Raises UserError for a draft of another target, IncompleteError when points failed (more than 5% of the requests, or
-    a server that did not start): the others are measured first.
+    Raises UserError for a draft of another target, and, after the other points are measured, IncompleteError when
+    points failed (more than 5% of the requests failed, or the server did not start).
     """
-    target = Target.read(recipe.target.path)
+    target = Target.here(recipe.target)
     kinds = (["base"] if with_baseline or draft is None else []) + (["draft"] if draft else [])
     servers: dict[tuple[str, Layout, str], list[Job]] = {}
     for job in (Job(point, kind) for point in points for kind in kinds):
@@ -87,11 +88,11 @@ def sweep(
     jobs = [job for of_server in servers.values() for job in of_server]
     state = Sweep(recipe, target, draft, output, left=[])
     if draft:
-        speculation_of(recipe, target, draft)  # refused before hours of work, if at all
+        speculation_of(recipe, target, draft)  # refuse a wrong draft before hours of work
     run = Run.open(
         output,
         "bench sweep",
-        settings={"sweep": recipe.bench.sweep.settings(), "serve": recipe.serve.settings()},
+        settings={"sweep": recipe.bench.sweep.settings(), "serve": measured_settings(recipe)},
         inputs={
             "target": target.fingerprint,
             "draft": fingerprint_draft(recipe, draft) if draft else "",
@@ -102,7 +103,7 @@ def sweep(
     state.left.extend(job for job in jobs if not state.is_done(job))
     if state.left and run.complete:
         run.reopen()  # for other layouts or loads than before
-    print(f"bench: {len(state.left)} of {len(jobs)} points are to be measured")
+    print(f"bench: {len(state.left)} of {len(jobs)} points to measure")
     for of_server in servers.values():
         if any(job in state.left for job in of_server):
             _measure(state, of_server, run)
@@ -112,7 +113,7 @@ def sweep(
     if failed:
         raise IncompleteError(
             f"{output}: found {len(failed)} of {len(jobs)} points failed ({', '.join(failed)}), expected all measured. "
-            "Their files in points/ say why; run again to try them again."
+            "Their files in points/ say why. Run the same command again to retry them."
         )
     if not run.complete:
         run.finish({"points": len(summary["points"])})
@@ -121,14 +122,14 @@ def sweep(
 
 
 def _measure(state: Sweep, jobs: Sequence[Job], run: Run) -> None:
-    """Serve once for what is left of `jobs`, a server's all: these give its size."""
+    """Start one server and measure what is left of `jobs`. All of `jobs`, also the measured ones, size the server."""
     recipe, first = state.recipe, jobs[0].point
     left = [job for job in jobs if job in state.left]
     prompts = None
     if recipe.bench.sweep.dataset != "random":
         prompts = state.output / "prompts" / f"{first.scenario}.jsonl"
         count, left_out = write_prompts(recipe, state.target, first, prompts)
-        print(f"bench: {count} prompts of at most {first.isl} tokens; {left_out} longer ones are left out")
+        print(f"bench: {count} prompts of at most {first.isl} tokens; {left_out} longer ones left out")
     try:
         command = _command(state, jobs, find_port(recipe.serve.host, recipe.serve.port))
         log_path = state.output / "servers" / f"{first.scenario}-{first.layout.name}-{jobs[0].kind}.log"
@@ -140,7 +141,7 @@ def _measure(state: Sweep, jobs: Sequence[Job], run: Run) -> None:
                 except IncompleteError as error:
                     state.note(job, make_record(job, None, command.args, str(error)))
                 run.tick()
-    except UserError as error:  # this layout does not start; the next may
+    except UserError as error:  # this layout does not start, but the next one may
         for job in left:
             if not state.is_done(job):
                 state.note(job, make_record(job, None, None, str(error)))
@@ -155,7 +156,7 @@ def _command(state: Sweep, jobs: Sequence[Job], port: int) -> ServeCommand:
         draft=state.draft if jobs[0].kind == "draft" else None,
         purpose="bench",
         sizes=Sizes(first.isl, first.osl, max(job.point.concurrency for job in jobs)),
-        # Warm-ups and repeated prompts must cost what the first did.
+        # Repeated prompts must cost what they cost the first time.
         extra_args={**first.layout.flags, "enable-prefix-caching": False},
     )
 
@@ -163,7 +164,7 @@ def _command(state: Sweep, jobs: Sequence[Job], port: int) -> ServeCommand:
 def make_record(
     job: Job, raw: dict[str, Any] | None, server_args: list[str] | None, reason: str = ""
 ) -> dict[str, Any]:
-    """What a point's file holds. A `reason`, or more than 5% failed requests, make it a failed one, without figures."""
+    """Return the content of a point's file. A `reason` or over 5% failed requests mark it failed, without figures."""
     point = job.point
     if raw and raw["failed"] > MAX_FAILED_FRACTION * point.num_prompts:
         reason = f"{raw['failed']} of {point.num_prompts} requests failed; points/{job.id}.log has their errors"
@@ -187,7 +188,7 @@ def make_record(
 
 
 def _summarize(output: Path, draft: str | None) -> dict[str, Any]:
-    """Write sweep.json and sweep.csv of all points in the folder."""
+    """Write sweep.json and sweep.csv with all points of the folder."""
     records = [read_json(path, "a point") for path in sorted((output / "points").glob("*.json"))]
     records.sort(key=lambda r: (r["scenario"], r["layout"], r["concurrency"], r["kind"]))
     points = [{key: value for key, value in r.items() if key not in ("vllm", "server")} for r in records]
@@ -203,7 +204,7 @@ def _summarize(output: Path, draft: str | None) -> dict[str, Any]:
 
 
 def make_table(points: Sequence[dict[str, Any]]) -> str:
-    """The points for a terminal."""
+    """Format the points for the terminal."""
     lines = [
         f"\n{'point':<34}{'tok/s':>10}{'output':>10}{'a user':>9}{'a GPU':>9}{'TTFT p50':>10}{'TPOT p50':>10}"
         f"{'p99':>8}{'length':>8}"
@@ -240,7 +241,7 @@ def _hash_dataset(name: str) -> str:
 
 
 def _flatten(point: dict[str, Any]) -> dict[str, Any]:
-    """One line of the CSV: nested figures by dotted names, lists left out."""
+    """Make one row of the CSV: nested figures get dotted names, lists are left out."""
     flat: dict[str, Any] = {}
     for key, value in point.items():
         if isinstance(value, dict):

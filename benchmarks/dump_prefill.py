@@ -1,15 +1,15 @@
-"""`dump run` against the same vLLM's plain prefill: what extraction, checks and a durable store cost together.
+"""Compare `dump run` with plain prefill in the same vLLM: the cost of extraction, checks and a durable store.
 
     python benchmarks/dump_prefill.py [--target FOLDER] [--rounds 5] [--profile | --memory]
 
-Prints tokens/s of both and their ratio, for 200 prompts of 256 tokens and 64 of 1024; two engines, each in a process of
-its own, take turns. Plain prefill: `max_tokens=1`, no extraction, nothing written.
+Prints tokens/s of both and their ratio, for 200 prompts of 256 tokens and 64 of 1024. The two engines run in processes
+of their own and take turns. Plain prefill: `max_tokens=1`, no extraction, nothing written.
 
-Without --target a random one is made: 12 layers, 384 wide, 21M parameters beside its embedding. What counts is how much
-a target computes for each byte that it hands out: about 5,400 floating-point operations here, 1,500 for the tiny
-recipe's target (the harshest case), 600,000 for MiniMax-M3.
+Without --target a random one is made: 12 layers, 384 wide, 21M parameters without its embedding. The ratio depends on
+the floating-point operations per captured byte: about 5,400 here, 1,500 for the tiny recipe's target (the worst case),
+600,000 for MiniMax-M3.
 
-With --memory: the peak memory of `dump run`'s processes over 2000 samples against that over 200.
+With --memory: compares the peak memory of `dump run`'s processes over 2000 samples with that over 200.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes/Tiny-DFlash/recipe.yaml"
@@ -137,18 +138,20 @@ def ask(process: subprocess.Popen[str], count: int, length: int, seed: int) -> f
 
 def serve_rounds(side: str, target_folder: Path, profile: bool) -> None:
     """Load one side's engine and answer rounds until standard input ends."""
-    from contracts.recipe import load_recipe
     from contracts.store import Store
-    from contracts.target import Target, captured_layers
     from dump.capture import Staging
+    from recipe.load import load_recipe
     from serve.engine import engine_env
+    from target.layers import captured_layers
+    from target.target import Target
 
     changes = [f"target.path={target_folder}", "target.max_model_len=1026", "serve.args.skip-tokenizer-init=true"]
     recipe = load_recipe(RECIPE, changes)
     target = Target.read(target_folder)
     work = Path(tempfile.mkdtemp(prefix="dump-benchmark-"))
     if side == "dump":
-        from dump.run import make_backend
+        from dump.backends import make_backend
+        from dump.fill import Filler
         from dump.writer import StoreJob, make_pool
 
         memory = Path("/dev/shm")  # noqa: S108 (as `dump run` picks it)
@@ -157,6 +160,7 @@ def serve_rounds(side: str, target_folder: Path, profile: bool) -> None:
         backend = make_backend(recipe, target, layer_ids, staging)
         job = StoreJob(Store(work / "store"), recipe.dump.dtype, len(layer_ids), target.hidden_size)
         pool = make_pool(recipe.dump.writers)
+        make_filler = partial(Filler, backend, staging, pool, job)
     else:
         os.environ.update({"VLLM_LOGGING_LEVEL": "ERROR", **engine_env(recipe.serve.env)})
         from vllm import LLM, SamplingParams
@@ -171,7 +175,7 @@ def serve_rounds(side: str, target_folder: Path, profile: bool) -> None:
         count, length, seed = json.loads(line)
         prompts = make_prompts(count, length, seed, target.vocab_size)
         if side == "dump":
-            seconds = time_dump(recipe, backend, staging, prompts, job, pool, profile)
+            seconds = time_dump(make_filler, job.store.folder, prompts, profile)
         else:
             started = time.monotonic()
             llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
@@ -188,13 +192,12 @@ def make_prompts(count: int, length: int, seed: int, vocab_size: int) -> list[li
     return [[rng.randrange(min(1000, vocab_size)) for _ in range(length)] for _ in range(count)]
 
 
-def time_dump(recipe, backend, staging, prompts, job, pool, profile) -> float:  # type: ignore[no-untyped-def]
-    """Seconds from the first sample to the last ledger line, states durable on the disk."""
+def time_dump(make_filler: Any, folder: Path, prompts: list[list[int]], profile: bool) -> float:
+    """Return the seconds from the first sample to the last ledger line, when all states are durable."""
     from contracts.conversation import Conversation, Sample
-    from dump.run import DumpLedger, fill_store
+    from dump.ledger import DumpLedger
     from dump.samples import Row
 
-    folder = job.store.folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
 
@@ -209,7 +212,7 @@ def time_dump(recipe, backend, staging, prompts, job, pool, profile) -> float:  
 
     ledger = DumpLedger(folder / "ledger.jsonl")
     started = time.monotonic()
-    fill = partial(fill_store, recipe.dump, backend, staging, rows(), len(prompts), job, ledger, pool)
+    fill = partial(make_filler(ledger).run, rows(), len(prompts))
     if profile:
         import cProfile
         import pstats

@@ -1,9 +1,9 @@
-"""How often a new process computes wrong cosines, without and with `settle_vector_functions` (contracts/vml.py).
+"""Count new processes that compute wrong cosines, without and with `settle_vector_functions` (common/vml.py).
 
     python benchmarks/first_calls.py [--waves 150] [--busy 3]
 
-Waves of 24 processes start at once, each with three threads, and compute 200,000 cosines as their first operation,
-while some others keep the cores busy. Prints how many had one that is more than 1e-5 off, of how many.
+Waves of 24 processes with three threads each start at once and compute 200,000 cosines as their first operation, while
+other processes keep the cores busy. Prints how many processes had an error above 1e-5.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 
 import torch
 
-from contracts.vml import settle_vector_functions
+from common.vml import settle_vector_functions
 
 PROCESSES, THREADS = 24, 3
 
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def count_wrong(*, settle: bool) -> int:
-    """Of one wave. This process itself computes nothing: what it had settled, its children would inherit."""
+    """Run one wave. The parent computes nothing, because its children would inherit settled functions."""
     start, go = os.pipe()
     children = []
     for _ in range(PROCESSES):
@@ -55,7 +55,7 @@ def count_wrong(*, settle: bool) -> int:
         os.close(tell)
         children.append((pid, answer))
     os.close(start)
-    os.close(go)  # all of them see the end of that pipe, and begin
+    os.close(go)  # all children see the end of this pipe and begin
     wrong = 0
     for pid, answer in children:
         wrong += struct.unpack("d", os.read(answer, 8))[0] > 1e-5

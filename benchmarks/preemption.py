@@ -1,13 +1,12 @@
-"""What preemption and slow nodes cost a synthesis of 64 array tasks: lost work as a share of all work. A simulation.
+"""Simulate preemption and slow nodes in a synthesis of 64 array tasks: lost work as a share of all work.
 
     python benchmarks/preemption.py [--tasks 64] [--rows 500000] [--in-flight 256]
 
-Every task has its part of the rows, works on `--in-flight` of them at a time, and starts a server first. A preempted
-task is queued again, waits, and starts its server anew; rows that were finished are kept, as each has its ledger line,
-rows in flight are done again. With a warning (SLURM's signal) a task takes no more rows and ends those that fit into
-it. Slow nodes take twice as long. Printed beside the lost work: the time until the last task ends, over that of the
-same tasks without preemption and slow nodes; and the same with four times as many tasks as nodes, which evens slow
-nodes out.
+Each task starts a server, then works on its part of the rows, `--in-flight` at a time. A preempted task is queued
+again, waits, and starts its server again. Finished rows are kept, because each has its ledger line; rows in flight are
+repeated. After a warning (SLURM's signal) a task takes no more rows and finishes those it can before the end. Slow
+nodes take twice as long. Also printed: the time until the last task ends, relative to the same tasks without preemption
+and slow nodes, and the same with four times as many tasks, which balances slow nodes.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Result:
-    """Row-hours of work and of lost work, server-hours of starts, hours until the end."""
+    """Row-hours of work and of lost work, row-hours spent on starts, hours until the end."""
 
     work: float = 0.0
     lost: float = 0.0
@@ -31,12 +30,12 @@ class Result:
 def simulate(
     args: argparse.Namespace, *, tasks: int, every_h: float | None, warning_h: float, slow: float, seed: int = 0
 ) -> Result:
-    """One run; `every_h`: mean time between preemptions of a node, None for never. Time is in hours."""
+    """Simulate one run, in hours. `every_h`: mean time between preemptions of a node; None: never."""
     rng = random.Random(seed)
     result, free = Result(), [0.0] * args.nodes
     is_slow = [rng.random() < slow for _ in range(args.nodes)]
     row_h = args.row_s / 3600
-    queue = [(0.0, args.rows / tasks) for _ in range(tasks)]  # when it may start, rows left
+    queue = [(0.0, args.rows / tasks) for _ in range(tasks)]  # earliest start, rows left
     heapq.heapify(queue)
     nodes = [(time, node) for node, time in enumerate(free)]
     heapq.heapify(nodes)
@@ -45,7 +44,7 @@ def simulate(
         when, node = heapq.heappop(nodes)
         start = max(ready, when)
         pace = row_h * (2.0 if is_slow[node] else 1.0)
-        rate = args.in_flight / pace  # rows an hour
+        rate = args.in_flight / pace  # rows per hour
         life = rng.expovariate(1 / every_h) if every_h else float("inf")
         needed = args.start_h + rows / rate
         result.starts += min(life, args.start_h) * args.in_flight
@@ -57,7 +56,7 @@ def simulate(
         working = max(0.0, life - args.start_h)
         finished = min(rows, working * rate)
         flight = min(args.in_flight, rows - finished)
-        # A row in flight is half done on average; with a warning those that end within it are kept.
+        # A row in flight is half done on average. Those that end within the warning are kept.
         kept = flight * min(1.0, warning_h / pace)
         result.work += finished * pace
         result.lost += (flight - kept) * pace / 2 if working else 0.0

@@ -1,12 +1,12 @@
-"""What is a draft worth that speculators trains on the same store, with as many steps and parameters? Both are served.
+"""Compare served drafts: ours, and one that speculators trains on the same store with equal steps and parameters.
 
     python benchmarks/served_peer.py --recipe recipes/Tiny-DFlash/recipe.yaml --set target.path=TARGET \\
         --store STORE --conversations HELD_OUT --peer-python ENVIRONMENT/bin/python --output OUTPUT
 
-ENVIRONMENT has speculators 0.9.0. Its trainer reads the store through `dump convert`, packs as many tokens into a batch
-as ours has on average, draws as many anchors, and has our optimizer's settings and schedule. Its objective is its own
-default (D-PACE), or ours with `--peer-weights fixed-exp-decay`. Its weights have our names: they are served from a copy
-of our export's config, without YaRN. Both numbers are of `bench acceptance`, over the same replies.
+ENVIRONMENT has speculators 0.9.0. Its trainer reads the store converted by `dump convert`, packs as many tokens into a
+batch as ours has on average, draws as many anchors, and uses our optimizer settings and schedule. Its objective is its
+default (D-PACE), or ours with `--peer-weights fixed-exp-decay`. Its weights have the same names as ours and are served
+with a copy of our export's config, without YaRN. `bench acceptance` measures both over the same replies.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from contracts.mask_token import choose_mask_token
-from contracts.recipe import Recipe, load_recipe
 from contracts.run import read_run
-from contracts.target import Target, captured_layers
+from drafts.dflash.config import DFlashSection
+from recipe.load import load_recipe
+from recipe.recipe import Recipe
+from target.layers import captured_layers
+from target.mask_token import choose_mask_token
+from target.target import Target
 
 
 def main() -> None:
@@ -60,38 +63,40 @@ def main() -> None:
 
 
 def train_peer(args: argparse.Namespace, recipe: Recipe, out: Path, name: str) -> Path:
-    """Train with speculators, unless that is done; its weights file."""
-    section, target = recipe.train, Target.read(recipe.target.path)
+    """Train with speculators, unless that is done, and return its weights file."""
+    section, target = recipe.training(), Target.read(recipe.target.path)
+    draft = section.draft
+    assert isinstance(draft, DFlashSection)
     folder = out / name
     found = sorted(folder.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
     if found:
         return found[-1]
     summary = read_run(args.store, "dump run")["summary"]
-    tokens = round(section.batch_samples * summary["tokens"] / summary["samples"])
+    tokens = round(section.global_batch_size * summary["tokens"] / summary["samples"])
     config = {
         "model_type": "qwen3", "hidden_size": target.hidden_size, "vocab_size": target.vocab_size,
-        "num_hidden_layers": section.num_layers, "num_attention_heads": section.num_attention_heads,
-        "num_key_value_heads": section.num_key_value_heads, "head_dim": section.head_dim,
-        "intermediate_size": section.intermediate_size, "rms_norm_eps": target.norm_eps,
+        "num_hidden_layers": draft.num_layers, "num_attention_heads": draft.num_attention_heads,
+        "num_key_value_heads": draft.num_key_value_heads, "head_dim": draft.head_dim,
+        "intermediate_size": draft.intermediate_size, "rms_norm_eps": target.norm_eps,
         "max_position_embeddings": recipe.target.max_model_len, "hidden_act": "silu", "tie_word_embeddings": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": target.rope_theta},
-        "layer_types": ["full_attention"] * section.num_layers,
+        "layer_types": ["full_attention"] * draft.num_layers,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (out / "peer-config.json").write_text(json.dumps(config))
-    # Its ids count from the embeddings on, as vLLM's do.
-    epochs = 1 + section.num_steps * section.batch_samples // summary["samples"]
+    # Its layer ids count from the embeddings, as vLLM's do.
+    epochs = 1 + section.num_steps * section.global_batch_size // summary["samples"]
     mask_token = choose_mask_token(target, recipe.target.mask_token_id)
     layers = [str(layer_id + 1) for layer_id in captured_layers(recipe.target, target)]
     words = {
         "speculator-type": "dflash", "verifier-name-or-path": target.path.resolve(), "data-path": out / "converted",
         "draft-config": out / "peer-config.json", "mask-token-id": mask_token,
-        "block-size": section.block_size, "max-anchors": section.num_anchors * section.batch_samples,
+        "block-size": draft.block_size, "max-anchors": draft.num_anchors * section.global_batch_size,
         "total-seq-len": tokens, "train-data-ratio": 0.999, "hidden-states-dtype": "float32", "num-workers": 0,
         "on-missing": "raise", "draft-attn-impl": "sdpa", "loss-implementation": "eager", "loss-fn": "ce",
-        "per-position-loss-weight": args.peer_weights, "dflash-decay-gamma": section.loss_decay,
+        "per-position-loss-weight": args.peer_weights, "dflash-decay-gamma": draft.loss_decay,
         "optimizer": "adamw", "lr": section.learning_rate, "weight-decay": section.weight_decay,
-        "scheduler-type": section.schedule, "scheduler-warmup-steps": section.warmup_steps,
+        "scheduler-type": section.lr_schedule, "scheduler-warmup-steps": section.warmup_steps,
         "scheduler-total-steps": section.num_steps, "max-steps": section.num_steps,
         "epochs": epochs, "checkpoint-freq": 1, "save-path": folder, "seed": section.seed,
     }  # fmt: skip
@@ -104,7 +109,7 @@ def train_peer(args: argparse.Namespace, recipe: Recipe, out: Path, name: str) -
 
 
 def export_peer(weights: Path, ours: Path, output: Path) -> None:
-    """The peer's weights beside our export's config; the names are the same."""
+    """Write the peer's weights with our export's config. The names of the weights are the same."""
     output.mkdir(exist_ok=True)
     theirs, wanted = load_file(weights), load_file(ours / "model.safetensors")
     save_file({key: theirs[key].to(wanted[key].dtype) for key in wanted}, output / "model.safetensors")

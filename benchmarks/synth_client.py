@@ -1,10 +1,10 @@
-"""What `synth generate` itself costs, with a server that answers at once.
+"""Measure the cost of `synth generate` itself, with a server that answers at once.
 
     python benchmarks/synth_client.py [--rows 20000] [--memory | --layers]
 
-Prints conversations/s against 256 threads on the `openai` package that send the same requests (and keep nothing), both
-in one run. With --memory: peak memory over 1,000,000 rows against that over 10,000. With --layers: requests/s of 256
-tasks on each layer of the async client, against its transport alone.
+Prints conversations/s and the ratio to 256 threads on the `openai` package that send the same requests and store
+nothing. With --memory: the ratio of peak memory over 1,000,000 rows and over 10,000. With --layers: requests/s of 256
+tasks on each layer of the async client, and the ratio to its transport alone.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
 
 @contextmanager
 def serve_at_once() -> Iterator[str]:
-    """The URL of benchmarks/zero_latency.py, running."""
+    """Run benchmarks/zero_latency.py and yield its URL."""
     port = find_port("127.0.0.1", None)
     command = [sys.executable, str(ROOT / "benchmarks/zero_latency.py"), str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
@@ -84,7 +84,7 @@ def serve_at_once() -> Iterator[str]:
 
 
 def write_recipe(folder: Path) -> None:
-    """A recipe whose target has a config and a template, and next to no weights: nobody loads them here."""
+    """Write a recipe and its target: a config, a template, and hardly any weights, which are not loaded."""
     target = folder / "target"
     target.mkdir()
     (target / "config.json").write_text(json.dumps(CONFIG))
@@ -99,7 +99,7 @@ def write_recipe(folder: Path) -> None:
 
 
 def run_synth(folder: Path, num_rows: int, url: str) -> tuple[float, int]:
-    """Conversations/s of `synth generate` over that many rows, and its peak memory in bytes."""
+    """Run `synth generate`; return conversations/s and its peak memory in bytes."""
     prompts, output = folder / f"{num_rows}.jsonl", folder / f"out-{num_rows}-{time.time_ns()}"
     with prompts.open("w") as file:
         for number in range(num_rows):
@@ -116,7 +116,7 @@ def run_synth(folder: Path, num_rows: int, url: str) -> tuple[float, int]:
 
 
 def run_threads(num_rows: int, url: str) -> float:
-    """Conversations/s of a pool of threads on the `openai` package."""
+    """Run a pool of threads on the `openai` package; return conversations/s."""
     script = f"""
 import time, openai
 from concurrent.futures import ThreadPoolExecutor
@@ -135,7 +135,7 @@ print({num_rows} / (time.monotonic() - started))
 
 
 def run_layer(layer: str, num_rows: int, url: str) -> float:
-    """Requests/s of the async client, called at that layer."""
+    """Call the async client at `layer`; return requests/s."""
     script = f"""
 import asyncio, time, httpx2, openai, orjson
 ASK = {{"model": "target", "messages": [{{"role": "user", "content": "What about number 1?"}}],

@@ -1,9 +1,9 @@
-"""`synth generate` against `vllm bench serve`: the same prompts, lengths and concurrency, one server, in turn.
+"""Compare `synth generate` with `vllm bench serve`: same prompts, lengths, concurrency and server, in turn.
 
     python benchmarks/synth_server.py --run runs/tiny-dflash [--rows 512] [--concurrency 32] [--rounds 3]
 
-Prints generated tokens/s of both and their ratio. Wants the tiny recipe's target and prompts (`make demo`). Greedy, so
-that both generate the same; the first round of each only warms the server's prefix cache.
+Prints generated tokens/s of both and their ratio. Needs the tiny recipe's target and prompts (`make demo`). Decoding is
+greedy, so that both generate the same. The first round of each warms the server's prefix cache and is not counted.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from contracts.recipe import load_recipe
-from contracts.target import Target
+from recipe.load import load_recipe
 from serve.command import MODEL_NAME, build_command
 from serve.server import find_port, run_server
+from target.target import Target
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes/Tiny-DFlash/recipe.yaml"
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def write_prompts(source: Path, work: Path, num_rows: int) -> None:
-    """The first questions of the run's prompts, in the form that each side reads."""
+    """Write the first questions of the run's prompts, in the format of each side."""
     rows = [json.loads(line) for line in source.read_text().splitlines()]
     questions = sorted({row["messages"][-1]["content"]: None for row in rows})[:num_rows]
     assert len(questions) == num_rows, f"{source} has {len(questions)} different questions, fewer than --rows"
@@ -64,7 +64,7 @@ def write_prompts(source: Path, work: Path, num_rows: int) -> None:
 
 
 def run_vllm_bench(work: Path, url: str, target: Path, num_rows: int, concurrency: int) -> tuple[float, int]:
-    """Generated tokens/s, and how many tokens."""
+    """Return generated tokens/s and the number of tokens."""
     command = [sys.executable, "-m", "serve.vllm_main", "bench", "serve", "--backend", "openai-chat"]
     command += ["--base-url", url, "--endpoint", "/v1/chat/completions", "--model", MODEL_NAME]
     command += ["--tokenizer", str(target), "--dataset-name", "custom", "--dataset-path", str(work / "prompts.jsonl")]
@@ -79,7 +79,7 @@ def run_vllm_bench(work: Path, url: str, target: Path, num_rows: int, concurrenc
 
 
 def run_synth(work: Path, number: int, url: str, target: Path, concurrency: int) -> tuple[float, int]:
-    """Generated tokens/s, and how many tokens."""
+    """Return generated tokens/s and the number of tokens."""
     output = work / f"synth-{number}"
     command = [str(Path(sys.executable).with_name("synth")), "generate", "-r", str(RECIPE), "--thinking-modes", ""]
     command += ["--set", f"target.path={target}", "--set", f"synth.max_tokens={MAX_TOKENS}", "--endpoint", f"{url}/v1"]

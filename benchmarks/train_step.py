@@ -1,14 +1,14 @@
-"""One DFlash training step against speculators' on the same work: forward, backward, clipping, AdamW, in fp32 on CPUs.
+"""Compare a DFlash training step with speculators' on the same work: forward, backward, clipping, AdamW; fp32, CPU.
 
     python -m venv peer && peer/bin/pip install torch==2.13.0 speculators==0.9.0 pydantic pyyaml
     peer/bin/python benchmarks/train_step.py [--seq 2048 --anchors 256 [--vocab 65536]]
 
-Prints the ratio of steps/s (blocks of steps of both take turns in one process), the first losses, how far the gradients
-are apart on the same anchors, the ratio of peak memory (each side in a process of its own), and the limit: the bare
-matrix products of our step. Both start from the same random weights; labels are the target's greedy tokens, computed
-from its final states by both.
+Prints the ratio of steps/s (both sides alternate in one process), the first losses, the largest difference of gradients
+on the same anchors, the ratio of peak memory (each side in its own process), and the limit: the matrix products of our
+step alone. Both sides start from the same random weights and compute labels, the target's greedy tokens, from its final
+states.
 
-`build(ctx)` is the hook by which other programs time our step: ctx has dims, batch, state, layer_config, mask_token_id.
+Other programs can time our step with `build(ctx)` and `NAME`: ctx has dims, batch, state, layer_config, mask_token_id.
 """
 
 from __future__ import annotations
@@ -40,27 +40,26 @@ Step = Callable[[], float]
 
 
 def build(ctx: dict[str, Any]) -> Step:
-    """Our step on `ctx["batch"]`, from `ctx["state"]`; anchors as speculators draws them, unless it is not `there`."""
-    from contracts.draft import DraftConfig
-    from contracts.recipe import TrainSection
-    from contracts.target_weights import TargetHead
-    from train.batch import Batch
-    from train.dflash import DFlash
-    from train.objective import teacher_argmax
+    """Return our step on `ctx["batch"]`, from `ctx["state"]`. Draws anchors as speculators does, if it is `there`."""
+    from drafts.batch import Batch
+    from drafts.dflash.config import DFlashConfig, DFlashSection
+    from drafts.dflash.model import DFlash
+    from drafts.objective import teacher_argmax
+    from target.head import TargetHead
 
     there = ctx.get("there", True)
     if there:
         from speculators.models.dflash.utils import select_anchors
     dims, state, batch = ctx["dims"], ctx["state"], ctx["batch"]
-    config = DraftConfig(
+    config = DFlashConfig(
         hidden_size=dims.hidden, vocab_size=dims.vocab, num_target_layers=16, layer_ids=list(range(dims.n_aux)),
         block_size=dims.block, mask_token_id=ctx["mask_token_id"], num_layers=dims.draft_layers,
         num_attention_heads=dims.heads, num_key_value_heads=dims.kv_heads, head_dim=dims.head_dim,
         intermediate_size=dims.inter, rms_norm_eps=1e-6, max_position_embeddings=4096, yarn=None,
         rope_theta=ctx["layer_config"].rope_parameters["rope_theta"], target_fingerprint="", store="",
     )  # fmt: skip
-    section = TrainSection(
-        num_attention_heads=dims.heads, num_key_value_heads=dims.kv_heads, intermediate_size=dims.inter, num_steps=1,
+    section = DFlashSection(
+        num_attention_heads=dims.heads, num_key_value_heads=dims.kv_heads, intermediate_size=dims.inter,
         loss_decay=dims.gamma, num_anchors=dims.anchors,
     )  # fmt: skip
     model = DFlash(config, section)
@@ -99,7 +98,7 @@ def build(ctx: dict[str, Any]) -> Step:
 
 
 def build_peer(ctx: dict[str, Any], model: Any) -> Step:
-    """Speculators' step, as its trainer takes it."""
+    """Return speculators' step, as its trainer runs it."""
     from speculators.losses import resolve_loss_config
 
     dims = ctx["dims"]
@@ -124,7 +123,7 @@ def build_peer(ctx: dict[str, Any], model: Any) -> Step:
 
 
 def make_context(dims: argparse.Namespace) -> tuple[dict[str, Any], Any]:
-    """One packed sequence of random tokens and states, and speculators' random model; what both sides start from."""
+    """Make what both sides start from: a packed sequence of random tokens and states, and speculators' random model."""
     from speculators.models.dflash import DFlashSpeculatorConfig
     from speculators.models.dflash.core import DFlashDraftModel
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Config
@@ -156,7 +155,7 @@ def make_context(dims: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
 
 def make_batch(dims: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """One packed sequence of random tokens and states, as speculators' model takes it."""
+    """Make one packed sequence of random tokens and states, in the format of speculators' model."""
     length, hidden = dims.seq, dims.hidden
     return {
         "hidden_states": torch.randn(1, length, dims.n_aux * hidden),
@@ -169,7 +168,7 @@ def make_batch(dims: argparse.Namespace) -> dict[str, torch.Tensor]:
 
 
 def make_own_context(dims: argparse.Namespace) -> dict[str, Any]:
-    """What our step alone needs, without importing the peer: for its memory."""
+    """Make the context of our step without importing speculators, to measure our memory alone."""
     from types import SimpleNamespace
 
     hidden, queries, pairs = dims.hidden, dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
@@ -195,7 +194,7 @@ def make_own_context(dims: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare_gradients(ours: Step, peer: Step) -> tuple[float, float, float]:
-    """First losses of both, and the largest relative distance between two gradients of one parameter."""
+    """Return the first losses of both, and the largest relative distance between their gradients of a parameter."""
     losses = []
     for step in (ours, peer):
         torch.manual_seed(123)
@@ -209,7 +208,7 @@ def compare_gradients(ours: Step, peer: Step) -> tuple[float, float, float]:
 
 
 def time_turns(steps: dict[str, Step], rounds: int, per_round: int) -> dict[str, list[float]]:
-    """Seconds of each step; both sides take turns."""
+    """Time each step, in seconds. The sides alternate."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):  # the first round only warms up
         for name, step in steps.items():
@@ -222,7 +221,7 @@ def time_turns(steps: dict[str, Step], rounds: int, per_round: int) -> dict[str,
 
 
 def time_products(dims: argparse.Namespace) -> float:
-    """Seconds of the matrix products of one step alone, forward and backward, each block against its own prefix."""
+    """Time the matrix products of one step alone, in seconds: forward, backward, each block against its own prefix."""
     queries, slots, hidden = dims.anchors * dims.block, dims.anchors * (dims.block - 1), dims.hidden
     q_size, kv_size = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
     shapes = [(dims.seq, dims.n_aux * hidden, hidden, 2)]  # rows, in, out, times; fc has no gradient of its input
@@ -246,7 +245,7 @@ def time_products(dims: argparse.Namespace) -> float:
 
 
 def find_peak(dims: argparse.Namespace) -> float:
-    """Peak memory of three steps of one side, in MiB; what building it took does not count."""
+    """Return the peak memory of three steps of one side, in MiB, without that of building it."""
     if dims.side == "ours":
         step = build(make_own_context(dims))
     else:
@@ -254,15 +253,15 @@ def find_peak(dims: argparse.Namespace) -> float:
         del context["state"]
         step = build_peer(context, model)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (proc(5))
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (proc(5))
     for _ in range(3):
         step()
-    lines = Path("/proc/self/status").read_text().splitlines()  # getrusage would have the parent's peak, too
+    lines = Path("/proc/self/status").read_text().splitlines()  # getrusage includes the parent's peak
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def measure_memory() -> dict[str, float]:
-    """Peak memory in MiB after three steps of each side, in a process of its own."""
+    """Return the peak memory in MiB of three steps of each side, each in its own process."""
     peaks = {}
     for side in ("ours", "peer"):
         command = [sys.executable, __file__, "--side", side, *sys.argv[1:]]

@@ -1,8 +1,8 @@
-"""A server of chat completions that answers at once, so that a client's own cost is all that is left to measure.
+"""Serve chat completions that are answered at once, to measure the cost of a client alone.
 
     python benchmarks/zero_latency.py PORT
 
-Every answer is the same: 50 prompt ids, 100 reply ids, as vLLM gives them with `return_token_ids`.
+Every answer is the same: 50 prompt ids and 100 reply ids, as vLLM returns them with `return_token_ids`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _respond(body: bytes, status: bytes = b"200 OK") -> bytes:
 
 
 class Connection(asyncio.Protocol):
-    """As little of HTTP/1.1 as two clients that we know need."""
+    """The part of HTTP/1.1 that the two measured clients need."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport

@@ -1,1 +1,1 @@
-"""What stages hand to each other: records, the store, the draft, the recipe, the ledger, errors."""
+"""The formats stages exchange: conversation, hidden-state store, draft, ledger, run, other tools' layouts."""

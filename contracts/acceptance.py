@@ -1,7 +1,7 @@
-"""Acceptance of drafts: counters first, ratios from their sums.
+"""Acceptance length and rate of a draft, computed from counters.
 
-With K draft tokens a step and n_a the number of steps that accepted exactly a of them: steps S = sum n_a, accepted
-A = sum a*n_a; acceptance length = 1 + A/S (the bonus token counts); per position i: sum_{a>=i} n_a / S. These are the
+With K draft tokens per step and n_a the number of steps that accepted exactly a of them: steps S = sum n_a, accepted
+A = sum a*n_a, acceptance length = 1 + A/S (the bonus token counts), position i: sum_{a>=i} n_a / S. These are the
 definitions of vLLM's `vllm:spec_decode_*` counters. Pool by adding counters, never by averaging ratios.
 """
 
@@ -18,13 +18,13 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Acceptance:
-    """`histogram[a]`: how many steps accepted exactly a draft tokens, a = 0..K."""
+    """`histogram[a]` is the number of steps that accepted exactly a draft tokens, a = 0..K."""
 
     histogram: tuple[int, ...]
 
     @classmethod
     def from_steps(cls, accepted: Iterable[int], num_draft_tokens: int) -> Acceptance:
-        """From each step's number of accepted tokens."""
+        """Build from the number of accepted tokens of each step."""
         histogram = [0] * (num_draft_tokens + 1)
         for count in accepted:
             histogram[count] += 1
@@ -32,14 +32,17 @@ class Acceptance:
 
     @classmethod
     def from_counters(cls, num_drafts: float, accepted_at: Sequence[float]) -> Acceptance:
-        """From vLLM's counters: steps, and how many of them accepted position i, from 0."""
+        """Build from vLLM's counters: the steps, and how many of them accepted position i, from 0."""
         at_least = [int(num_drafts), *map(int, accepted_at), 0]
         return cls(tuple(at_least[i] - at_least[i + 1] for i in range(len(at_least) - 1)))
 
     @classmethod
     def pool(cls, parts: Iterable[Acceptance]) -> Acceptance:
-        """The sum of the parts. Raises ValueError for none, or for different K."""
-        return cls(tuple(map(sum, zip(*(part.histogram for part in parts), strict=True))))
+        """Return the sum of the parts. Raises ValueError for no parts, or for parts of different K."""
+        histograms = [part.histogram for part in parts]
+        if not histograms:
+            raise ValueError("no acceptance to pool: nothing was measured")
+        return cls(tuple(map(sum, zip(*histograms, strict=True))))
 
     @property
     def steps(self) -> int:
@@ -51,12 +54,12 @@ class Acceptance:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens a step, the bonus token included; 1.0 where no step was taken."""
+        """Tokens per step, the bonus token included; 1.0 without steps."""
         return 1.0 + self.accepted / self.steps if self.steps else 1.0
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted share of the drafted tokens."""
+        """Share of the drafted tokens that were accepted."""
         drafted = self.steps * (len(self.histogram) - 1)
         return self.accepted / drafted if drafted else 0.0
 
@@ -67,7 +70,7 @@ class Acceptance:
 
     @staticmethod
     def interval(parts: Sequence[Acceptance], confidence: float = 0.95) -> tuple[float, float]:
-        """Bootstrap interval of the pooled acceptance length; the parts (conversations) are what is drawn again."""
+        """Return the bootstrap interval of the pooled acceptance length; parts (conversations) are resampled."""
         rng = np.random.default_rng(0)
         counts = np.array([(part.accepted, part.steps) for part in parts], dtype=float)
         drawn = counts[rng.integers(len(counts), size=(RESAMPLES, len(counts)))].sum(axis=1)
@@ -76,7 +79,7 @@ class Acceptance:
         return float(low), float(high)
 
     def summary(self) -> dict[str, Any]:
-        """The figures as they go into reports."""
+        """Return the figures of a report."""
         return {
             "acceptance_length": round(self.acceptance_length, 4),
             "acceptance_rate": round(self.acceptance_rate, 4),

@@ -1,9 +1,9 @@
-"""The conversation record: what `synth` writes and `dump` and `bench` read, one JSON object a line.
+"""The conversation record, one JSON object per line: what `synth` writes and `dump` and `bench` read.
 
-A *sample* is a run of token ids as the target's server reported them, with the spans that the target generated:
-`token_ids[start:end]` for each `[start, end)` in `loss_spans` is supervised, in exactly the context in which it was
-generated. A template that only appends gives one sample a conversation; one that rewrites history gives one more for
-each rewritten turn.
+A *sample* is a sequence of token ids as the target's server reported them, with the spans that the target generated:
+`token_ids[start:end]` is supervised for each `[start, end)` in `loss_spans`, in exactly the context in which it was
+generated. A template that only appends gives one sample per conversation. A template that rewrites history gives one
+more for each rewritten turn.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from contracts.errors import UserError
-from contracts.files import hash_json, parse_line, read_json, read_lines
+from common.errors import UserError
+from common.files import hash_json, parse_line, read_json, read_lines
 from contracts.ledger import read_entries
 from contracts.run import read_run
 from contracts.shards import folders_by_count, folders_of_others, shard_folder, shard_of
-from contracts.target import Target
+from contracts.target_identity import TargetIdentity
 
 CONVERSATIONS_FILE = "conversations.jsonl"
 WHAT = "conversations written by `synth generate`"
@@ -29,7 +29,7 @@ LEADING_ID = re.compile(rb'\{"id":"([0-9a-f]{32})"')
 
 
 class Sample(BaseModel):
-    """Token ids with the half-open spans among them that the target generated."""
+    """Token ids, and the half-open spans of them that the target generated."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,7 +47,7 @@ class Sample(BaseModel):
 
 
 class Loop(BaseModel):
-    """A reply that repeats itself: `num_tokens` tokens in turn `turn` (from 0) are copies `period` tokens apart."""
+    """A reply that repeats itself: `num_tokens` tokens of turn `turn` (from 0) repeat with period `period`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -57,11 +57,11 @@ class Loop(BaseModel):
 
 
 class Conversation(BaseModel):
-    """One conversation of the target's own making. Unknown keys are errors.
+    """One conversation that the target generated. Unknown keys are errors.
 
-    `finish_reason` is that of the last reply ("length": it was cut). `stopped` says why the conversation ended before
-    its source did. `rendered`: the token ids are a tokenizer's, since the server gave none. Turns are in `messages`
-    (OpenAI) or in `conversations` (ShareGPT).
+    `finish_reason` is that of the last reply ("length": it was cut). `stopped` is the reason why the conversation ended
+    before its source did. `rendered`: the server returned no token ids, so that a tokenizer made them. Turns are in
+    `messages` (OpenAI) or in `conversations` (ShareGPT).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -92,28 +92,28 @@ def make_conversation_id(
     thinking_mode: str,
     sample_number: int = 0,
 ) -> str:
-    """Content hash of the prompt side: the same on every machine and every resume. 32 hex digits."""
+    """Return the content hash of the prompt side, 32 hex digits: the same on every machine and every resume."""
     return hash_json([list(messages), list(tools) if tools else None, thinking_mode, sample_number])[:32]
 
 
-def check_written_by(folder: Path, target: Target) -> dict[str, Any]:
-    """The run state of a finished synthesis of `target`. Raises UserError when it is unfinished or another target's."""
+def check_written_by(folder: Path, target: TargetIdentity) -> dict[str, Any]:
+    """Return the run state of a finished synthesis. Raises UserError when it is unfinished or of another target."""
     state = read_run(folder, "synth generate")
     if state["inputs"]["target"] != target.fingerprint:
         raise UserError(
             folder,
             found=f"conversations of target {state['inputs']['target'][:12]}",
             expected=f"those of {target.fingerprint[:12]} ({target.path})",
-            fix="Give the conversations that this target wrote, or write them again.",
+            fix="Give the conversations that this target generated, or generate them again.",
         )
     return state
 
 
 def find_part(folder: Path, shard: tuple[int, int] | None) -> list[Path]:
-    """The folders that hold a shard's conversations: `folder` itself, or its own shard where it has as many.
+    """Return the folders that hold a shard's conversations: its own, or `folder` if the synthesis has other shards.
 
-    Such a shard can be read as soon as it is finished, whatever becomes of the rest. Raises UserError while a shard of
-    another number is being written.
+    A shard's own folder can be read as soon as it is finished, whatever happens to the others. It is followed by the
+    folders of earlier generations. Raises UserError while a shard of another generation is being written.
     """
     if shard is None or list(folders_by_count(folder))[-1:] != [shard[1]]:
         return [folder]
@@ -121,9 +121,9 @@ def find_part(folder: Path, shard: tuple[int, int] | None) -> list[Path]:
 
 
 def read_conversations(folder_or_file: Path, shard: tuple[int, int] | None = None) -> Iterator[Conversation]:
-    """Yield the records of a `synth` output folder, or of one JSONL file; those of a shard, if asked for.
+    """Yield the records of a `synth` output folder or of one JSONL file, or only those of `shard`.
 
-    A bad line is a UserError that names it.
+    Raises UserError for a line that is not a record.
     """
     path = folder_or_file / CONVERSATIONS_FILE if folder_or_file.is_dir() else folder_or_file
     for where, line in _read_records(path, shard):
@@ -137,26 +137,26 @@ def read_conversations(folder_or_file: Path, shard: tuple[int, int] | None = Non
                 where,
                 found=f"{place}: {first['msg']}",
                 expected="a conversation record",
-                fix="See docs/formats.md, or write the conversations again with `synth generate`.",
+                fix="See docs/formats.md, or run `synth generate` again.",
             ) from None
 
 
 def hash_conversations(folders: Sequence[Path], shard: tuple[int, int] | None = None) -> str:
-    """A checksum of records that does not depend on their order or on how many files they are in.
+    """Return a checksum of records that depends neither on their order nor on the files they are in.
 
-    The sum of the lines' sha256 modulo 2^256, as hex: the checksums of all shards sum to that of the whole.
+    It is the sum of the lines' sha256 modulo 2^256, as hex: the checksums of all shards add up to that of the whole.
     """
     lines = (line for folder in folders for _, line in _read_records(folder / CONVERSATIONS_FILE, shard))
     return add_checksums(hashlib.sha256(line).hexdigest() for line in lines)
 
 
 def add_checksums(checksums: Iterable[str]) -> str:
-    """The checksum of records of which each of `checksums` has a part."""
+    """Return the checksum of all records from the checksums of their parts."""
     return f"{sum(int(checksum, 16) for checksum in checksums) % 2**256:064x}"
 
 
 def _read_records(path: Path, shard: tuple[int, int] | None) -> Iterator[tuple[str, bytes]]:
-    """Lines and their places. Of a shard without parsing the others' lines: their id comes first as we write them."""
+    """Yield `(place, line)`. Lines of other shards are not parsed: `synth` writes the id first."""
     last, end = _accounted_bytes(path.parent), 0
     for number, line in read_lines(path, WHAT):
         where, end = f"{path}:{number}", end + len(line)
@@ -171,7 +171,7 @@ def _read_records(path: Path, shard: tuple[int, int] | None) -> Iterator[tuple[s
 
 
 def _accounted_bytes(folder: Path) -> int | None:
-    """How much of an interrupted run's records its ledger accounts for; the rest is torn or written again."""
+    """Return the bytes of an unfinished run's records that its ledger has; None if it is finished."""
     state, ledger = folder / "run.json", folder / "ledger.jsonl"
     if not (state.exists() and ledger.exists()) or read_json(state, "a run's state")["complete"]:
         return None

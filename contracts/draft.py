@@ -1,56 +1,99 @@
-"""The draft's files: training checkpoints and the exported directory that a server loads.
+"""The draft's files: training checkpoints, and the exported folder that a server loads.
 
-run folder    step-000500/{weights.safetensors, state.pt, position.json}   (a checkpoint; two are kept)
-              draft.json       what was trained: dimensions, layers, mask token, target, store
-              best.json        which checkpoint predicts the longest acceptance on what was held out
+run folder    step-000500/{weights.safetensors, state.pt, position.json, recipe.yaml}   (a checkpoint)
+              draft.json       the draft's config: method, dimensions, layers, mask token, target, store
+              best.json        the checkpoint with the longest predicted acceptance on held-out conversations
               metrics.jsonl    one line every few steps; curves.png and tensorboard/ show them
-export        config.json, model.safetensors, draftline.json               (nothing but what a server loads)
+export        config.json, model.safetensors    what a server loads
+              draftline.json   the descriptor: what `serve`, `bench` and `distributed` read, whatever the method
+              README.md        the model card
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from contracts.errors import UserError
-from contracts.files import read_json, write_json
-from contracts.recipe import YarnSection
+from common.errors import UserError
+from common.files import read_json, write_json
+from common.section import Section
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
+DESCRIPTOR_FILE = "draftline.json"
+
+
+class Yarn(Section):
+    """YaRN: `factor * original_max_position_embeddings` positions (arXiv 2309.00071, as transformers computes it)."""
+
+    factor: float = Field(gt=1)
+    original_max_position_embeddings: int = Field(gt=0, description="the training length")
+
+    @property
+    def window(self) -> float:
+        """Positions that the scaled rope covers."""
+        return self.factor * self.original_max_position_embeddings
 
 
 class DraftConfig(BaseModel):
-    """Everything that a draft's weights mean; all sizes are counts of elements.
+    """What a draft's weights mean, whatever its method; each method adds its own fields. Written as draft.json.
 
-    `layer_ids` are 0-based outputs of the target's layers. DFlash: `block_size` includes the anchor. EAGLE3: drafts
-    `block_size - 1` tokens one after another, trained over `ttt_steps`; it may know only `draft_vocab_size` tokens.
+    `layer_ids` are 0-based outputs of the target's layers. `mask_token_id` is None where the method has no mask token.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Literal["dflash", "eagle3"] = "dflash"
+    method: str
     hidden_size: int
     vocab_size: int
     num_target_layers: int
     layer_ids: list[int]
-    block_size: int
     mask_token_id: int | None = None
-    ttt_steps: int | None = None
-    draft_vocab_size: int | None = None
-    num_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int
-    yarn: YarnSection | None
+    yarn: Yarn | None
     target_fingerprint: str
     store: str
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Tokens that the draft proposes in one step, K."""
+        raise NotImplementedError
+
+
+class Descriptor(BaseModel):
+    """What the other stages need to know of an exported or published draft; draftline.json holds it.
+
+    `speculative` is vLLM's speculative config without the model's path and the number of draft tokens. What only our
+    own exports know is None for a published draft.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    format_version: int = 2
+    method: str
+    speculative: dict[str, Any]
+    num_speculative_tokens: int | None
+    hidden_size: int
+    vocab_size: int
+    layer_ids: list[int]
+    num_target_layers: int | None = None
+    mask_token_id: int | None = None
+    rms_norm_eps: float | None = None
+    rope_theta: float | None = None
+    yarn_factor: float | None = None
+    max_position_embeddings: int | None = None
+    target_fingerprint: str | None = None
+    store: str | None = None
+    weights: str | None = None
+    sha256: str | None = None
+    dtype: str | None = None
+    layout: str | None = None
+    evaluation: str | None = None
+    recipe: dict[str, Any] | None = None
 
 
 class DraftRun:
@@ -71,22 +114,19 @@ class DraftRun:
         return self.folder / f"step-{step:06d}"
 
     def steps(self) -> list[int]:
-        """Steps with a whole checkpoint, ascending (a checkpoint is renamed into place when it is whole)."""
+        """Steps with a complete checkpoint, ascending (a checkpoint is renamed into place when it is complete)."""
         found = (STEP_FOLDER.fullmatch(path.name) for path in self.folder.glob("step-*"))
         return sorted(int(match.group(1)) for match in found if match)
 
     def write_config(self, config: DraftConfig) -> None:
         write_json(self.config_path, config.model_dump(mode="json"))
 
-    def read_config(self) -> DraftConfig:
-        return DraftConfig.model_validate(read_json(self.config_path, "a training run's draft.json"))
-
     def write_best(self, step: int, acceptance_length: float) -> None:
-        """Note the checkpoint with the best predicted acceptance length so far."""
+        """Record the checkpoint with the longest predicted acceptance so far."""
         write_json(self.folder / "best.json", {"step": step, "acceptance_length": acceptance_length})
 
     def best_step(self) -> int | None:
-        """The best checkpoint's step, where a part of the conversations was held out."""
+        """The best checkpoint's step; None where no conversations are held out."""
         path = self.folder / "best.json"
         return int(read_json(path, "a best checkpoint")["step"]) if path.exists() else None
 

@@ -1,10 +1,12 @@
-"""The ledger: one JSON line per input row, written last, so that a row is either accounted for or not begun.
+"""The ledger: one JSON line per input row, written after the row's output is durable.
 
-A stage first makes a row's output durable and then appends its line here. After a crash a torn last line is cut off,
-and every row without a line is done again; nothing is lost and nothing is doubled.
+A row with a line is accounted for; a row without one has not been done. After a crash a torn last line is cut off and
+its row is done again. Nothing is lost and nothing is done twice.
 
-Format: `{"id": ..., "status": "done|truncated|filtered|failed", "reason": ..., ...}`; other keys belong to the stage
-(size, checksum, end offset, tokens). The last line of an id wins, so a retried failure simply adds a line.
+Format: `{"id": ..., "status": "done|truncated|filtered|failed", "reason": ..., ...}`; each stage adds its own keys
+(size, checksum, end offset, tokens). The last line of an id wins: retrying a failed row appends a line.
+
+`Ledger` and `read_entries` only read; `LedgerWriter` is the one class that opens the file for writing.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from contracts.errors import IncompleteError, UserError
+from common.errors import IncompleteError, UserError
 
 STATUSES = ("done", "truncated", "filtered", "failed")
 
 
-class LedgerFile:
-    """The file alone: read once from the start, then appended to by one process (`contracts.run` guards the folder)."""
+class LedgerWriter:
+    """The ledger file of one writing process: read once from the start, then appended to.
+
+    `contracts.run` makes sure that there is only one writer.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open `path`, creating it if needed."""
@@ -38,7 +43,7 @@ class LedgerFile:
         self._file.truncate(good_end)
 
     def append(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Add lines and sync them together. Raises ValueError for an unknown status."""
+        """Append lines and sync them together. Raises ValueError for an unknown status."""
         lines = []
         for entry in entries:
             if entry["status"] not in STATUSES:
@@ -53,23 +58,23 @@ class LedgerFile:
 
 
 def read_entries(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield every whole entry of a ledger that another process may be writing."""
+    """Yield every whole entry in order. Another process may be appending to the ledger."""
     return (entry for entry, _ in _read_lines(path))
 
 
 def _read_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Entries, each with the offset of its line's end."""
+    """Yield each entry with the offset at which its line ends."""
     end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
-                break  # torn by a crash (the row it spoke of is done again), or being written
+                break  # torn by a crash, or being written
             end += len(line)
             yield parse_entry(line, f"{path}:{number}"), end
 
 
 def parse_entry(line: bytes, where: str) -> dict[str, Any]:
-    """One line of a ledger. Raises UserError when it is none."""
+    """Parse one line. Raises UserError when it is not a ledger entry."""
     try:
         entry: dict[str, Any] = json.loads(line)
         if entry["status"] in STATUSES and isinstance(entry["id"], str):
@@ -78,44 +83,29 @@ def parse_entry(line: bytes, where: str) -> dict[str, Any]:
         pass
     raise UserError(
         where,
-        found="a line that is no ledger entry",
+        found="a line that is not a ledger entry",
         expected='{"id": ..., "status": ...}',
         fix="Restore the file from a copy, or delete the stage's output and run it again.",
     )
 
 
 class Ledger:
-    """A ledger whose entries are held in memory, by id."""
+    """A ledger read into memory: the last entry of each id. Never opens the file for writing."""
 
     def __init__(self, path: Path) -> None:
-        """Open `path`, creating it if needed, cut off a torn last line and load what is there."""
-        self._file = LedgerFile(path)
-        self.entries: dict[str, dict[str, Any]] = {entry["id"]: entry for entry in self._file.read()}
-
-    def append(self, id_: str, status: str, reason: str = "", **fields: Any) -> None:
-        """Add and sync one line. Raises ValueError for an unknown status."""
-        entry = {"id": id_, "status": status, **({"reason": reason} if reason else {}), **fields}
-        self._file.append([entry])
-        self.entries[id_] = entry
-
-    def __contains__(self, id_: str) -> bool:
-        return id_ in self.entries
+        """Read `path`. Raises UserError when there is none, or when a line is not an entry."""
+        if not path.is_file():
+            raise UserError(path, found="no such file", expected="a ledger", fix="Run the stage that writes it first.")
+        self.entries: dict[str, dict[str, Any]] = {entry["id"]: entry for entry in read_entries(path)}
 
     def ids(self, *statuses: str) -> list[str]:
-        """Ids whose last status is one of `statuses`, in ledger order."""
+        """Ids whose last status is one of `statuses`, in the order in which they first appear."""
         return [id_ for id_, entry in self.entries.items() if entry["status"] in statuses]
 
     def counts(self) -> dict[str, int]:
-        """How many rows ended in each status; every status is present."""
+        """Number of rows by last status; every status is present."""
         found = Counter(entry["status"] for entry in self.entries.values())
         return {status: found.get(status, 0) for status in STATUSES}
-
-    def total(self, field: str) -> int:
-        """Sum of a numeric field over all rows."""
-        return sum(entry.get(field, 0) for entry in self.entries.values())
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def check_counts(where: Path, counts: Mapping[str, int], num_input: int) -> None:

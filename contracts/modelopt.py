@@ -1,11 +1,12 @@
-"""A folder of hidden states in the layout of NVIDIA's Model-Optimizer, written by `dump convert` and read by `train`.
+"""Hidden states in the layout of NVIDIA's Model-Optimizer, which `dump convert` writes and `train` reads.
 
-One file a sample, <name>.pt, a dictionary of tensors: input_ids (T,) int64, hidden_states (T, H), aux_hidden_states
+One file per sample, <name>.pt, a dictionary of tensors: input_ids (T,) int64, hidden_states (T, H), aux_hidden_states
 (T, n*H), loss_mask (T,) int64, and conversation_id. The optional flag hidden_states_prenorm says that hidden_states is
-the final state before the final norm; without it their reader takes it for normed (`OfflineSupervisedDataset` in
-modelopt/torch/speculative/eagle/utils.py). Beside a store that we converted lies our manifest.json.
+the final state before the final norm; without it ModelOpt takes it as normed (`OfflineSupervisedDataset` in
+modelopt/torch/speculative/eagle/utils.py). A store that `dump convert` wrote also has our manifest.json.
 
-Files are found by listing the folder, never by the conversation_id in them, and loaded as tensors alone.
+Files are found by listing the folder, never by the conversation_id in them. They are loaded with `weights_only`, so
+that they cannot run code.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from typing import Any
 
 import torch
 
-from contracts.errors import UserError
-from contracts.files import hash_json, read_json
+from common.errors import UserError
+from common.files import hash_json, read_json
 from contracts.store import Manifest, StoredSample
-from contracts.target import Target
+from contracts.target_identity import TargetIdentity
 
 KEYS = ("input_ids", "hidden_states", "aux_hidden_states", "loss_mask")
 
 
 def write_modelopt(path: Path, sample_id: str, sample: StoredSample) -> None:
-    """Write one sample whole or not at all."""
+    """Write one sample atomically."""
     temporary = path.with_suffix(".tmp")
     value = {
         "input_ids": sample.input_ids.long(),
@@ -40,7 +41,7 @@ def write_modelopt(path: Path, sample_id: str, sample: StoredSample) -> None:
 
 
 class ModelOptStore:
-    """Reads such a folder as `contracts.store.Store` reads ours."""
+    """Reads a folder in this layout, with the reading methods of `contracts.store.Store`."""
 
     def __init__(self, folder: Path, layer_ids: Sequence[int], hidden_size: int) -> None:
         self.folder = folder
@@ -49,20 +50,25 @@ class ModelOptStore:
 
     @property
     def checksum(self) -> str:
-        """Names this store: its files' names and sizes."""
+        """The hash of the names and sizes of all files."""
         return hash_json([(path.name, path.stat().st_size) for path in sorted(self.folder.glob("*.pt"))])
 
     def sample_ids(self) -> list[str]:
         return sorted(path.stem for path in self.folder.glob("*.pt"))
 
     def sample_path(self, sample_id: str) -> Path:
-        """Raises ValueError for an id that is no plain file name."""
+        """Return a sample's path. Raises ValueError for an id that is not a plain file name."""
         if Path(sample_id).name != sample_id or "\0" in sample_id:
-            raise ValueError(f"sample id {sample_id!r} is no file name")
+            raise ValueError(f"sample id {sample_id!r} is not a file name")
         return self.folder / f"{sample_id}.pt"
 
+    def read_token_ids(self, sample_id: str) -> torch.Tensor:
+        """Read a sample's token ids `(T,)`; its other tensors stay on the disk."""
+        ids: torch.Tensor = _load(self.sample_path(sample_id))["input_ids"]
+        return ids
+
     def read_sample(self, sample_id: str) -> StoredSample:
-        """Read one sample. Raises UserError when it is not one, or has other layers."""
+        """Read one sample. Raises UserError when the file is not a sample, or holds another number of layers."""
         path = self.sample_path(sample_id)
         value = _load(path)
         states = value["hidden_states"]
@@ -88,10 +94,10 @@ class ModelOptStore:
 def _load(path: Path) -> dict[str, Any]:
     try:
         value = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except Exception as error:  # torch raises several kinds; all of them mean: not a file of tensors
+    except Exception as error:  # torch raises several kinds; each means that this is not a file of tensors
         raise UserError(
             path,
-            found=f"no file of tensors ({str(error).splitlines()[0]})",
+            found=f"not a file of tensors ({str(error).splitlines()[0]})",
             expected="a sample in ModelOpt's layout",
             fix="Delete it, or dump it again.",
         ) from None
@@ -107,14 +113,16 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def is_modelopt(folder: Path) -> bool:
-    """Whether a folder is in this layout."""
+    """Return whether a folder is in this layout."""
     return not (folder / "samples").exists() and any(folder.glob("*.pt"))
 
 
-def open_modelopt(folder: Path, target: Target, layer_ids: Sequence[int] | None) -> tuple[ModelOptStore, Manifest]:
-    """The folder as a store, and what its states are: our manifest's word, or the recipe's and the first file's.
+def open_modelopt(
+    folder: Path, target: TargetIdentity, layer_ids: Sequence[int] | None
+) -> tuple[ModelOptStore, Manifest]:
+    """Open a folder; return it with its manifest, or with one made from the recipe's layers and the first file.
 
-    Raises UserError for states of another target, or when nothing says which layers they are.
+    Raises UserError for states of another target, or when neither a manifest nor the recipe has the layer ids.
     """
     if (folder / "manifest.json").exists():
         entries = read_json(folder / "manifest.json", "a manifest")
@@ -130,7 +138,7 @@ def open_modelopt(folder: Path, target: Target, layer_ids: Sequence[int] | None)
     if layer_ids is None:
         raise UserError(
             folder,
-            found="states without a word of their layers",
+            found="states with no layer ids recorded",
             expected="target.aux_layers in the recipe: the layers that were dumped, as 0-based outputs",
             fix="Set it. Dumps of ModelOpt's vLLM script for DFlash are one layer early: vLLM counts from 1.",
         )

@@ -1,9 +1,10 @@
-"""One stage's run in its output folder: who may write, with which settings, on which input, for how long.
+"""One stage's run in its output folder: its lock, settings, inputs, time and completion.
 
-Writes: `run.json` (stage, settings, inputs, seconds, whether complete), `resolved.yaml` (the whole recipe as used),
-        `command.txt` (every command line that worked here), `run.lock` (held while a process is at work).
+Writes: `run.json` (stage, settings, inputs, seconds, whether complete), `resolved.yaml` (the recipe with defaults),
+        `command.txt` (every command line that worked here), `run.lock` (held while a process works). All without
+        secrets: see common/redact.py.
 
-A folder belongs to one set of settings and inputs: coming back with others is an error that names the difference.
+A folder belongs to one set of settings and inputs. Resuming with others is an error that names the difference.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from contracts.errors import UserError
-from contracts.files import read_json, write_atomic, write_json
+from common.errors import UserError
+from common.files import explain_unwritable, read_json, write_atomic, write_json
+from common.redact import redact, redact_words
+from contracts.shards import next_generation
 
 
 class Run:
     """The run of a stage in `folder`; use `Run.open`."""
 
-    def __init__(self, folder: Path, state: dict[str, Any], lock: Any) -> None:
+    def __init__(self, folder: Path, state: dict[str, Any], lock: IO[str]) -> None:
         self.folder = folder
         self.state = state
         self._lock = lock
@@ -41,22 +44,13 @@ class Run:
         inputs: Mapping[str, str],
         recipe_yaml: str,
     ) -> Run:
-        """Claim `folder` for this process, or find it complete.
+        """Lock `folder` for this process and return its run, new, unfinished or complete.
 
-        Raises UserError when another process works there, or when it holds a run with other settings or inputs.
+        Raises UserError when the folder cannot be written, when another process works there, or when it holds a run
+        with other settings or inputs.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "run.lock").open("a")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                folder,
-                found="another process at work in this folder",
-                expected="one writer a folder",
-                fix="Wait for it, stop it, or choose another --output.",
-            ) from None
-        fresh = {"stage": stage, "settings": dict(settings), "inputs": dict(inputs)}
+        lock = _lock(folder)
+        fresh = {"stage": stage, "settings": redact(settings), "inputs": dict(inputs)}
         path = folder / "run.json"
         if path.exists():
             state = read_json(path, "a run's state")
@@ -65,10 +59,10 @@ class Run:
             state = {**fresh, "seconds": 0.0, "complete": False, "summary": {}}
         run = cls(folder, state, lock)
         if not run.complete:
-            run._save()
+            run._begin()
             write_atomic(folder / "resolved.yaml", recipe_yaml)
             with (folder / "command.txt").open("a") as file:
-                file.write(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n")
+                file.write(shlex.join([Path(sys.argv[0]).name, *redact_words(sys.argv[1:])]) + "\n")
         return run
 
     @property
@@ -77,24 +71,31 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Seconds that all processes together have worked on this run."""
+        """Seconds of work on this run, summed over all processes."""
         return self._earlier_seconds + time.monotonic() - self._started
 
     def tick(self, interval_s: float = 2.0) -> None:
-        """Note the time spent so far, at most every `interval_s`, so that a kill forgets little of it."""
+        """Save the time spent, at most every `interval_s`, so that a killed run loses little of it."""
         if time.monotonic() - self._last_tick >= interval_s:
             self._last_tick = time.monotonic()
             self._save()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Mark the run complete, with its summary (counts, tokens)."""
+        """Mark the run complete and save its summary (counts, tokens)."""
         self.state["complete"] = True
         self.state["summary"] = dict(summary)
         self._save()
 
     def reopen(self) -> None:
-        """Take back the completion, for retries of failed rows."""
+        """Mark the run unfinished, to retry failed rows."""
         self.state["complete"] = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Save the state of a run on which work begins: its shards become the latest generation."""
+        generation = next_generation(self.folder)
+        if generation is not None:
+            self.state["generation"] = generation
         self._save()
 
     def _save(self) -> None:
@@ -102,8 +103,25 @@ class Run:
         write_json(self.folder / "run.json", self.state)
 
 
+def _lock(folder: Path) -> IO[str]:
+    """Create `folder` and lock it for this process; the lock ends with the file's handle."""
+    with explain_unwritable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "run.lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(
+            folder,
+            found="another process at work in this folder",
+            expected="one writer a folder",
+            fix="Wait for it, stop it, or choose another --output.",
+        ) from None
+    return lock
+
+
 def read_run(folder: Path, stage: str) -> dict[str, Any]:
-    """The state of a complete run of `stage` in `folder`. Raises UserError when there is none."""
+    """Return the state of a complete run of `stage` in `folder`. Raises UserError when there is none."""
     path = folder / "run.json"
     state = read_json(path, f"the output of `{stage}`")
     if state.get("stage") != stage:
@@ -141,7 +159,7 @@ def _refuse_changes(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]
 
 
 def _flatten(value: Any, name: str) -> dict[str, Any]:
-    """Nested dictionaries as one, keys joined by dots."""
+    """Return nested dictionaries as one, their keys joined by dots."""
     if not isinstance(value, Mapping):
         return {name: value}
     return {key: leaf for inner, part in value.items() for key, leaf in _flatten(part, f"{name}.{inner}").items()}

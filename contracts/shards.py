@@ -1,8 +1,10 @@
 """Shards of a stage's run: FOLDER/shards/<i>-of-<n>/, each written by one process.
 
-A conversation belongs to the same shard in every stage, on every machine and whatever the order of the input, as its id
-decides. A run may go on with another number of shards: what those of the number before have finished stays theirs, and
-counts.
+A conversation's id decides its shard, so the shard is the same in every stage, on every machine and for every order of
+the input. A run may continue with another number of shards: the rows that the earlier shards finished stay valid.
+
+The shards of one number are a generation. Each run.json records its number (key `generation`), which copying keeps:
+the largest one is the generation that was worked on last.
 """
 
 from __future__ import annotations
@@ -11,35 +13,50 @@ import fcntl
 import re
 from pathlib import Path
 
-from contracts.errors import UserError
+from common.errors import UserError
+from common.files import read_json
 
 SHARD_NAME = re.compile(r"(\d{5,})-of-(\d{5,})")
 
 
 def shard_of(conversation_id: str, count: int) -> int:
-    """Which of `count` shards a conversation belongs to. Its id is 32 hex digits of a hash of its content."""
+    """Return which of `count` shards a conversation belongs to. Its id is 32 hex digits of a content hash."""
     return int(conversation_id, 16) % count
 
 
 def shard_folder(folder: Path, number: int, count: int) -> Path:
-    """Where shard `number` of `count` writes."""
+    """Return the folder that shard `number` of `count` writes."""
     return folder / "shards" / f"{number:05d}-of-{count:05d}"
 
 
 def folders_by_count(folder: Path) -> dict[int, list[Path]]:
-    """The shard folders that are there, in order, by the number of shards they belong to; the latest number last."""
+    """Return the existing shard folders in order, by their number of shards; the latest generation comes last."""
     found: dict[int, list[Path]] = {}
     for path in sorted((folder / "shards").glob("*-of-*")):
         if (match := SHARD_NAME.fullmatch(path.name)) and (path / "run.json").exists():
             found.setdefault(int(match.group(2)), []).append(path)
-    latest = {count: max((path / "run.json").stat().st_mtime for path in paths) for count, paths in found.items()}
-    return dict(sorted(found.items(), key=lambda item: latest[item[0]]))
+    generations = {count: max(map(_read_generation, paths)) for count, paths in found.items()}
+    return dict(sorted(found.items(), key=lambda item: (generations[item[0]], item[0])))
+
+
+def next_generation(folder: Path) -> int | None:
+    """Return the generation that a shard's `folder` belongs to if work on it begins now; None if it is not a shard.
+
+    It is that of the other shards of the same number, unless shards of another number were worked on since.
+    """
+    match = SHARD_NAME.fullmatch(folder.name)
+    if match is None or folder.parent.name != "shards":
+        return None
+    found = folders_by_count(folder.parent.parent)
+    own = max(map(_read_generation, found.pop(int(match.group(2)), [])), default=0)
+    others = max((_read_generation(path) for paths in found.values() for path in paths), default=0)
+    return own if own > others else others + 1
 
 
 def folders_of_others(folder: Path, count: int) -> list[Path]:
-    """Folders of other numbers of shards than `count`.
+    """Return the folders of other numbers of shards than `count`.
 
-    Raises UserError while one of them is being written: its rows would be done twice.
+    Raises UserError while a process works on one of them: its rows would be done twice.
     """
     others = [path for other, paths in folders_by_count(folder).items() if other != count for path in paths]
     for path in others:
@@ -54,13 +71,17 @@ def folders_of_others(folder: Path, count: int) -> list[Path]:
 
 
 def is_at_work(folder: Path) -> bool:
-    """Whether a process holds the run in a folder."""
+    """Return whether a process holds the run in a folder. The folder may be read-only."""
     path = folder / "run.lock"
     if not path.exists():
         return False
-    with path.open("a") as lock:
+    with path.open("rb") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # over NFS an exclusive lock needs a file open for writing
         except OSError:
             return True
     return False
+
+
+def _read_generation(folder: Path) -> int:
+    return int(read_json(folder / "run.json", "a shard's state").get("generation", 0))

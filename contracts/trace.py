@@ -1,4 +1,4 @@
-"""What one side, trainer or engine, computes on the way from a prompt to the draft's logits: for `bench parity`.
+"""Intermediate tensors of the trainer or the engine, from a prompt to the draft's logits, for `bench parity`.
 
 Format: one safetensors file, `<number>.<name>` for each sample's tensors, metadata `samples`: JSON of ids and starts.
 """
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from contracts.errors import UserError
+from common.errors import UserError
+from common.files import explain_unwritable
 
 
 @dataclass
@@ -21,8 +22,8 @@ class Trace:
 
     `tensors`: token_ids, the prompt and the reply's first R tokens (of the trainer only); layers (T, n, H), the states
     that the draft reads, at the prompt; teacher (R,), the target's greedy tokens of the reply; mask_token () and
-    mask_embedding (H,), of DFlash; vocabulary (D,), the target's ids of the tokens that the draft knows, if not all;
-    draft_logits (K, V), after the first token of the reply; -inf for tokens that the draft lacks.
+    mask_embedding (H,), of methods that have one; vocabulary (D,), the target's ids of the tokens that the draft
+    knows, if not all; draft_logits (K, V), after the first token of the reply; -inf for tokens that the draft lacks.
     """
 
     sample_id: str
@@ -31,26 +32,28 @@ class Trace:
 
 
 def write_traces(path: Path, traces: Sequence[Trace]) -> None:
-    """Write `path`."""
+    """Write traces to `path`. Raises UserError when it cannot be written."""
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{number}.{name}": tensor.cpu().clone(memory_format=torch.contiguous_format)
         for number, trace in enumerate(traces)
         for name, tensor in trace.tensors.items()
     }
-    save_file(tensors, path, metadata={"samples": json.dumps([(trace.sample_id, trace.start) for trace in traces])})
+    metadata = {"samples": json.dumps([(trace.sample_id, trace.start) for trace in traces])}
+    with explain_unwritable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, metadata=metadata)
 
 
 def read_traces(path: Path) -> list[Trace]:
-    """Read `path`. Raises UserError when it is no such file."""
+    """Read the traces of `path`. Raises UserError when it is not such a file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             traces = [Trace(sample_id, start) for sample_id, start in json.loads(file.metadata()["samples"])]
-            for key in file.keys():  # noqa: SIM118 (no mapping)
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
                 number, _, name = key.partition(".")
                 traces[int(number)].tensors[name] = file.get_tensor(key)
     except (OSError, SafetensorError, KeyError, TypeError) as error:

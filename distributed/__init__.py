@@ -1,1 +1,1 @@
-"""Stages as tasks of a scheduler; it runs them as commands."""
+"""Run stages as SLURM jobs and torchrun groups. They are started as commands."""

@@ -1,17 +1,18 @@
-"""What a submission is: which stages, into how many shards, with which arguments. Kept beside the output.
+"""The plan of a submitted stage: its command's arguments, number of shards and resources. Kept beside the output.
 
-Writes: OUTPUT/distributed.json, from which `distributed status` and `distributed retry` know what belongs to the run.
+Writes: OUTPUT/distributed.json, from which `distributed status` and `distributed retry` know the run.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from contracts.errors import UserError
-from contracts.files import read_json, write_json
+from common.errors import UserError
+from common.files import read_json, write_json
 from contracts.shards import shard_folder
+from distributed.resources import DEFAULTS, Resources
 from distributed.tasks import Task, TorchrunTask, stage_words, worker_words
 
 PLAN_FILE = "distributed.json"
@@ -19,7 +20,10 @@ STAGES = ("synth", "dump", "train")
 
 
 class StagePlan(BaseModel):
-    """One stage of a run: `shards` tasks that write into `output`, reading `input`."""
+    """One stage of a run: `shards` tasks that read `input` and write to `output`.
+
+    `overrides` are the `--set` words, without secrets (distributed/secrets.py).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -29,45 +33,56 @@ class StagePlan(BaseModel):
     input: str
     output: str
     shards: int = 1
-    processes_per_node: int = 1
-    env: dict[str, str] = {}
+    resources: Resources = DEFAULTS
 
     @property
     def folder(self) -> Path:
         return Path(self.output)
 
+    @property
+    def numbers(self) -> range:
+        """The numbers of the tasks. A training is one task, on all its nodes."""
+        return range(1 if self.stage == "train" else self.shards)
+
     def task_folder(self, number: int) -> Path:
-        """Where task `number` keeps its ledger and state."""
+        """Return the folder of task `number`'s ledger and state."""
         return self.folder if self.stage == "train" else shard_folder(self.folder, number, self.shards)
 
     def task(self, number: int) -> Task:
-        """What task `number` runs."""
+        """Return what task `number` runs."""
         sets = [word for value in self.overrides for word in ("--set", value)]
-        args = ["--recipe", self.recipe, *sets]
-        shard = f"{number}/{self.shards}"
+        recipe, shard = ["--recipe", self.recipe, *sets], f"{number}/{self.shards}"
         if self.stage == "synth":
-            words = worker_words([self.recipe, self.input, self.output, *sets])
-            return Task(words, {**self.env, "SHARD": shard})
+            return Task(worker_words([self.recipe, self.input, self.output, *sets]), {"SHARD": shard})
         if self.stage == "dump":
-            words = stage_words("dump", "run", *args, "--conversations", self.input, "--output", self.output)
-            return Task((*words, "--shard", shard), self.env)
-        words = ("-m", "train.cli", "offline", *args, "--store", self.input, "--output", self.output)
-        return TorchrunTask(words, self.env, processes_per_node=self.processes_per_node)
+            places = ("--conversations", self.input, "--output", self.output, "--shard", shard)
+            return Task(stage_words("dump", "run", *recipe, *places))
+        words = ("-m", "train.cli", "offline", *recipe, "--store", self.input, "--output", self.output)
+        return TorchrunTask(words, processes_per_node=self.resources.gpus_per_node or 1)
 
     def merge_task(self) -> Task:
-        """What comes once after all tasks of a synthesis. The last shard of a dump joins them by itself."""
-        return Task(stage_words("synth", "merge", self.output), self.env)
+        """Return what runs once after all tasks of a synthesis. The last shard of a dump joins its shards itself."""
+        return Task(stage_words("synth", "merge", self.output))
 
     def save(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / PLAN_FILE, self.model_dump())
+        """Write the plan. Raises UserError when the folder cannot be written."""
+        write_json(self.folder / PLAN_FILE, self.model_dump(mode="json"))
 
 
 def read_plan(folder: Path) -> StagePlan:
-    """Raises UserError when nothing was submitted for that folder."""
+    """Read the plan of a stage's folder. Raises UserError when nothing was submitted for it."""
     path = folder / PLAN_FILE
     if not path.exists():
         raise UserError(
             path, found="no such file", expected="the output of a `distributed submit`", fix="Correct the folder."
         )
-    return StagePlan.model_validate(read_json(path, "a submission"))
+    try:
+        return StagePlan.model_validate(read_json(path, "a submission"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{path} ({'.'.join(map(str, first['loc']))})",
+            found=first["msg"].lower(),
+            expected="the plan of a submission by this version",
+            fix="Run `distributed submit` again for this folder: finished work is kept.",
+        ) from None

@@ -1,4 +1,4 @@
-"""How far a submitted run is: read from the tasks' ledgers and states, whatever the scheduler remembers."""
+"""Progress of a submitted run, read from the ledgers and states of its tasks; the scheduler is not asked."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contracts.files import read_json
+from common.files import read_json
 from contracts.ledger import read_entries
-from contracts.recipe import load_recipe
 from contracts.shards import is_at_work, shard_of
 from distributed.plan import PLAN_FILE, StagePlan, read_plan
+from recipe.load import load_recipe
 
 RECENT_S = 120.0
-"""A task on another machine, whose lock may not be seen here, is taken for running while its state is so fresh."""
+"""A task counts as running while its state is this fresh, where the lock of another machine cannot be seen."""
 
 
 @dataclass(frozen=True)
 class TaskStatus:
-    """`state` is done, running, failed (begun, and nobody at work) or waiting; `rows` are those accounted for."""
+    """`state` is done, running, failed (begun, and no process works on it) or waiting; `rows` have a ledger line."""
 
     number: int
     state: str
@@ -32,7 +32,7 @@ class TaskStatus:
 
 
 def task_status(plan: StagePlan, number: int) -> TaskStatus:
-    """The status of one task."""
+    """Return the status of one task."""
     folder = plan.task_folder(number)
     state: dict[str, Any] = {}
     if (folder / "run.json").exists():
@@ -54,8 +54,8 @@ def task_status(plan: StagePlan, number: int) -> TaskStatus:
 
 
 def show_status(plan: StagePlan) -> None:
-    """Print a table of all tasks, and a line of sums with what remains."""
-    tasks = [task_status(plan, number) for number in range(1 if plan.stage == "train" else plan.shards)]
+    """Print a table of all tasks, and a line with their sums and what remains."""
+    tasks = [task_status(plan, number) for number in plan.numbers]
     unit = "steps" if plan.stage == "train" else "rows"
     print(f"{'task':>6} {'state':8} {unit:>9} {unit + '/s':>9}  {'of them':32}")
     for task in tasks:
@@ -72,9 +72,9 @@ def show_status(plan: StagePlan) -> None:
 
 
 def count_total(plan: StagePlan, tasks: Sequence[TaskStatus] = ()) -> int | None:
-    """Rows that there will be at the end, if they can be told. `tasks`: those of a dump, as they are."""
+    """Return the number of rows or steps of the finished stage, or None if it is unknown. A dump needs its `tasks`."""
     if plan.stage == "train":
-        return load_recipe(Path(plan.recipe), plan.overrides).train.num_steps
+        return load_recipe(Path(plan.recipe), plan.overrides).training().num_steps
     if plan.stage == "dump":
         return _count_samples(plan, tasks)
     if plan.input.endswith(".jsonl") and Path(plan.input).exists():
@@ -86,7 +86,10 @@ def count_total(plan: StagePlan, tasks: Sequence[TaskStatus] = ()) -> int | None
 
 
 def _count_samples(plan: StagePlan, tasks: Sequence[TaskStatus]) -> int | None:
-    """Samples of a dump: of shards that are done what they had; else one a conversation, written or still to come."""
+    """Return the samples of a finished dump, or None if they are unknown.
+
+    A finished shard counts with its rows; any other with one sample per conversation, written or expected.
+    """
     folder = Path(plan.input)
     ledgers = [folder / "ledger.jsonl"] if (folder / "ledger.jsonl").exists() else folder.glob("shards/*/ledger.jsonl")
     latest = {_row_of(entry): entry for ledger in ledgers for entry in read_entries(ledger)}
@@ -111,7 +114,7 @@ def _train_steps(folder: Path) -> int:
 
 
 def _is_here(folder: Path) -> bool:
-    """Whether the folder's lock is seen on this machine: not on network file systems."""
+    """Return whether locks in this folder are visible here: they may not be on network file systems."""
     kinds = {line.split()[1]: line.split()[2] for line in Path("/proc/mounts").read_text().splitlines()}
     mount = next((str(parent) for parent in (folder.resolve(), *folder.resolve().parents) if str(parent) in kinds), "/")
     return kinds.get(mount, "") not in ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "fuse")

@@ -1,7 +1,7 @@
-"""What a scheduler's task does: run one stage's command, stop it cleanly when it is told to, and be queued again.
+"""A scheduler's task: run one stage's command, stop it cleanly on a signal, and be requeued.
 
-submitit pickles a task, calls it on the node, and calls `checkpoint` when SLURM's signal comes before preemption or the
-time limit; what `checkpoint` returns is queued again. Stages resume by themselves, so a task carries no state.
+submitit pickles a task, calls it on the node, and calls its `checkpoint` when SLURM's signal comes before preemption or
+the time limit; what `checkpoint` returns is requeued. Stages resume by themselves, so a task keeps no state.
 """
 
 from __future__ import annotations
@@ -14,62 +14,61 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import submitit
 
+from distributed.secrets import reveal
+
 ROOT = Path(__file__).resolve().parent.parent
-_running: list[subprocess.Popen[bytes]] = []
-"""The command of the task that this process runs; not a part of the task, which is pickled."""
 
 
 def _ignore_warning() -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Task:
-    """One command, as words, with additions to the environment; it works in the project's folder."""
+    """One command, as words without secrets, and additions to the environment. It runs in the checkout's folder."""
 
     words: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __call__(self) -> None:
-        """Run to the end. Raises RuntimeError for any exit code but 0."""
+        """Run the command to its end. Raises RuntimeError for any exit code but 0."""
         words = self.resolve()
         print(f"+ {shlex.join(words)}", flush=True)
         environment = {**os.environ, **self.env, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        # SLURM's warning reaches every process of the task; only this one may take it for more than a death sentence.
-        process = subprocess.Popen(
-            words, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, preexec_fn=_ignore_warning
+        # SLURM sends its warning to every process of the task; the command would die of it.
+        self._process = subprocess.Popen(
+            reveal(words), env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, preexec_fn=_ignore_warning
         )
-        _running.append(process)
-        while (code := process.poll()) is None:
+        while (code := self._process.poll()) is None:
             time.sleep(0.2)
         if code:
             raise RuntimeError(f"`{shlex.join(words)}` ended with exit code {code}: its message is in this task's log")
 
     def resolve(self) -> list[str]:
-        """The words to run on this node."""
+        """Return the words to run on this node."""
         return list(self.words)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Stop the command, which saves what it has, and ask to be queued again."""
-        for process in _running:
-            process.send_signal(signal.SIGTERM)
-        for process in _running:
+        """Stop the command, which saves what it has, and return the same task to be requeued."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
             # Not process.wait(): this runs in a signal handler, in the middle of a poll() that holds its lock.
             with suppress(ChildProcessError):
-                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        return submitit.helpers.DelayedSubmission(self)
+                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        return submitit.helpers.DelayedSubmission(replace(self))  # without the process, which cannot be pickled
 
 
-@dataclass(frozen=True)
+@dataclass
 class TorchrunTask(Task):
-    """`words` under torchrun, one agent a task: `-m train.cli offline ...` on every node of a job.
+    """`words` under torchrun, one agent per task: `-m train.cli offline ...` on every node of a job.
 
-    The agents meet at the first node, on a port that follows from the job's number.
+    The agents meet on the first node, on a port computed from the job's id.
     """
 
     processes_per_node: int = 1
@@ -82,13 +81,13 @@ class TorchrunTask(Task):
         return [
             str(Path(sys.executable).with_name("torchrun")),
             f"--nnodes={num_nodes}", f"--node-rank={rank}", f"--nproc-per-node={self.processes_per_node}",
-            "--max-restarts=3",  # of all processes, when one dies; they go on from the last checkpoint
+            "--max-restarts=3",  # when a process dies, all restart from the last checkpoint
             "--rdzv-backend=c10d", f"--rdzv-endpoint={first}:{port}", f"--rdzv-id={job}", *self.words,
         ]  # fmt: skip
 
 
 def first_host(nodes: str | None) -> str:
-    """The first host of SLURM's node list ("node[03-10]"); this one without a list."""
+    """Return the first host of SLURM's node list ("node[03-10]"); this one without a list."""
     if not nodes:
         return "127.0.0.1"
     names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
@@ -96,10 +95,10 @@ def first_host(nodes: str | None) -> str:
 
 
 def stage_words(stage: str, *args: str) -> tuple[str, ...]:
-    """A stage's command in this environment."""
+    """Return a stage's command in this environment."""
     return (str(Path(sys.executable).with_name(stage)), *args)
 
 
 def worker_words(args: Sequence[str]) -> tuple[str, ...]:
-    """worker.sh with its arguments."""
+    """Return the command of worker.sh with its arguments."""
     return ("bash", str(ROOT / "distributed/worker.sh"), *args)

@@ -5,27 +5,29 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR2@180
-# One array task: one shard of `synth generate` on one node. Starts the servers that the node's GPUs hold, waits until they
-# are healthy, lets synth work on all of them, and stops them whatever happens. What was finished is kept: a task that is
-# preempted, or runs out of time, goes on when it is queued again, which it asks for by itself before the time is over.
-# With STAGE=dump, one shard of `dump run`: of a synthesis in as many shards, as soon as its own one is written.
+# One array task: one shard of `synth generate` on one node. Starts as many servers as fit on the node's GPUs, waits until
+# they are healthy, runs synth on all of them, and always stops them. Finished rows are kept. Before the time limit the
+# task requeues itself; a requeued or preempted task resumes.
+# With STAGE=dump, one shard of `dump run`, of a synthesis with the same number of shards.
 #
 #   sbatch --array=0-63 --gpus-per-node=8 --time=12:00:00 distributed/worker.sh RECIPE INPUT OUTPUT [--set KEY=VALUE ...]
 #   STAGE=dump sbatch --array=0-63 --gpus-per-node=8 --dependency=aftercorr:JOB distributed/worker.sh RECIPE OUTPUT STORE
-#   synth merge OUTPUT       # when all are written; the last task of a dump joins its shards by itself
+#   synth merge OUTPUT       # after the last task of synth; the last task of a dump joins its shards itself
 #
 # From the environment, all optional:
 #   STAGE                    synth (default) or dump
 #   SHARD                    I/N, instead of the array's task and count
-#   SHARDS                   of all tasks, where the array has only some of them (sbatch --array=3,17)
-#   BACKEND                  vllm (default) or sglang
-#   SERVERS                  of this node (default: its GPUs / tensor-parallel-size of the recipe)
+#   SHARDS                   number of all shards, for an array of only some of them (sbatch --array=3,17)
+#   BACKEND                  vllm or sglang, over the recipe's serve.backend
+#   SERVERS                  of this node (default: its GPUs / those of a server by the recipe)
+#   CUDA_VISIBLE_DEVICES     the GPUs to divide among the servers (default: all that nvidia-smi lists)
 #   THINKING_MODES           as `synth generate --thinking-modes`
 #   VLLM_SERVE_EXTRA_ARGS, SGLANG_SERVE_EXTRA_ARGS
 #                            more flags of the server, quoted as for a shell: '--hf-overrides "{\"a b\": 1}"'
 #   CONTAINER_IMAGE, CONTAINER_MOUNTS
 #                            run inside this image, where the cluster has pyxis; mount the project and all folders
 #   DRAFTLINE_ROOT           the project's checkout (default: where this file lies; sbatch copies it, so give it there)
+#   DRAFTLINE_BIN            the folder of the commands synth, dump and serve (default: the checkout's .venv/bin)
 set -euo pipefail
 
 recipe=${1:?RECIPE is missing} input=${2:?INPUT is missing} output=${3:?OUTPUT is missing}
@@ -39,7 +41,7 @@ if [[ -n ${CONTAINER_IMAGE:-} && -z ${DRAFTLINE_IN_CONTAINER:-} ]]; then
   exec srun --ntasks=1 --container-image="$CONTAINER_IMAGE" --container-mounts="${CONTAINER_MOUNTS:-$PWD:$PWD}" \
     --container-workdir="$PWD" bash distributed/worker.sh "$@"
 fi
-PATH="$PWD/.venv/bin:$PATH"
+PATH="${DRAFTLINE_BIN:-$PWD/.venv/bin}:$PATH"
 
 shards=${SHARDS:-${SLURM_ARRAY_TASK_COUNT:-0}}
 if [[ -z ${SHARD:-} ]] && ((${SLURM_ARRAY_TASK_ID:?neither SHARD nor an array task} >= shards)); then
@@ -47,13 +49,12 @@ if [[ -z ${SHARD:-} ]] && ((${SLURM_ARRAY_TASK_ID:?neither SHARD nor an array ta
   exit 2
 fi
 shard=${SHARD:-$SLURM_ARRAY_TASK_ID/$shards}
-stage=${STAGE:-synth} backend=${BACKEND:-vllm}
-case $backend in
-  vllm) extra_args=${VLLM_SERVE_EXTRA_ARGS:-} ;;
-  sglang) extra_args=${SGLANG_SERVE_EXTRA_ARGS:-} ;;
-  *) echo "worker: BACKEND is $backend, expected vllm or sglang" >&2; exit 2 ;;
+stage=${STAGE:-synth}
+case ${BACKEND:-} in
+  '' | vllm | sglang) ;;
+  *) echo "worker: BACKEND is $BACKEND, expected vllm or sglang" >&2; exit 2 ;;
 esac
-with=(--recipe "$recipe" --set "serve.backend=$backend" "${more[@]}")
+with=(--recipe "$recipe" ${BACKEND:+--set "serve.backend=$BACKEND"} "${more[@]}")
 endpoints=() pids=() modes=() work_pid=
 
 cleanup() {
@@ -90,23 +91,51 @@ case $stage in
   *) echo "worker: STAGE is $stage, expected synth or dump" >&2; exit 2 ;;
 esac
 
-split='import shlex, sys; sys.stdout.write("".join(word + "\0" for word in shlex.split(sys.argv[1])))'
-mapfile -d '' -t extra < <(python -c "$split" "$extra_args")
-
-# How many servers there are, and which GPUs each of them has.
-size='import json, sys
+# The recipe's backend, and the GPUs of each server, from the server's command.
+describe='
+import json, sys
 words = json.load(sys.stdin)["command"]
-print(next((words[i + 1] for i, w in enumerate(words) if w in ("--tensor-parallel-size", "--tp")), 1))'
-gpus_of_each=$(serve command "${with[@]}" --for synth --format json -- "${extra[@]}" | python -c "$size")
-gpus=$(nvidia-smi --list-gpus 2> /dev/null | wc -l || true)
-servers=${SERVERS:-$((gpus >= gpus_of_each ? gpus / gpus_of_each : 1))}
+backend = "sglang" if "sglang.launch_server" in words else "vllm"
+flags = {"sglang": ["--tp"], "vllm": [f"--{kind}-parallel-size" for kind in ("tensor", "pipeline", "data")]}
+gpus = 1
+for flag in flags[backend]:
+    gpus *= int(words[words.index(flag) + 1]) if flag in words else 1
+print(backend, gpus)'
+describe_server() { serve command "${with[@]}" --for synth --format json -- "$@" | python -c "$describe"; }
+described=$(describe_server)
+extra_args=${VLLM_SERVE_EXTRA_ARGS:-}
+[[ $described == sglang* ]] && extra_args=${SGLANG_SERVE_EXTRA_ARGS:-}
+extra=()
+if [[ -n $extra_args ]]; then
+  split='import shlex, sys; sys.stdout.write("".join(word + "\0" for word in shlex.split(sys.argv[1])))'
+  mapfile -d '' -t extra < <(python -c "$split" "$extra_args")
+  described=$(describe_server "${extra[@]}")
+fi
+gpus_of_each=${described#* }
+
+# The GPUs of this task: those assigned to it, whatever they are called, or all of the node.
+if [[ -n ${CUDA_VISIBLE_DEVICES+assigned} ]]; then
+  IFS=, read -r -a devices <<< "$CUDA_VISIBLE_DEVICES"
+else
+  num_gpus=$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU ' || true)
+  devices=()
+  for ((gpu = 0; gpu < num_gpus; gpu++)); do devices+=("$gpu"); done
+fi
+gpus=${#devices[@]}
+servers=${SERVERS:-$((gpus > gpus_of_each ? gpus / gpus_of_each : 1))}
+if ((gpus && servers * gpus_of_each > gpus)); then
+  echo "worker: $servers servers of $gpus_of_each GPUs each, expected at most the $gpus GPUs of this task" >&2
+  exit 2
+fi
 
 logs=$output/shards/worker-${shard//\//-of-}
 mkdir -p "$logs"
 
 for ((n = 0; n < servers; n++)); do
-  devices=$(seq -s, $((n * gpus_of_each)) $(((n + 1) * gpus_of_each - 1)))
-  ((gpus)) && export CUDA_VISIBLE_DEVICES=$devices
+  if ((gpus)); then
+    CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${devices[*]:n * gpus_of_each:gpus_of_each}")
+    export CUDA_VISIBLE_DEVICES
+  fi
   serve start "${with[@]}" --for synth --log "$logs/server-$n.log" -- "${extra[@]}" > "$logs/url-$n" &
   pids+=($!)
 done

@@ -1,4 +1,4 @@
-"""`dump`: conversations to a store of hidden states."""
+"""`dump`: capture conversations into a store of hidden states."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from contracts.cli import OverridesOption, RecipeOption, ShardOption, load_checked, make_app, parse_shard
-from contracts.errors import run_app
+from common.cli import ShardOption, make_app, parse_shard
+from common.errors import run_app
+from recipe.cli import OverridesOption, RecipeOption, load_checked
 
 app = make_app("Capture the target's hidden states over its own conversations.")
 
@@ -22,29 +23,28 @@ StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store th
 def plan(
     recipe: RecipeOption,
     conversations: Annotated[Path | None, typer.Option(help="Output folder of `synth generate`.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Without conversations: so many of them,")] = None,
-    mean_tokens: Annotated[int, typer.Option(min=1, help="so long on average.")] = 2000,
+    samples: Annotated[int | None, typer.Option(min=1, help="Without --conversations: number of samples.")] = None,
+    mean_tokens: Annotated[int, typer.Option(min=1, help="With --samples: mean tokens of a sample.")] = 2000,
     rate: Annotated[float | None, typer.Option(help="Tokens/s of one process, as an earlier run printed it.")] = None,
     shards: Annotated[int, typer.Option(help="Processes that share the work.")] = 1,
     set_: OverridesOption = None,
 ) -> None:
-    """Tell beforehand: samples, tokens, bytes, files, hours."""
-    from contracts.errors import UserError
-    from contracts.target import Target, captured_layers
+    """Print what a dump will take: samples, tokens, bytes, files, hours."""
+    from common.errors import UserError
     from dump.plan import make_plan, show_plan, suppose_plan
+    from dump.rendered import TemplateMasks
+    from dump.samples import read_rows
+    from target.target import Target
 
     loaded = load_checked(recipe, set_)
     target = Target.of(loaded.target)
-    layer_ids = captured_layers(loaded.target, target)
     if conversations is not None:
-        planned = make_plan(loaded, target, layer_ids, [conversations])
+        planned = make_plan(loaded, target, read_rows([conversations], TemplateMasks(loaded.target, target)))
     elif samples is not None:
-        planned = suppose_plan(loaded, target, layer_ids, samples, mean_tokens)
+        planned = suppose_plan(loaded, target, samples, mean_tokens)
     else:
-        raise UserError(
-            "--conversations", found="none", expected="a folder, or --samples", fix="Give what is to be dumped."
-        )
-    show_plan(loaded, planned, target, layer_ids, rate, shards)
+        raise UserError("--conversations", found="none", expected="a folder, or --samples", fix="Pass one of them.")
+    show_plan(loaded, planned, target, rate, shards)
 
 
 @app.command(
@@ -68,9 +68,10 @@ def run(
         Path | None, typer.Option(help="Where states wait to be stored.", show_default="local memory")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Begin even if the disk seems too small.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Capture the failed samples again.")] = False,
     set_: OverridesOption = None,
 ) -> None:
-    """Fill the store, one file a sample; resumes by itself. Shards may fill one store together."""
+    """Fill the store, one file per sample. Run again to resume. Several shards may fill one store."""
     from dump.run import dump
 
     flags = {
@@ -79,18 +80,21 @@ def run(
         "dump.max_reject_fraction": max_reject_fraction,
         "dump.staging_dir": staging_dir,
     }
-    dump(load_checked(recipe, set_, flags), conversations, output, shard=parse_shard(shard), force=force)
+    loaded = load_checked(recipe, set_, flags)
+    dump(loaded, conversations, output, shard=parse_shard(shard), force=force, retry_failed=retry_failed)
 
 
 @app.command(epilog="Example: dump verify -r recipes/Tiny-DFlash/recipe.yaml --store runs/store")
 def verify(
     recipe: RecipeOption,
     store: Annotated[Path, typer.Option(help="A store that `dump run` wrote.")],
-    once: Annotated[bool, typer.Option("--once", help="Skip a store that was proven before.")] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="Skip a store that was proven before and has not changed.")
+    ] = False,
     reference: Annotated[int, typer.Option(help="Samples whose layers are compared with transformers.")] = 8,
     set_: OverridesOption = None,
 ) -> None:
-    """Prove the store: checksums, tokens, masks, states that predict the tokens, layers as transformers has them."""
+    """Prove the store: checksums, tokens, masks, states that predict the tokens, layers equal to transformers'."""
     from dump.verify import verify as verify_store
 
     verify_store(load_checked(recipe, set_), store, once=once, num_reference=reference)
@@ -99,7 +103,7 @@ def verify(
 @app.command(epilog="Example: dump inspect runs/store 3f9c --html sample.html")
 def inspect(
     store: StoreArgument,
-    id_: Annotated[str, typer.Argument(metavar="ID", help="A sample's id, or its beginning.")],
+    id_: Annotated[str, typer.Argument(metavar="ID", help="A sample's id, or the start of one.")],
     html: Annotated[Path | None, typer.Option(help="Write one HTML file instead.")] = None,
 ) -> None:
     """Show one sample: tokens coloured by the mask, norms by layer."""
@@ -110,7 +114,7 @@ def inspect(
 
 @app.command(epilog="Example: dump stats runs/store")
 def stats(store: StoreArgument) -> None:
-    """Print what a store holds."""
+    """Print counts, lengths and sizes of a store."""
     from dump.inspect import show_stats
 
     show_stats(store)

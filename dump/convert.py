@@ -1,33 +1,35 @@
 """Write a store in the layouts of other trainers.
 
-modelopt:    OUTPUT/<sample id>.pt, as contracts/modelopt.py says; hidden_states before the final norm, and so flagged.
+modelopt:    OUTPUT/<sample id>.pt as in contracts/modelopt.py; hidden_states before the final norm, and flagged so.
 speculators: OUTPUT/hidden_states/hs_<row>.safetensors with hidden_states (T, n+1, H), last the final state before the
              final norm, and token_ids (T,); OUTPUT itself is a `datasets` folder with input_ids, loss_mask, seq_len.
 
-Both say in OUTPUT/manifest.json what the states are, as our own store does. Files that are there already stay.
+Both have our manifest in OUTPUT/manifest.json. Existing files of states are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
 
-from contracts.errors import UserError
-from contracts.files import write_json
+from common.errors import UserError
+from common.files import explain_unwritable, write_json
+from common.progress import track
 from contracts.modelopt import write_modelopt
 from contracts.run import read_run
 from contracts.store import Store, StoredSample
 
 LAYOUTS = ("modelopt", "speculators")
+ROWS_IN_MEMORY = 16
 
 
 def convert(folder: Path, output: Path, layout: str) -> int:
-    """Convert every sample of a finished store; how many there are. Raises UserError for an unknown layout."""
+    """Convert every sample of a finished store; return their number. Raises UserError for an unknown layout."""
     if layout not in LAYOUTS:
         raise UserError("--to", found=layout, expected=f"one of {', '.join(LAYOUTS)}", fix="Correct it.")
     store = Store(folder)
@@ -38,8 +40,9 @@ def convert(folder: Path, output: Path, layout: str) -> int:
         raise UserError(
             folder, found="no sample", expected="at least one", fix="Dump conversations that were finished."
         )
-    output.mkdir(parents=True, exist_ok=True)
-    samples = ((id_, store.read_sample(id_)) for id_ in tqdm(ids, desc="convert", unit="sample", disable=None))
+    with explain_unwritable(output):
+        output.mkdir(parents=True, exist_ok=True)
+    samples = ((id_, store.read_sample(id_)) for id_ in track(ids, "convert", "sample"))
     if layout == "modelopt":
         for sample_id, sample in samples:
             path = output / f"{sample_id}.pt"
@@ -52,27 +55,38 @@ def convert(folder: Path, output: Path, layout: str) -> int:
     return len(ids)
 
 
-def _write_speculators(output: Path, samples: Iterator[tuple[str, StoredSample]]) -> None:
+def _write_speculators(output: Path, samples: Iterable[tuple[str, StoredSample]]) -> None:
+    """Write the folder that speculators reads. Token ids go to disk a few samples at a time."""
     import datasets
+    from datasets.arrow_writer import ArrowWriter
 
     folder = output / "hidden_states"
     folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".rows-") as temporary:
+        path = Path(temporary) / "rows.arrow"
+        with ArrowWriter(path=str(path), features=_features(), writer_batch_size=ROWS_IN_MEMORY) as writer:
+            for number, (_, sample) in enumerate(samples):
+                _write_states(folder / f"hs_{number}.safetensors", sample)
+                row = {"input_ids": sample.input_ids.long().numpy(), "loss_mask": sample.loss_mask.long().numpy()}
+                writer.write({**row, "seq_len": sample.num_tokens})
+            writer.finalize()
+        dataset = datasets.Dataset.from_file(str(path))  # mapped into memory, not read
+        dataset.set_format("torch")  # the trainer compares its tokens with those of the states
+        dataset.save_to_disk(str(output))
 
-    def rows() -> Iterator[dict[str, Any]]:
-        for number, (_, sample) in enumerate(samples):
-            path = folder / f"hs_{number}.safetensors"
-            if not path.exists():
-                layers = sample.aux_hidden_states.unflatten(1, (sample.num_layers, -1))
-                states = torch.cat([layers, sample.hidden_states[:, None]], dim=1).contiguous()
-                temporary = path.with_suffix(".tmp")
-                save_file({"hidden_states": states, "token_ids": sample.input_ids.long()}, temporary)
-                temporary.rename(path)
-            yield {
-                "input_ids": sample.input_ids.tolist(),
-                "loss_mask": sample.loss_mask.int().tolist(),
-                "seq_len": sample.num_tokens,
-            }
 
-    dataset = datasets.Dataset.from_list(list(rows()))
-    dataset.set_format("torch")  # the trainer compares its tokens with those of the states
-    dataset.save_to_disk(str(output))
+def _features() -> Any:
+    from datasets import Features, List, Value
+
+    return Features({"input_ids": List(Value("int64")), "loss_mask": List(Value("int64")), "seq_len": Value("int64")})
+
+
+def _write_states(path: Path, sample: StoredSample) -> None:
+    """Write one sample's states and token ids, unless they are there."""
+    if path.exists():
+        return
+    layers = sample.aux_hidden_states.unflatten(1, (sample.num_layers, -1))
+    states = torch.cat([layers, sample.hidden_states[:, None]], dim=1).contiguous()
+    temporary = path.with_suffix(".tmp")
+    save_file({"hidden_states": states, "token_ids": sample.input_ids.long()}, temporary)
+    temporary.rename(path)

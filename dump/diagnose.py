@@ -1,4 +1,4 @@
-"""Name what is wrong with final states that do not predict their tokens."""
+"""Name the defect of final states that do not predict their tokens."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from dataclasses import replace
 import torch
 
 from contracts.store import Manifest, StoredSample
-from contracts.target_weights import TargetHead
+from target.head import TargetHead
 
 ENOUGH = 0.9
-"""Share of the tokens that a supposition must explain."""
+"""Share of the tokens that a hypothesis must predict."""
 
 
 @torch.inference_mode()
 def find_plain_defect(head: TargetHead, sample: StoredSample) -> str:
-    """What can be wrong with states that predict their tokens all the same; "" for nothing.
+    """Return a defect that a state can have and still predict its token; "" if there is none.
 
-    Zero states make all logits equal, and a norm of weights near 1 does little to states that are normed already.
+    Zero states make all logits equal, and a norm with weights near 1 hardly changes states that are already normed.
     """
     zero = (sample.hidden_states == 0).all(-1) | (sample.aux_hidden_states == 0).all(-1)
     if bool(zero.any()):
         return f"the states of {int(zero.sum())} of {len(zero)} tokens are all zero"
     weights = {"no weights": torch.ones_like(head.norm), "rms": head.norm, "gemma": 1.0 + head.norm}
     for kind, weight in weights.items():
-        telling = weight.abs() > 1e-3
-        squares = (sample.hidden_states.float()[:, telling] / weight[telling]).square().mean(-1)
+        usable = weight.abs() > 1e-3
+        squares = (sample.hidden_states.float()[:, usable] / weight[usable]).square().mean(-1)
         if bool(((squares - 1).abs() < 0.02).all()):
             own = "" if kind in ("no weights", head.norm_kind) else f", and by a {kind} norm, not {head.norm_kind}"
-            return f"the final state is normed already{own}, where the un-normed one belongs"
+            return f"the final state is normed already{own}, instead of un-normed"
     return ""
 
 
 @torch.inference_mode()
 def name_defect(head: TargetHead, sample: StoredSample, manifest: Manifest) -> str:
-    """The supposition under which the states do predict the tokens."""
+    """Return the hypothesis under which the states predict the tokens."""
     states = sample.hidden_states.float()
     places = sample.loss_mask.nonzero()[:, 0]
     tokens = sample.input_ids.long()
@@ -48,7 +48,7 @@ def name_defect(head: TargetHead, sample: StoredSample, manifest: Manifest) -> s
     for shift, words in ((1, "later"), (-1, "earlier")):
         inside = places[(places - 1 + shift >= 0) & (places - 1 + shift < len(states))]
         if len(inside) and explains(head.logits(states[inside - 1 + shift]), tokens[inside]):
-            return f"the states stand one token {words} than their tokens"
+            return f"the states are one token {words} than their tokens"
     width = states.shape[1]
     for number, layer_id in enumerate(manifest.layer_ids):
         aux = sample.aux_hidden_states[:, number * width : (number + 1) * width].float()

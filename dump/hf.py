@@ -1,7 +1,7 @@
-"""Capture with transformers: for models that vLLM lacks on this machine, and as the reference that proves vLLM.
+"""Capture with transformers: for models that vLLM cannot run on this machine, and as the reference for vLLM's states.
 
-One sample at a time, in the target's own dtype or fp32; hooks take the outputs of the decoder layers and the input of
-the final norm.
+Runs one sample at a time in the target's own dtype, or in the engine's `dtype` argument. Hooks take the outputs of the
+decoder layers and the input of the final norm.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from contracts.errors import UserError
-from contracts.recipe import Recipe
-from contracts.target import Target
-from contracts.vml import settle_vector_functions
+from common.errors import UserError
+from common.vml import settle_vector_functions
 from dump.capture import Staged, Staging
+from recipe.recipe import Recipe
+from target.target import Target
 
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm")
 
 
 class Transformers:
-    """The target in transformers, set up to hand out hidden states."""
+    """The target in transformers, with hooks that keep its hidden states."""
 
-    def __init__(self, recipe: Recipe, target: Target, layer_ids: Sequence[int]) -> None:
-        """Load the target. Raises UserError when its decoder layers cannot be told."""
+    def __init__(self, recipe: Recipe, target: Target, layer_ids: Sequence[int], _: Staging | None = None) -> None:
+        """Load the target. Raises UserError when its decoder layers cannot be found."""
         name = str({**recipe.serve.args, **recipe.dump.args}.get("dtype", "auto"))
         dtype = name if name == "auto" else getattr(torch, name)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,13 +42,13 @@ class Transformers:
 
     @torch.inference_mode()
     def forward(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """States `(T, n+1, H)` of one sample, last the final one before the final norm."""
+        """Return the states `(T, n+1, H)` of one sample; the last is the final state before the final norm."""
         self._states.clear()
         self._model(input_ids=torch.tensor([list(token_ids)], device=self._device), use_cache=False, logits_to_keep=1)
         return torch.stack([self._states[place][0] for place in sorted(self._states)], dim=1).cpu()
 
     def capture(self, samples: Iterator[tuple[str, list[int]]], staging: Staging) -> Iterator[Staged]:
-        """One forward for each `(sample id, token ids)`."""
+        """Run one forward for each `(sample id, token ids)`."""
         for sample_id, token_ids in samples:
             while not staging.take(len(token_ids) * self.token_bytes):
                 staging.wait()
@@ -58,7 +58,7 @@ class Transformers:
             yield Staged(sample_id, path)
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Do nothing: the model ends with the process."""
 
     def _take_output(self, place: int) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
@@ -74,7 +74,7 @@ class Transformers:
 
 
 def load_model(target: Target, dtype: Any) -> Any:
-    """The target in transformers, also where its language model is a part of one that sees."""
+    """Load the target in transformers, also if its language model is part of a vision-language model."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -86,7 +86,7 @@ def load_model(target: Target, dtype: Any) -> Any:
 
 
 def find_layers(model: torch.nn.Module, target: Target) -> tuple[torch.nn.ModuleList, torch.nn.Module]:
-    """The decoder layers and the final norm beside them. Raises UserError when there is no one such list."""
+    """Return the decoder layers and the final norm beside them. Raises UserError unless there is exactly one match."""
     found = []
     for module in model.modules():
         layers = getattr(module, "layers", None)

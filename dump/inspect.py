@@ -1,31 +1,32 @@
-"""Look at one sample of a store, or at all of it: tokens coloured by the mask, norms by layer, sizes and lengths."""
+"""Show one sample of a store (tokens coloured by the mask, norms by layer) or statistics of all of them."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from contracts.errors import UserError
-from contracts.ledger import STATUSES, read_entries
-from contracts.show import Decoder, print_tokens, write_html
+from common.errors import UserError
+from contracts.ledger import STATUSES, Ledger
+from contracts.shards import folders_by_count
 from contracts.store import Manifest, Store, StoredSample
+from target.view import Decoder, print_tokens, write_html
 
 
 def inspect_sample(folder: Path, id_: str, html: Path | None) -> None:
-    """Show the sample of that id, or beginning of an id. Raises UserError for none or several."""
+    """Show the sample whose id is, or begins with, `id_`. Raises UserError for none or several."""
     store = Store(folder)
     manifest = store.read_manifest()
-    entries = _done(store)
-    found = [sample_id for sample_id in entries if sample_id.startswith(id_)]
+    found = [sample_id for sample_id in store.sample_ids() if sample_id.startswith(id_)]
     if len(found) != 1:
         raise UserError(
             f"{folder} ({id_})",
             found=f"{len(found)} samples" + "".join(f", {sample_id}" for sample_id in found[:5]),
             expected="one",
-            fix="Give its id, or more of its beginning.",
+            fix="Give the whole id, or more of it.",
         )
     sample = store.read_sample(found[0])
     pieces = list(Decoder(Path(manifest.target)).split(sample.input_ids.tolist(), sample.loss_mask.tolist()))
@@ -41,7 +42,7 @@ def inspect_sample(folder: Path, id_: str, html: Path | None) -> None:
 
 
 def _norms(sample: StoredSample, manifest: Manifest) -> dict[str, str]:
-    """Norms of the states of each layer: over all tokens the mean and the range."""
+    """Return the mean and range over all tokens of the norm of each layer's states."""
     aux = sample.aux_hidden_states.float().unflatten(1, (sample.num_layers, -1)).norm(dim=-1)
     final = sample.hidden_states.float().norm(dim=-1, keepdim=True)
     names = [f"norm of layer {layer_id}" for layer_id in manifest.layer_ids] + ["norm of the final state"]
@@ -53,11 +54,10 @@ def _norms(sample: StoredSample, manifest: Manifest) -> dict[str, str]:
 
 
 def show_stats(folder: Path) -> None:
-    """Print what a store holds, finished or not."""
+    """Print counts, lengths and sizes of a store, finished or not."""
     store = Store(folder)
     manifest = store.read_manifest()
-    ledgers = [store.ledger_path] if store.ledger_path.exists() else sorted(folder.glob("shards/*/ledger.jsonl"))
-    entries = [entry for path in ledgers for entry in read_entries(path)]
+    entries = _last_entries(store)
     counts = Counter(entry["status"] for entry in entries)
     done = [entry for entry in entries if entry["status"] == "done"]
     tokens = np.array([entry["tokens"] for entry in done] or [0])
@@ -73,5 +73,10 @@ def show_stats(folder: Path) -> None:
         print(f"left out  {count}: {reason}")
 
 
-def _done(store: Store) -> dict[str, int]:
-    return {entry["id"]: entry["size"] for entry in read_entries(store.ledger_path) if entry["status"] == "done"}
+def _last_entries(store: Store) -> list[dict[str, Any]]:
+    """Return the last entry of each sample, of shards that are not joined yet, too."""
+    if store.ledger_path.exists():
+        return list(Ledger(store.ledger_path).entries.values())
+    shards = [path for paths in folders_by_count(store.folder).values() for path in paths]
+    ledgers = [Ledger(path) for shard in shards if (path := shard / "ledger.jsonl").exists()]
+    return list({id_: entry for ledger in ledgers for id_, entry in ledger.entries.items()}.values())

@@ -1,30 +1,30 @@
 """What a dump will cost, before it starts: samples, tokens, bytes, files and hours.
 
-Reads: the conversations' lengths and the recipe. Nothing is loaded.
+Reads: the recipe and the lengths of the conversations. No engine is loaded.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from contracts.errors import UserError
-from contracts.recipe import Recipe
+from common.errors import UserError
 from contracts.store import sample_bytes
-from contracts.target import Target
-from dump.rendered import TemplateMasks
-from dump.samples import judge, read_rows
-from serve.extraction import longest_sample
+from dump.samples import Filter, Row
+from recipe.recipe import Recipe
+from target.layers import captured_layers
+from target.target import Target
 
-FILE_OVERHEAD_BYTES = 1024  # a sample's header and its ledger line
+FILE_OVERHEAD_BYTES = 1024
+"""A sample's header and its ledger line."""
 
 
 @dataclass
 class Plan:
-    """Counts of the rows to capture, of those left out by reason, and of those that other shards have."""
+    """Number of samples to capture with their sizes, of rows left out by reason, and of rows that other shards have."""
 
     samples: int = 0
     tokens: int = 0
@@ -36,57 +36,54 @@ class Plan:
 
     @property
     def rows(self) -> int:
+        """Rows that the ledger has at the end."""
         return self.samples + self.left_out.total()
 
 
 def make_plan(
     recipe: Recipe,
     target: Target,
-    layer_ids: list[int],
-    folders: Sequence[Path],
-    shard: tuple[int, int] | None = None,
+    rows: Iterable[Row],
     is_done: Callable[[str], bool] = lambda _: False,
-    elsewhere: frozenset[str] = frozenset(),
+    elsewhere: Container[str] = frozenset(),
 ) -> Plan:
-    """Count what is to be captured; of samples that are there already (`is_done`, or `elsewhere`) only their row."""
-    plan, max_tokens = Plan(), longest_sample(recipe, target)
-    for row in read_rows(folders, TemplateMasks(recipe.target, target), shard):
+    """Plan the capture of `rows`. Those that are done (`is_done`, or `elsewhere`) only count as rows."""
+    plan, row_filter = Plan(), Filter.of(recipe, target)
+    for row in rows:
+        if is_done(row.sample_id):
+            plan.left_out["there already"] += 1
+            continue
         if row.sample_id in elsewhere:
             plan.elsewhere += 1
             continue
-        verdict = judge(recipe.dump, row, max_tokens)
-        if is_done(row.sample_id):
-            plan.left_out["there already"] += 1
-        elif verdict.row is None:
+        verdict = row_filter.judge(row)
+        if verdict.row is None:
             plan.left_out[verdict.status] += 1
-        else:
-            num_tokens = verdict.row.num_tokens
-            plan.samples += 1
-            plan.tokens += num_tokens
-            plan.supervised += sum(end - start for start, end in verdict.row.sample.loss_spans)
-            plan.longest = max(plan.longest, num_tokens)
-            plan.bytes += FILE_OVERHEAD_BYTES + sample_bytes(
-                num_tokens, target.hidden_size, len(layer_ids), recipe.dump.dtype
-            )
+            continue
+        num_tokens = verdict.row.num_tokens
+        plan.samples += 1
+        plan.tokens += num_tokens
+        plan.supervised += sum(end - start for start, end in verdict.row.sample.loss_spans)
+        plan.longest = max(plan.longest, num_tokens)
+        plan.bytes += _stored_bytes(recipe, target, num_tokens)
     return plan
 
 
-def suppose_plan(recipe: Recipe, target: Target, layer_ids: list[int], samples: int, mean_tokens: int) -> Plan:
-    """The plan of conversations that do not exist yet, all `mean_tokens` long."""
-    size = FILE_OVERHEAD_BYTES + sample_bytes(mean_tokens, target.hidden_size, len(layer_ids), recipe.dump.dtype)
+def suppose_plan(recipe: Recipe, target: Target, samples: int, mean_tokens: int) -> Plan:
+    """Plan for conversations that do not exist yet, all `mean_tokens` long."""
+    size = _stored_bytes(recipe, target, mean_tokens)
     return Plan(samples=samples, tokens=samples * mean_tokens, bytes=samples * size, longest=mean_tokens)
 
 
-def show_plan(
-    recipe: Recipe, plan: Plan, target: Target, layer_ids: list[int], rate: float | None, shards: int
-) -> None:
-    """Print a plan for people. `rate`: tokens/s of one process."""
+def show_plan(recipe: Recipe, plan: Plan, target: Target, rate: float | None, shards: int) -> None:
+    """Print a plan. `rate`: tokens/s of one process."""
     left_out = ", ".join(f"{count} {reason}" for reason, count in plan.left_out.items()) or "none"
     print(f"samples      {plan.samples} (left out: {left_out})")
     supervised = f"{plan.supervised} of them supervised; " if plan.supervised else ""
     print(f"tokens       {plan.tokens}, {supervised}the longest sample has {plan.longest}")
+    layer_ids = captured_layers(recipe.target, target)
     print(f"layers       {layer_ids} and the final state, {target.hidden_size} wide, {recipe.dump.dtype}")
-    print(f"bytes        {plan.bytes} ({plan.bytes / 1e9:.2f} GB), {plan.bytes / max(1, plan.tokens):.0f} a token")
+    print(f"bytes        {plan.bytes} ({plan.bytes / 1e9:.2f} GB), {plan.bytes / max(1, plan.tokens):.0f} per token")
     print(f"files        {plan.samples}, in at most 256 folders")
     if rate:
         hours = plan.tokens / rate / 3600
@@ -94,13 +91,13 @@ def show_plan(
             f"hours        {hours:.2f} at {rate:.0f} tokens/s"
             + (f", {hours / shards:.2f} on {shards} shards" if shards > 1 else "")
         )
-        print(f"node-hours   {hours:.2f}, the engine's {shards} starts not counted")
+        print(f"node-hours   {hours:.2f}, without the start-up of {shards} engines")
     else:
         print("hours        give --rate, the tokens/s that an earlier run printed")
 
 
 def refuse_full_disk(folder: Path, num_bytes: int) -> None:
-    """Raise UserError when the disk of `folder` has no room for so much more."""
+    """Raise UserError when the disk of `folder` has less than `num_bytes` free."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if num_bytes > free:
@@ -110,3 +107,8 @@ def refuse_full_disk(folder: Path, num_bytes: int) -> None:
             expected=f"{num_bytes / 1e9:.2f} GB that this dump will write (`dump plan`)",
             fix="Make room, choose another --output, set dump.dtype to fp8_e4m3, or pass --force.",
         )
+
+
+def _stored_bytes(recipe: Recipe, target: Target, num_tokens: int) -> int:
+    num_layers = len(captured_layers(recipe.target, target))
+    return FILE_OVERHEAD_BYTES + sample_bytes(num_tokens, target.hidden_size, num_layers, recipe.dump.dtype)

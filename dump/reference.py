@@ -1,4 +1,4 @@
-"""Compare a store's layers with the target's own, computed by transformers."""
+"""Compare a store's layers with those that transformers computes."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from pathlib import Path
 
 import torch
 
-from contracts.errors import IncompleteError
-from contracts.recipe import Recipe
+from common.errors import IncompleteError
 from contracts.store import Manifest, Store
-from contracts.target import Target
+from recipe.recipe import Recipe
+from target.target import Target
 
-# Root mean square of the difference over that of the reference, at most; other layers are several times farther off.
+# Largest norm of the difference over the norm of the reference. Other layers differ several times more.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "fp8_e4m3": 8e-2}
 
 
 def fits_memory(target: Target) -> bool:
-    """Whether the target's weights take less than half of the memory that is free."""
+    """Return whether the target's weights take less than half of the free memory."""
     size = sum(file.stat().st_size for file in Path(target.path).glob("*.safetensors"))
     return size < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
 
 
 def compare_layers(recipe: Recipe, target: Target, store: Store, manifest: Manifest, sample_ids: list[str]) -> None:
-    """Raise IncompleteError for the first sample whose layers are not those of the manifest, saying which they are."""
+    """Raise IncompleteError for the first sample whose layers are not those of the manifest; name the layers found."""
     from dump.hf import Transformers
 
     reference = Transformers(recipe, target, list(range(target.num_layers)))

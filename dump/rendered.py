@@ -1,9 +1,10 @@
-"""Loss spans of rendered rows, whose token ids are a tokenizer's since their server gave none.
+"""Loss spans of rendered rows: those whose token ids come from a tokenizer, since the server returned none.
 
-Reads: the target's tokenizer and chat template, or the recipe's training template. Where one tags what the assistant
-says (`{% generation %}`), the spans are those tags, rendered in the row's own thinking mode, less what the generation
-prompt already holds: the target did not generate that. Rows that render to other ids than they recorded keep their
-recorded spans.
+Reads: the target's tokenizer and chat template, or the recipe's training template.
+
+If the template tags the assistant's text (`{% generation %}`), the spans are the tagged tokens, rendered in the row's
+own thinking mode, without the part that the generation prompt already holds. Rows that render to other ids than
+recorded keep their recorded spans.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import json
 from typing import Any
 
 from contracts.conversation import Conversation, Sample
-from contracts.recipe import TargetSection
-from contracts.target import Target
-from contracts.templates import tagged_template
+from target.section import TargetSection
+from target.target import Target
+from target.templates import tagged_template
+from target.thinking import template_arguments
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class TemplateMasks:
-    """Renders rows again; the tokenizer is loaded when the first rendered row comes."""
+    """Renders rows again. Loads the tokenizer at the first rendered row."""
 
     def __init__(self, section: TargetSection, target: Target) -> None:
         self._section = section
@@ -31,18 +33,18 @@ class TemplateMasks:
         self.recorded = 0
 
     def apply(self, conversation: Conversation) -> list[Sample]:
-        """The conversation's samples, those of rendered rows with the template's spans."""
+        """Return the conversation's samples; those of a rendered row get the template's spans."""
         if not conversation.rendered:
             return conversation.samples
         spans = self._render(conversation)
         return [self._replace(sample, spans) for sample in conversation.samples]
 
-    def tell(self) -> None:
-        """Print which masks were taken, if any row was rendered."""
+    def print_counts(self) -> None:
+        """Print how many samples got which spans, if any row was rendered."""
         if self.tagged or self.recorded:
             print(
-                f"dump: of the rendered samples {self.tagged} have the spans of the template's generation tags, "
-                f"{self.recorded} those that were recorded"
+                f"dump: {self.tagged} rendered samples have the spans of the template's generation tags, "
+                f"{self.recorded} the recorded spans"
             )
 
     def _replace(self, sample: Sample, rendered: tuple[list[int], list[tuple[int, int]]] | None) -> Sample:
@@ -55,7 +57,7 @@ class TemplateMasks:
         return Sample(token_ids=sample.token_ids, loss_spans=spans)
 
     def _render(self, conversation: Conversation) -> tuple[list[int], list[tuple[int, int]]] | None:
-        """Token ids of the whole conversation, and the spans that the target generated; None without tags."""
+        """Return the token ids of the whole conversation and its generated spans; None for a template without tags."""
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
@@ -67,12 +69,10 @@ class TemplateMasks:
             {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
             for turn in conversation.conversations or []
         ]
-        mode = conversation.thinking_mode
-        value = self._section.thinking_mode_values.get(mode, mode)
         kwargs = {
             "tools": conversation.tools,
             "chat_template": self._template,
-            **({self._section.thinking_mode_name: value} if mode and value is not None else {}),
+            **template_arguments(self._section, conversation.thinking_mode),
         }
         whole = self._tokenizer.apply_chat_template(
             messages, return_dict=True, return_assistant_tokens_mask=True, **kwargs
@@ -93,7 +93,7 @@ class TemplateMasks:
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose tool calls have objects for arguments, as vLLM hands them to the template."""
+    """Return a message with the arguments of its tool calls parsed, as vLLM passes them to the template."""
     if not message.get("tool_calls"):
         return message
     calls = []

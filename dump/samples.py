@@ -1,4 +1,4 @@
-"""The samples of a conversations file: which of them are dumped, and why the others are not."""
+"""The samples of a conversations file, and the filter that decides which of them are dumped."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contracts.conversation import Conversation, Sample, read_conversations
-from contracts.recipe import DumpSection
 from dump.rendered import TemplateMasks
+from recipe.dump import DumpSection
+from recipe.mask import mask_token_of
+from recipe.recipe import Recipe
+from serve.extraction import longest_sample
+from target.target import Target
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sample of one conversation, under the id that its file in the store has."""
+    """One sample of one conversation, with the id that its file in the store has."""
 
     sample_id: str
     conversation: Conversation
@@ -34,25 +38,44 @@ def read_rows(folders: Sequence[Path], masks: TemplateMasks, shard: tuple[int, i
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a row: `row` to be captured, or a status and the reason that its ledger line has."""
+    """The filter's answer: the `row` to capture, or the status and reason of its ledger line."""
 
     row: Row | None
     status: str = ""
     reason: str = ""
 
 
-def judge(section: DumpSection, row: Row, max_tokens: int) -> Verdict:
-    """Whether a sample is captured, whole or cut to `max_tokens`."""
-    conversation, sample = row.conversation, row.sample
-    if conversation.finish_reason == "length" and not section.include_truncated:
-        return Verdict(None, "truncated", "a reply reached max_tokens")
-    if conversation.loop is not None and not section.include_loops:
-        return Verdict(None, "filtered", "a reply fell into a loop")
-    if row.num_tokens > max_tokens:
-        if not section.truncate:
-            return Verdict(None, "filtered", f"{row.num_tokens} tokens, more than {max_tokens}")
-        spans = [(start, min(end, max_tokens)) for start, end in sample.loss_spans if start < max_tokens]
-        sample = Sample(token_ids=sample.token_ids[:max_tokens], loss_spans=spans)
-    if not sample.loss_spans:
-        return Verdict(None, "filtered", "no supervised token")
-    return Verdict(Row(row.sample_id, conversation, sample))
+@dataclass(frozen=True)
+class Filter:
+    """Decides which samples are captured. `mask_token` is the draft's, None if its method has none."""
+
+    section: DumpSection
+    max_tokens: int
+    mask_token: int | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, target: Target) -> Filter:
+        return cls(recipe.dump, longest_sample(recipe, target), mask_token_of(recipe, target))
+
+    def judge(self, row: Row) -> Verdict:
+        """Return the row to capture, cut to `max_tokens` if the recipe says so, or why it is left out."""
+        if row.conversation.finish_reason == "length" and not self.section.include_truncated:
+            return Verdict(None, "truncated", "a reply reached max_tokens")
+        if row.conversation.loop is not None and not self.section.include_loops:
+            return Verdict(None, "filtered", "a reply fell into a loop")
+        if row.num_tokens > self.max_tokens and not self.section.truncate:
+            return Verdict(None, "filtered", f"{row.num_tokens} tokens, more than {self.max_tokens}")
+        sample = cut_sample(row.sample, self.max_tokens)
+        if not sample.loss_spans:
+            return Verdict(None, "filtered", "no supervised token")
+        if self.mask_token is not None and self.mask_token in sample.token_ids:
+            return Verdict(None, "filtered", f"contains the mask token {self.mask_token}, which must never occur")
+        return Verdict(Row(row.sample_id, row.conversation, sample))
+
+
+def cut_sample(sample: Sample, max_tokens: int) -> Sample:
+    """Return the sample's first `max_tokens` tokens, with the loss spans among them."""
+    if len(sample.token_ids) <= max_tokens:
+        return sample
+    spans = [(start, min(end, max_tokens)) for start, end in sample.loss_spans if start < max_tokens]
+    return Sample(token_ids=sample.token_ids[:max_tokens], loss_spans=spans)

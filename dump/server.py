@@ -1,102 +1,218 @@
 """Capture with servers that run elsewhere with extraction on (`serve command --extract FOLDER`).
 
-The servers write each sample's states into a folder that this machine sees as well; their answers name the files.
+The servers write each sample's states into a folder that this machine sees under the same path; their answers name the
+files.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import fcntl
 import itertools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any
+import threading
+import time
+import uuid
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
+from typing import Any, TypeVar
 
-import httpx2
+from safetensors import SafetensorError, safe_open
 
-from contracts.errors import UserError
-from contracts.recipe import Recipe
-from contracts.target import Target
-from dump.capture import Staged, Staging, discard
-from dump.vllm_offline import path_of
+from common.errors import UserError
+from dump.capture import Staged, Staging, discard, staged_path
+from recipe.dump import DumpSection
+from recipe.recipe import Recipe
+from serve.endpoints import Endpoint, Endpoints, PromptTooLongError, RequestError
+from target.target import Target
 
-TIMEOUT_S = 1800.0
-TRIES = 3
+T = TypeVar("T")
+STOP_TIMEOUT_S = 5.0
+FLUSH_INTERVAL_S = 0.2
+FIRST_POLL_S, MAX_POLL_S = 0.005, 0.1
 
 
 class Servers:
-    """Servers of one target, asked in turn."""
+    """Servers of one target, asked from a thread with an event loop of its own."""
 
-    def __init__(self, recipe: Recipe, target: Target, layer_ids: Sequence[int]) -> None:
-        """Ask each server for its model. Raises UserError when one does not answer."""
-        if not recipe.dump.endpoints:
-            raise UserError(
-                "dump.endpoints",
-                found="none",
-                expected="the URLs of servers with extraction on, ending in /v1",
-                fix="Start one with the command that `serve command --extract FOLDER` prints.",
-            )
-        self._num_requests = recipe.dump.requests_in_flight * len(recipe.dump.endpoints)
-        limits = httpx2.Limits(max_connections=self._num_requests + 8, keepalive_expiry=4)
-        self._http = httpx2.Client(timeout=TIMEOUT_S, limits=limits)
-        self._models = [(url.rstrip("/"), self._ask_model(url.rstrip("/"))) for url in recipe.dump.endpoints]
-        self._turn = itertools.count()
+    def __init__(self, recipe: Recipe, target: Target, layer_ids: Sequence[int], _: Staging | None = None) -> None:
+        """Ask each server for its model. Raises UserError for missing keys and when no server answers."""
+        section = recipe.dump
+        folder = find_server_folder(section)
+        num_requests = section.concurrency * len(section.endpoints)
         self.token_bytes = (len(layer_ids) + 1) * target.hidden_size * 4
+        # A sample that was answered waits for its file without holding up the next request.
+        self._max_samples = 2 * num_requests
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="dump-servers", daemon=True)
+        self._thread.start()
+        endpoints = Endpoints(section.endpoints, section, stage="dump", max_connections=num_requests + 8)
+        self._requests = Requests(endpoints, section, num_requests, folder)
+        try:
+            self._run(endpoints.__aenter__()).result()
+        except BaseException:
+            self._stop_loop()
+            raise
 
     def capture(self, samples: Iterator[tuple[str, list[int]]], staging: Staging) -> Iterator[Staged]:
-        """Send one prefill for each `(sample id, token ids)`, many at a time."""
-        with ThreadPoolExecutor(self._num_requests) as pool:
-            running: dict[Future[dict[str, Any]], str] = {}
-            for sample_id, token_ids in samples:
-                while len(running) >= self._num_requests or not staging.take(len(token_ids) * self.token_bytes):
-                    if running:
-                        yield from self._collect(running)
-                    else:
-                        self._flush()
-                        staging.wait()
-                running[pool.submit(self._ask, token_ids)] = sample_id
-            while running:
-                yield from self._collect(running)
-            self._flush()
+        """Yield each of `(sample id, token ids)` once its file is whole, or once it failed for good.
+
+        Waits for servers that are lost. Raises IncompleteError when none comes back within `dump.patience_s`.
+        """
+        running: set[Future[Staged]] = set()
+        for sample_id, token_ids in samples:
+            while len(running) >= self._max_samples or not staging.take(len(token_ids) * self.token_bytes):
+                if running:
+                    yield from _collect(running)
+                else:
+                    staging.wait()
+            running.add(self._run(self._requests.capture(sample_id, token_ids)))
+        while running:
+            yield from _collect(running)
 
     def close(self) -> None:
-        self._http.close()
+        """Cancel the requests in flight and delete the files that nobody took."""
+        if self._loop.is_closed():
+            return
+        with contextlib.suppress(TimeoutError):
+            self._run(self._requests.close()).result(STOP_TIMEOUT_S)
+        self._stop_loop()
 
-    def _collect(self, running: dict[Future[dict[str, Any]], str]) -> Iterator[Staged]:
-        done, _ = wait(running, return_when=FIRST_COMPLETED)
-        for future in done:
-            sample_id = running.pop(future)
-            try:
-                yield Staged(sample_id, path_of(future.result().get("kv_transfer_params")))
-            except (httpx2.HTTPError, ValueError, LookupError) as error:
-                yield Staged(sample_id, None, f"the server did not answer: {error}")
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def _ask(self, token_ids: list[int], turn: int | None = None) -> dict[str, Any]:
-        """The server's answer to one prefill; a broken connection or a 5xx is tried again at the next server."""
-        for attempt in range(TRIES):
-            url, model = self._models[(next(self._turn) if turn is None else turn) % len(self._models)]
-            body = {"model": model, "prompt": token_ids, "max_tokens": 1, "temperature": 0}
-            try:
-                response = self._http.post(f"{url}/completions", json=body)
-                response.raise_for_status()
-                return dict(response.json())
-            except httpx2.HTTPError:
-                if attempt == TRIES - 1:
-                    raise
-        raise AssertionError("unreachable")
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(STOP_TIMEOUT_S)
+        if not self._thread.is_alive():
+            self._loop.close()
 
-    def _flush(self) -> None:
-        """A server writes its last requests' states at its next step: give each one.
 
-        The states of that request, one token, stay in the folder.
+class Requests:
+    """The requests of one dump: everything that runs in the event loop."""
+
+    def __init__(self, endpoints: Endpoints, section: DumpSection, num_requests: int, folder: Path) -> None:
+        self._endpoints = endpoints
+        self._section = section
+        self._slots = asyncio.Semaphore(num_requests)
+        self._folder = folder
+        # vLLM names a sample's file after the request's id.
+        self._prefix = f"dump-{uuid.uuid4().hex}"
+        self._numbers = itertools.count()
+        self._flushes: dict[str, tuple[float, Path | None]] = {}
+
+    async def capture(self, sample_id: str, token_ids: list[int]) -> Staged:
+        """Let a server write a sample's states until they are whole.
+
+        A server that dies after its answer leaves a torn file or none: the sample is sent again. Raises UserError and
+        IncompleteError (see `Endpoints.complete`).
         """
-        for turn in range(len(self._models)):
-            with contextlib.suppress(httpx2.HTTPError, ValueError):  # a server that is gone holds nothing back
-                discard(path_of(self._ask([0], turn).get("kv_transfer_params")))
+        for attempt in range(1, self._section.max_attempts + 1):
+            try:
+                async with self._slots:
+                    path, endpoint = await self._ask(token_ids)
+            except (RequestError, PromptTooLongError) as error:
+                return Staged(sample_id, None, f"the server did not answer: {error}")
+            if path is None:
+                return Staged(sample_id, None, "the server named no file of hidden states")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._section.request_timeout_s):
+                    await self._wait_for_writer(path, endpoint)
+                    if await asyncio.to_thread(is_whole, path, token_ids):
+                        return Staged(sample_id, path)
+            discard(path)
+            await asyncio.sleep(self._endpoints.backoff_s(attempt))
+        return Staged(sample_id, None, f"the server wrote no whole file of hidden states ({attempt} tries)")
 
-    def _ask_model(self, url: str) -> str:
-        try:
-            return str(self._http.get(f"{url}/models").raise_for_status().json()["data"][0]["id"])
-        except (httpx2.HTTPError, ValueError, LookupError) as error:
-            raise UserError(
-                url, found=f"no model list ({error})", expected="a server of vLLM", fix="Correct dump.endpoints."
-            ) from None
+    async def close(self) -> None:
+        """Cancel everything in flight, close the connections, delete this dump's files."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._endpoints.__aexit__()
+        for path in self._folder.glob(f"*{self._prefix}*"):
+            path.unlink(missing_ok=True)
+
+    async def _ask(self, token_ids: list[int], prefer: Endpoint | None = None) -> tuple[Path | None, Endpoint]:
+        """Request one prefill; return where its states will be, and the server."""
+        body = {
+            "prompt": token_ids,
+            "max_tokens": 1,
+            "temperature": 0,
+            "request_id": f"{self._prefix}-{next(self._numbers)}",
+        }
+        answer, endpoint = await self._endpoints.complete(body, prefer)
+        return staged_path(answer.get("kv_transfer_params"), self._folder, endpoint.url), endpoint
+
+    async def _wait_for_writer(self, path: Path, endpoint: Endpoint) -> None:
+        """Return once nobody holds the lock of a staged file.
+
+        A server writes a request's states at its next step. A dummy request makes it take one when nothing else does.
+        """
+        answered_at, pause_s = time.monotonic(), FIRST_POLL_S
+        while is_locked(path):
+            flushed_at, _ = self._flushes.get(endpoint.url, (0.0, None))
+            is_due = flushed_at < answered_at or time.monotonic() - flushed_at > FLUSH_INTERVAL_S
+            if is_due and not endpoint.in_flight and endpoint.usable:
+                await self._flush(endpoint)
+            await asyncio.sleep(pause_s)
+            pause_s = min(MAX_POLL_S, 2 * pause_s)
+
+    async def _flush(self, endpoint: Endpoint) -> None:
+        """Make a server take a step. The dummy request's own states are written at a later one: delete the last's."""
+        _, last = self._flushes.get(endpoint.url, (0.0, None))
+        self._flushes[endpoint.url] = (time.monotonic(), None)
+        discard(last)
+        with contextlib.suppress(RequestError, PromptTooLongError):
+            path, _ = await self._ask([0], prefer=endpoint)
+            self._flushes[endpoint.url] = (time.monotonic(), path)
+
+
+def find_server_folder(section: DumpSection) -> Path:
+    """Return the folder that the servers write to. Raises UserError where the recipe does not name servers and it."""
+    if not section.endpoints:
+        raise UserError(
+            "dump.endpoints",
+            found="none",
+            expected="the URLs of servers with extraction on, ending in /v1",
+            fix="Start one with the command that `serve command --extract FOLDER` prints.",
+        )
+    folder = section.server_staging_dir or section.staging_dir
+    if folder is None:
+        raise UserError(
+            "dump.server_staging_dir",
+            found="none",
+            expected="the folder that the servers write hidden states to",
+            fix="Set it to the FOLDER of their `serve command --extract FOLDER`.",
+        )
+    return folder.absolute()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether the writer of a staged file still holds its lock."""
+    try:
+        with Path(f"{path}.lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock: nobody writes it
+        return False
+    return False
+
+
+def is_whole(path: Path, token_ids: Sequence[int]) -> bool:
+    """Whether a staged file was written to its end: its token ids come last."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return bool(file.get_tensor("token_ids").tolist() == list(token_ids))
+    except (OSError, SafetensorError):
+        return False
+
+
+def _collect(running: set[Future[Staged]]) -> Iterator[Staged]:
+    done, _ = wait(running, return_when=FIRST_COMPLETED)
+    for future in done:
+        running.remove(future)
+        yield future.result()

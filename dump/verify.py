@@ -1,18 +1,19 @@
 """Prove a store: its files are whole, hold the tokens that were generated, and states that predict them.
 
-Reads:  a finished store, the target's head, the conversations (where they still are), and the target itself in
-        transformers for a few samples, where it fits into memory.
-Writes: verified.json in the store, for the ledger as it was.
+Reads:  a finished store, the target's head, the conversations (if they are still there), and the target itself in
+        transformers for a few samples, if it fits into memory.
+Writes: verified.json in the store: the counts, and the checksum of the ledger that was proven. Not if it is read-only.
 
-Greedy rows: argmax(lm_head(final_norm(hidden_states[t]))) must be the token at t + 1 wherever that one was generated.
-Batches of other shapes round differently: a token whose logit is within the tolerance of the largest counts as a tie.
-Sampled rows: with q the distribution that the state gives under the row's sampling parameters, log q(token) is -H(q) on
-average; the sum of the differences, over its standard deviation, must not lie far from 0.
+Greedy samples: argmax(lm_head(final_norm(hidden_states[t]))), with the sampling penalties applied, must be the token at
+t + 1 wherever that one was generated. Batches of other shapes round differently: a token whose logit is within the
+tolerance of the largest counts as a tie.
+Sampled ones: the tokens' log-probability under the row's sampling parameters must be near its mean, the negative
+entropy (see `sampled_deviations`).
 """
 
 from __future__ import annotations
 
-import json
+import errno
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,31 +21,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from common.errors import IncompleteError
+from common.files import read_json, write_json
+from common.progress import track
 from contracts.conversation import CONVERSATIONS_FILE, Sample, hash_conversations
-from contracts.errors import IncompleteError
-from contracts.files import read_json, write_json
 from contracts.ledger import Ledger
-from contracts.recipe import Recipe
 from contracts.run import read_run
 from contracts.store import Manifest, Store, StoredSample, open_store
-from contracts.target import Target
-from contracts.target_weights import TargetHead, kept_by, read_head
 from dump.diagnose import find_plain_defect, name_defect
+from dump.predictions import logit_gaps, sampled_deviations, sampling_of
 from dump.reference import compare_layers, fits_memory
 from dump.rendered import TemplateMasks
-from dump.samples import judge, read_rows
+from dump.samples import cut_sample, read_rows
+from recipe.recipe import Recipe
+from target.head import TargetHead, read_head
+from target.target import Target
 
 # Largest logit gap that rounding explains, by the dtype of the stored states (logits are of the order of 10).
 TIE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "fp8_e4m3": 2.0}
 MAX_DEVIATIONS = 8.0
-TOKENS_A_CHUNK = 2048
 
 
 @dataclass
 class Counts:
-    """What a proof has gone through."""
+    """Number of files, samples and tokens that were checked. `coverage`: tokens by thinking mode."""
 
     files: int = 0
     greedy: int = 0
@@ -55,16 +56,24 @@ class Counts:
     sampled_tokens: int = 0
     compared: int = 0
     reference: int = 0
+    unknown: int = 0
     coverage: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def add(self, sample: StoredSample) -> None:
+        """Count a sample that passed."""
+        self.files += 1
+        covered = self.coverage.setdefault(sample.metadata.get("thinking_mode") or "(none)", Counter())
+        covered["tokens"] += sample.num_tokens
+        covered["supervised"] += int(sample.loss_mask.sum())
 
 
 def verify(recipe: Recipe, folder: Path, *, once: bool = False, num_reference: int = 8) -> dict[str, Any]:
-    """Check every sample, and the layers of `num_reference` of them; the counts.
+    """Check every sample, and the layers of `num_reference` of them; return the counts.
 
     Raises UserError for a broken file, IncompleteError that names the defect and the first sample that has it. `once`
-    takes an earlier proof of the same ledger for good; damage since then goes unseen.
+    accepts an earlier proof of the same ledger; damage since then is not noticed.
     """
-    target = Target.read(recipe.target.path)
+    target = Target.here(recipe.target)
     store, manifest = open_store(folder, target)
     checksum, report_path = store.checksum, folder / "verified.json"
     if once and report_path.exists() and read_json(report_path, "a proof")["ledger"] == checksum:
@@ -72,27 +81,18 @@ def verify(recipe: Recipe, folder: Path, *, once: bool = False, num_reference: i
         return dict(read_json(report_path, "a proof"))
     _check_manifest(store, manifest, target)
     ledger = Ledger(store.ledger_path)
-    ledger.close()
-    head, counts = read_head(target), Counts()
     done = sorted(ledger.ids("done"))
-    folder_of_sources = _find_sources(manifest)
-    walk = (
-        ((id_, None) for id_ in done)
-        if folder_of_sources is None
-        else _walk(store, recipe, target, folder_of_sources, ledger)
-    )
-    for sample_id, source in tqdm(walk, total=len(done), desc="verify", unit="sample", mininterval=2, disable=None):
+    sources = _find_sources(manifest)
+    walk = ((id_, None) for id_ in done) if sources is None else _walk(store, recipe, target, sources, ledger)
+    head, counts = read_head(target), Counts()
+    for sample_id, source in track(walk, "verify", "sample", len(done)):
         store.check_file(sample_id, ledger.entries[sample_id])
         sample = store.read_sample(sample_id)
-        counts.files += 1
         if source is not None:
             _check_tokens(store, sample_id, sample, source)
             counts.compared += 1
         _check_states(store, manifest, sample_id, sample, head, counts)
-        mode = sample.metadata.get("thinking_mode") or "(none)"
-        covered = counts.coverage.setdefault(mode, Counter())
-        covered["tokens"] += sample.num_tokens
-        covered["supervised"] += int(sample.loss_mask.sum())
+        counts.add(sample)
     if counts.files != len(done):
         raise IncompleteError(
             f"{store.ledger_path}: found {len(done)} samples, expected the {counts.files} that the conversations have. "
@@ -103,9 +103,19 @@ def verify(recipe: Recipe, folder: Path, *, once: bool = False, num_reference: i
         compare_layers(recipe, target, store, manifest, chosen)
         counts.reference = len(chosen)
     report = {"ledger": checksum, "samples": counts.greedy, **_to_report(counts)}
-    _tell(counts, manifest)
-    write_json(report_path, report)
+    _print_counts(counts, manifest)
+    _write_report(report_path, report)
     return report
+
+
+def _write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write the proof for `--once`, unless the store is read-only."""
+    try:
+        write_json(path, report)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        print(f"verify: the proof is not kept for --once: {path}: {error.strerror}")
 
 
 def _check_manifest(store: Store, manifest: Manifest, target: Target) -> None:
@@ -119,29 +129,27 @@ def _check_manifest(store: Store, manifest: Manifest, target: Target) -> None:
 
 
 def _find_sources(manifest: Manifest) -> Path | None:
-    """The folder of the conversations, if they are where they were, unchanged."""
+    """Return the folder of the conversations if they are still there, unchanged."""
     folder = Path(manifest.conversations_folder)
     there = manifest.conversations_folder and (folder / CONVERSATIONS_FILE).exists()
     if there and hash_conversations([folder]) == manifest.conversations:
         return folder
-    print("verify: the conversations are not at hand; tokens and masks are not compared with them")
+    print("verify: the conversations are gone or changed; tokens and masks are not compared with them")
     return None
 
 
 def _walk(
     store: Store, recipe: Recipe, target: Target, conversations: Path, ledger: Ledger
 ) -> Iterator[tuple[str, Sample | None]]:
-    """Every sample that is done, as it was generated, cut as the dump was told to."""
-    settings = read_run(store.folder, "dump run")["settings"]
-    section = recipe.dump.model_copy(update={"truncate": settings["dump"]["truncate"]})
+    """Yield every stored sample with its source: the tokens and spans as generated, cut where the dump cut them."""
+    max_tokens = read_run(store.folder, "dump run")["settings"]["max_tokens"]
     for row in read_rows([conversations], TemplateMasks(recipe.target, target)):
         if ledger.entries.get(row.sample_id, {}).get("status") == "done":
-            taken = judge(section, row, settings["max_tokens"]).row
-            yield row.sample_id, taken.sample if taken else row.sample
+            yield row.sample_id, cut_sample(row.sample, max_tokens)
 
 
 def _check_tokens(store: Store, sample_id: str, sample: StoredSample, source: Sample) -> None:
-    """Raise IncompleteError unless tokens and mask are the conversation's."""
+    """Raise IncompleteError unless tokens and mask equal the conversation's."""
     path = store.sample_path(sample_id)
     found, expected = sample.input_ids.tolist(), source.token_ids
     if found != expected:
@@ -173,8 +181,12 @@ def _check_states(
             f"{store.sample_path(sample_id)}: found that {plain}, expected the target's un-normed states. Dump again."
         )
     tolerance = TIE_TOLERANCE[manifest.dtype]
-    if float(sample.metadata["temperature"] or "nan") != 0.0:
-        deviations, num_tokens = sampled_deviations(head, sample)
+    sampling = sampling_of(sample)
+    if sampling is None:
+        counts.unknown += 1
+        return
+    if float(sampling["temperature"]) != 0.0:
+        deviations, num_tokens = sampled_deviations(head, sample, sampling)
         counts.sampled += 1
         counts.sampled_tokens += num_tokens
         if not abs(deviations) <= MAX_DEVIATIONS:
@@ -184,7 +196,7 @@ def _check_states(
                 f"{name_defect(head, sample, manifest)}. Dump again."
             )
         return
-    gaps = logit_gaps(head, sample)
+    gaps = logit_gaps(head, sample, sampling)
     counts.greedy += 1
     counts.tokens += gaps.numel()
     counts.matches += int((gaps == 0).sum())
@@ -199,55 +211,12 @@ def _check_states(
         )
 
 
-@torch.inference_mode()
-def logit_gaps(head: TargetHead, sample: StoredSample) -> torch.Tensor:
-    """How far each generated token's logit lies under the largest one: `(number of supervised tokens,)`, 0 = argmax."""
-    gaps = []
-    for logits, tokens in predict(head, sample):
-        gaps.append(logits.amax(-1) - logits.gather(1, tokens[:, None])[:, 0])
-    return torch.cat(gaps)
-
-
-def predict(head: TargetHead, sample: StoredSample) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Logits `(t, V)` at the places before generated tokens, and these tokens `(t,)`, some at a time."""
-    places = sample.loss_mask.nonzero()[:, 0]
-    for chunk in places.split(TOKENS_A_CHUNK):
-        yield head.logits(sample.hidden_states[chunk - 1]), sample.input_ids[chunk].long()
-
-
-@torch.inference_mode()
-def sampled_deviations(head: TargetHead, sample: StoredSample) -> tuple[float, int]:
-    """Standard deviations between what the sampled tokens' log-probabilities sum to and what they should, and how many.
-
-    A token that the row's top_p or top_k excludes, by more than rounding explains, gives infinity.
-    """
-    sampling = json.loads(sample.metadata.get("sampling") or "{}")
-    total = variance = 0.0
-    count = 0
-    for logits, tokens in predict(head, sample):
-        log_q = (logits / float(sample.metadata["temperature"])).log_softmax(-1)
-        keep = kept_by(log_q.exp(), sampling.get("top_p"), sampling.get("top_k"))
-        own = log_q.gather(1, tokens[:, None])[:, 0]
-        outside = ~keep.gather(1, tokens[:, None])[:, 0]
-        keep.scatter_(1, tokens[:, None], True)  # at the edge, rounding decides
-        log_q = log_q.masked_fill(~keep, -torch.inf).log_softmax(-1)
-        q = log_q.exp()
-        mean = (q * log_q.nan_to_num(neginf=0.0)).sum(-1)
-        square = (q * log_q.nan_to_num(neginf=0.0) ** 2).sum(-1)
-        if bool((outside & (own < -10.0)).any()):
-            return float("inf"), len(tokens)
-        total += float((log_q.gather(1, tokens[:, None])[:, 0] - mean).sum())
-        variance += float((square - mean**2).clamp_min(0).sum())
-        count += len(tokens)
-    return total / max(variance, 1e-6) ** 0.5 if count else 0.0, count
-
-
 def _to_report(counts: Counts) -> dict[str, Any]:
     coverage = {mode: dict(counter) for mode, counter in sorted(counts.coverage.items())}
     return {**{k: v for k, v in vars(counts).items() if k not in ("greedy", "coverage")}, "coverage": coverage}
 
 
-def _tell(counts: Counts, manifest: Manifest) -> None:
+def _print_counts(counts: Counts, manifest: Manifest) -> None:
     print(
         f"verify: {counts.files} files whole; {counts.matches} of {counts.tokens} generated tokens of {counts.greedy} "
         f"greedy samples are the states' argmax, {counts.ties} ties within {TIE_TOLERANCE[manifest.dtype]}"
@@ -256,6 +225,8 @@ def _tell(counts: Counts, manifest: Manifest) -> None:
         print(
             f"verify: {counts.sampled_tokens} tokens of {counts.sampled} sampled rows are as likely as they should be"
         )
+    if counts.unknown:
+        print(f"verify: {counts.unknown} samples have no temperature on record: their tokens were not predicted")
     if counts.compared:
         print(f"verify: tokens and masks of {counts.compared} samples are the conversations'")
     if counts.reference:

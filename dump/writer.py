@@ -1,7 +1,7 @@
-"""Store staged samples in processes of their own.
+"""Store staged samples in separate processes.
 
-Inside the engine's process they would compete with it for Python's lock. As processes of lower priority they take the
-processor time that the engine leaves.
+In the engine's process they would compete with it for the GIL. As processes of lower priority they use the processor
+time that the engine leaves.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any
 
 import torch
 
+from common.tensor_file import Buffer
 from contracts.conversation import Conversation, Sample
 from contracts.store import Store, StoredSample
-from contracts.tensor_file import Buffer
 from dump.capture import Captured, CaptureError, Staged, load_staged
 from dump.samples import Row
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 LOWEST_PRIORITY = 19
-_buffer = Buffer()
+_buffer = Buffer()  # of this writer process, reused for every sample
 
 
 @dataclass(frozen=True)
 class StoreJob:
-    """What a writer needs for every sample of a run."""
+    """What is the same for every sample of a run."""
 
     store: Store
     dtype: str
@@ -40,12 +40,12 @@ class StoreJob:
 
 
 def make_pool(num_writers: int) -> ProcessPoolExecutor:
-    """Writer processes, which end with this one whatever ends it; not forked: they would share the engine's state."""
+    """Start writer processes that end with this one, even if it is killed. Not forked: they would copy the engine."""
     return ProcessPoolExecutor(num_writers, multiprocessing.get_context("spawn"), initializer=_set_up)
 
 
 def _set_up() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the stage, which ends its writers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the stage handles Ctrl-C and ends its writers
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)
@@ -53,7 +53,7 @@ def _set_up() -> None:
 
 
 def _yield_to_the_engine() -> None:
-    """Take only processor time that nobody else wants: a thread of the engine's that waits holds up all the others."""
+    """Run at idle priority: if one thread of the engine waits for a core, all its threads wait."""
     if sys.platform.startswith("linux"):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     else:
@@ -61,7 +61,7 @@ def _yield_to_the_engine() -> None:
 
 
 def store_sample(job: StoreJob, row: Row, staged: Staged) -> dict[str, Any]:
-    """Check one staged sample and store it for good; its ledger entry. Raises OSError, as for a full disk."""
+    """Check one staged sample, store it durably and return its ledger entry. Raises OSError, as for a full disk."""
     try:
         captured = load_staged(staged, row.sample.token_ids, job.num_layers, job.hidden_size)
     except CaptureError as error:
@@ -72,7 +72,7 @@ def store_sample(job: StoreJob, row: Row, staged: Staged) -> dict[str, Any]:
 
 
 def make_stored(conversation: Conversation, sample: Sample, captured: Captured) -> StoredSample:
-    """A sample's tensors for the store."""
+    """Return a sample with its mask and metadata as the store keeps them."""
     mask = torch.zeros(len(sample.token_ids), dtype=torch.bool)
     for start, end in sample.loss_spans:
         mask[start:end] = True

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contracts.check import check_block_size, check_kv_dtype
-from contracts.errors import UserError
-from contracts.files import hash_file, hash_json, read_json
-from contracts.recipe import HeadSection, Purpose, PurposeSection, Recipe, VariantSection
-from contracts.target import Target
+from common.errors import UserError
+from common.files import hash_file, hash_json
+from contracts.draft import DESCRIPTOR_FILE, Descriptor
+from drafts.published import num_speculative_tokens, read_descriptor
+from recipe.check import check_block_size, check_kv_dtype
+from recipe.recipe import Recipe
+from recipe.serve import HeadSection, Purpose, PurposeSection, VariantSection
 from serve.engine import engine_env, is_cpu_engine
 from serve.hardware import check_fit, find_node
+from target.target import Target
 
 MODEL_NAME = "target"
 
@@ -201,9 +204,16 @@ def check_flags(flags: Mapping[str, Any], target: Target, purpose: str | None) -
                 raise UserError(
                     flag,
                     found=str(flags[flag]),
-                    expected=f"none for {purpose}: it takes tokens out of the reply",
+                    expected=f"none for {purpose}: it takes tokens out of the reply's text",
                     fix="Set it in serve.purposes.production.args.",
                 )
+    if purpose == "synth" and flags.get("exclude-tools-when-tool-choice-none") is True:
+        raise UserError(
+            "exclude-tools-when-tool-choice-none",
+            found="true",
+            expected="false for synth: prompts would lack their tools",
+            fix="Set it in serve.purposes.production.args.",
+        )
 
 
 def parse_flags(words: Sequence[str]) -> dict[str, str | bool]:
@@ -236,7 +246,7 @@ def to_flags(values: Mapping[str, Any]) -> list[str]:
 def speculation_of(recipe: Recipe, target: Target, draft: Path | str) -> dict[str, Any]:
     """vLLM's speculative config of an export's folder, or of one of serve.heads, by its name.
 
-    Raises UserError when the draft was not made for this target.
+    Raises UserError when the draft was made for another target.
     """
     head = recipe.serve.heads.get(str(draft))
     return of_head(head, target) if head else speculative_config(Path(draft), target)
@@ -252,60 +262,55 @@ def fingerprint_draft(recipe: Recipe, draft: Path | str) -> str:
 
 def of_head(head: HeadSection, target: Target) -> dict[str, Any]:
     """vLLM's speculative config of a published draft, whose sizes are checked if it is on this machine."""
-    if (Path(head.path) / "config.json").exists():
-        _check_sizes(Path(head.path), read_json(Path(head.path) / "config.json", "a draft's config"), target)
+    folder = Path(head.path)
+    if (folder / "config.json").exists():
+        check_draft(folder, read_descriptor(folder), target)
     return {"method": head.method, "model": head.path, "num_speculative_tokens": head.num_speculative_tokens}
 
 
 def speculative_config(draft: Path, target: Target) -> dict[str, Any]:
-    """vLLM's speculative config of an exported draft: block_size - 1 draft tokens, as the block includes its anchor.
+    """vLLM's speculative config of an exported draft, from its descriptor.
 
     Raises UserError when hidden size, vocabulary, layers or fingerprint are not the target's.
     """
-    config: dict[str, Any] = read_json(draft / "config.json", "a draft exported by `train export`")
-    method = config.get("speculators_model_type") or (
-        "eagle3" if config.get("architectures") == ["LlamaForCausalLMEagle3"] else "dflash"
-    )
-    config = {**config, **config.get("transformer_layer_config", {})}  # speculators' format
-    _check_sizes(draft, config, target)
-    ours = draft / "draftline.json"
-    if ours.exists() and target.is_here:
-        fingerprint = read_json(ours, "the draft's origin")["target_fingerprint"]
-        if fingerprint != target.fingerprint:
-            raise UserError(
-                ours,
-                found=f"a draft for target {fingerprint[:12]}",
-                expected=f"one for {target.fingerprint[:12]} ({target.path})",
-                fix="Train a draft for this target, or serve the other one.",
-            )
-    proposals = config.get("speculators_config", {}).get("proposal_methods")
-    num_draft_tokens = proposals[0]["speculative_tokens"] if proposals else config["block_size"] - 1
-    return {"method": method, "model": str(draft), "num_speculative_tokens": num_draft_tokens}
-
-
-def _check_sizes(draft: Path, config: Mapping[str, Any], target: Target) -> None:
-    layer_ids = (config.get("dflash_config") or {}).get("target_layer_ids") or [
-        layer_id - 1 for layer_id in config.get("eagle_aux_hidden_state_layer_ids") or []
-    ]
-    expected = {
-        "hidden_size": target.hidden_size,
-        "vocab_size": target.vocab_size,
-        "num_target_layers": target.num_layers,
+    descriptor = read_descriptor(draft)
+    check_draft(draft, descriptor, target)
+    return {
+        **descriptor.speculative,
+        "model": str(draft),
+        "num_speculative_tokens": num_speculative_tokens(descriptor, draft),
     }
-    for key, value in expected.items():
-        if config.get(key, value if key == "num_target_layers" else None) != value:
+
+
+def check_draft(draft: Path, descriptor: Descriptor, target: Target) -> None:
+    """Raise UserError for a draft that was made for another target."""
+    expected = {
+        "hidden_size": (descriptor.hidden_size, target.hidden_size),
+        "vocab_size": (descriptor.vocab_size, target.vocab_size),
+        "num_target_layers": (descriptor.num_target_layers or target.num_layers, target.num_layers),
+    }
+    for key, (found, wanted) in expected.items():
+        if found != wanted:
             raise UserError(
                 draft / "config.json",
-                found=f"{key} = {config.get(key)}",
-                expected=f"{value} as in {target.path}",
+                found=f"{key} = {found}",
+                expected=f"{wanted} as in {target.path}",
                 fix="Serve the draft with the target it was trained for.",
             )
-    if any(not 0 <= layer_id < target.num_layers for layer_id in layer_ids):
+    if any(not 0 <= layer_id < target.num_layers for layer_id in descriptor.layer_ids):
         raise UserError(
             draft / "config.json",
-            found=f"layers {layer_ids}",
+            found=f"layers {descriptor.layer_ids}",
             expected=f"layers of {target.path}, which has {target.num_layers}",
             fix="Serve the draft with the target it was trained for.",
+        )
+    made_for = descriptor.target_fingerprint
+    if made_for is not None and target.is_here and made_for != target.fingerprint:
+        raise UserError(
+            draft / DESCRIPTOR_FILE,
+            found=f"a draft for target {made_for[:12]}",
+            expected=f"one for {target.fingerprint[:12]} ({target.path})",
+            fix="Train a draft for this target, or serve the other one.",
         )
 
 

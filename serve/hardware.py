@@ -1,13 +1,13 @@
-"""Nodes that targets are served on: how many GPUs, how much memory; and whether a target fits.
+"""GPU nodes: number of GPUs, memory, and whether a target fits.
 
-Memory in GB of 1e9 bytes, as the vendors print it on the device.
+Memory is in GB of 1e9 bytes, as the vendors print it on the device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from contracts.errors import UserError
+from common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Node:
 
     @property
     def memory_gb(self) -> int:
-        """Of all its GPUs."""
+        """Memory of all GPUs."""
         return self.num_gpus * self.gpu_memory_gb
 
 
@@ -34,14 +34,14 @@ NODES = {
 
 
 def find_node(name: str) -> Node:
-    """Raises UserError for hardware that is not known."""
+    """Look up a node by its name. Raises UserError for an unknown name."""
     if name not in NODES:
         raise UserError("--hardware", found=name, expected=f"one of {', '.join(NODES)}", fix="Correct it.")
     return NODES[name]
 
 
 def check_fit(variant: str, memory_gb: float, hardware: str, node: Node, num_gpus: int) -> None:
-    """Raise UserError when `num_gpus` of the node do not exist, or do not hold a variant that needs `memory_gb`."""
+    """Raise UserError when the node lacks `num_gpus` GPUs, or these lack the `memory_gb` that a variant needs."""
     if num_gpus > node.num_gpus:
         raise UserError(
             "tensor-parallel-size",
@@ -53,6 +53,6 @@ def check_fit(variant: str, memory_gb: float, hardware: str, node: Node, num_gpu
         raise UserError(
             f"--variant {variant} --hardware {hardware}",
             found=f"{num_gpus} GPUs with {num_gpus * node.gpu_memory_gb} GB",
-            expected=f"{memory_gb:g} GB, which the target needs",
+            expected=f"{memory_gb:g} GB for the target",
             fix="Choose a smaller variant, more GPUs (tensor-parallel-size), or nodes with more memory.",
         )

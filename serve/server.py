@@ -1,6 +1,6 @@
-"""A vLLM server that is started, waited for and stopped.
+"""Start a vLLM server, wait until it is healthy, and stop it.
 
-Writes: the server's whole output to a log file, whose last lines are told when it fails.
+Writes: the server's output to a log file; its last lines are printed when the server fails.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from contracts.errors import UserError
+from common.errors import UserError
+from serve.client import ask
 from serve.command import ServeCommand
 from serve.vllm_main import PARENT_ENV
 
 STOP_TIMEOUT_S = 20.0
+POLL_INTERVAL_S = 0.25
+PROGRESS_INTERVAL_S = 15.0
 
 
 @dataclass(frozen=True)
 class Server:
-    """A healthy server and how long its start took."""
+    """A healthy server, its URL without /v1, and how long its start took."""
 
     url: str
     log_path: Path
@@ -36,18 +37,18 @@ class Server:
     process: subprocess.Popen[bytes]
 
     def wait(self) -> None:
-        """Wait until the server ends, which it should not. Raises UserError then."""
+        """Block while the server runs. Raises UserError when it ends."""
         code = self.process.wait()
         raise UserError(
             self.log_path,
-            found=f"a server that ended with code {code}: {last_words(self.log_path)}",
-            expected="a server until it is stopped",
-            fix="Read the log and start it again.",
+            found=f"a server that exited with code {code}: {find_error(self.log_path)}",
+            expected="a server that runs until it is stopped",
+            fix="Read the log, then start it again.",
         )
 
 
 def find_port(host: str, port: int | None) -> int:
-    """`port` if it is free, or any free one for None. Raises UserError when it is taken."""
+    """Return `port`, or any free port for None. Raises UserError when `port` is in use."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -56,18 +57,18 @@ def find_port(host: str, port: int | None) -> int:
         except OSError as error:
             raise UserError(
                 f"{host}:{port}",
-                found=error.strerror or "it cannot be used",
+                found=error.strerror or "an unusable address",
                 expected="a free port",
-                fix="Stop what listens there, or set serve.port to another one (none: a free one is taken).",
+                fix="Stop the process that listens there, or set serve.port to another port (null: any free one).",
             ) from None
         return int(probe.getsockname()[1])
 
 
 @contextmanager
 def run_server(command: ServeCommand, *, log_path: Path, startup_timeout_s: float) -> Iterator[Server]:
-    """Start the command's server, wait until it is healthy, and stop it whatever happens inside.
+    """Run the command's server for the length of the block; it is healthy when the block begins.
 
-    Raises UserError when the port is taken, when the server ends before it is healthy, or when it is not healthy
+    Raises UserError when the port is in use, when the server exits before it is healthy, or when it is not healthy
     within `startup_timeout_s`.
     """
     find_port(command.host, command.port)
@@ -92,44 +93,36 @@ def run_server(command: ServeCommand, *, log_path: Path, startup_timeout_s: floa
         _stop(process)
 
 
-def is_healthy(url: str) -> bool:
-    """Whether GET /health answers 200."""
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:  # noqa: S310 (http to our own server)
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
 def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log_path: Path, deadline: float) -> None:
-    started = last_told = time.monotonic()
-    while not is_healthy(url):
+    started = last_printed = time.monotonic()
+    while not ask(lambda client: client.is_healthy(url)):
         code = process.poll()
         if code is not None:
             print(_tail(log_path), file=sys.stderr)
             raise UserError(
                 log_path,
-                found=f"a server that ended at its start with code {code}: {last_words(log_path)}",
+                found=f"a server that exited with code {code} during startup: {find_error(log_path)}",
                 expected="a healthy server",
-                fix="Read the log, then mend serve.args or target.path.",
+                fix="Read the log, then correct serve.args or target.path.",
             )
         if time.monotonic() > deadline:
             print(_tail(log_path), file=sys.stderr)
             raise UserError(
                 log_path,
-                found=f"a server that is not healthy in time: {last_words(log_path)}",
-                expected="health before serve.startup_timeout_s is over",
+                found=f"a server that is not healthy yet: {find_error(log_path)}",
+                expected="a healthy server within serve.startup_timeout_s",
                 fix="Read the log, or raise serve.startup_timeout_s.",
             )
-        if time.monotonic() - last_told > 15:
-            last_told = time.monotonic()
-            passed = time.monotonic() - started
-            print(f"server: starting for {passed:.0f} s ... {_last_line(log_path)}", file=sys.stderr)
-        time.sleep(0.25)
+        if time.monotonic() - last_printed > PROGRESS_INTERVAL_S:
+            last_printed = time.monotonic()
+            seconds = time.monotonic() - started
+            last_line = _tail(log_path, 1).strip()[:100] or "no output yet"
+            print(f"server: starting, {seconds:.0f} s so far; last log line: {last_line}", file=sys.stderr)
+        time.sleep(POLL_INTERVAL_S)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, then SIGKILL to the whole process group; returns when it is gone."""
+    """Send SIGTERM, then SIGKILL, to the process group; return when the server is gone."""
     for signal_number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, signal_number)
@@ -142,18 +135,17 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _last_line(log_path: Path, max_chars: int = 100) -> str:
-    return (_tail(log_path, 1).strip() or "it said nothing yet")[:max_chars]
+def find_error(log_path: Path, max_chars: int = 300) -> str:
+    """Return the last line of a log that names an error, else its last line."""
+    lines = _read_lines(log_path)
+    errors = [line for line in lines if re.search(r"error[:,]", line, re.IGNORECASE)]
+    return (errors or lines or ["no output"])[-1].strip()[-max_chars:]
 
 
 def _tail(log_path: Path, num_lines: int = 15) -> str:
-    """The last lines of a log that are not empty."""
-    lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
-    return "\n".join(lines[-num_lines:])
+    return "\n".join(_read_lines(log_path)[-num_lines:])
 
 
-def last_words(log_path: Path, max_chars: int = 300) -> str:
-    """The last line of a log that names an error, else its last line."""
-    lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"error[:,]", line, re.IGNORECASE)]
-    return (telling or lines or ["it said nothing"])[-1][-max_chars:]
+def _read_lines(log_path: Path) -> list[str]:
+    """Return the lines of a log that are not empty."""
+    return [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]

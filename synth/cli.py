@@ -7,17 +7,18 @@ from typing import Annotated
 
 import typer
 
-from contracts.cli import OverridesOption, RecipeOption, ShardOption, load_checked, make_app, parse_shard
-from contracts.errors import run_app
+from common.cli import ShardOption, make_app, parse_shard
+from common.errors import run_app
+from recipe.cli import OverridesOption, RecipeOption, load_checked
 
-app = make_app("Have the target write conversations, token ids and all.")
+app = make_app("Have the target write conversations, with token ids.")
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The output folder of `synth generate`.")]
 
 
 @app.callback()
 def _callback() -> None:
-    """Have the target write conversations, token ids and all."""
+    """Have the target write conversations, with token ids."""
 
 
 @app.command(
@@ -33,7 +34,7 @@ def generate(
     thinking_modes: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated, with weights if wanted; row i takes mode i modulo their number. Empty: none."
+            help="Comma-separated, optionally with weights; row i takes mode i modulo their number. Empty: none."
         ),
     ] = None,
     endpoint: Annotated[
@@ -41,14 +42,16 @@ def generate(
         typer.Option(help="A running server's URL, ending in /v1. Repeatable.", show_default="start one"),
     ] = None,
     concurrency: Annotated[
-        int | None, typer.Option(help="Conversations in flight.", show_default="as the server keeps up")
+        int | None, typer.Option(help="Conversations in flight.", show_default="as many as the server keeps up with")
     ] = None,
-    output_format: Annotated[str | None, typer.Option(help="oai or sharegpt, beside the token ids.")] = None,
+    output_format: Annotated[
+        str | None, typer.Option(help="Form of the messages beside the token ids: oai or sharegpt.")
+    ] = None,
     shard: ShardOption = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try the failed rows again, too.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also try the failed rows again.")] = False,
     set_: OverridesOption = None,
 ) -> None:
-    """Let the target take every turn of every prompt; resumes by itself, exactly once a row."""
+    """Let the target take every turn of every prompt, each row exactly once; resumes where it stopped."""
     from synth.generate import generate as generate_all
 
     flags = {
@@ -63,7 +66,7 @@ def generate(
 
 @app.command(epilog="Example: synth merge runs/synth")
 def merge(run: RunArgument) -> None:
-    """Join the shards of a run, in the order of the input, when all are there and their counts add up."""
+    """Join the shards of a run in the order of the input; all must be finished and their counts add up."""
     from synth.merge import merge as merge_shards
 
     merge_shards(run)
@@ -72,7 +75,7 @@ def merge(run: RunArgument) -> None:
 @app.command(epilog="Example: synth stats runs/synth --plot runs/synth/stats.png")
 def stats(
     run: RunArgument,
-    plot: Annotated[Path | None, typer.Option(help="Picture to draw.", show_default="RUN/stats.png")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where to write the plot.", show_default="RUN/stats.png")] = None,
 ) -> None:
     """Print and plot statuses, thinking modes, finish reasons and lengths."""
     from synth.stats import show_stats
@@ -84,11 +87,11 @@ def stats(
 def inspect(
     run: RunArgument,
     id_: Annotated[
-        str, typer.Argument(metavar="ID", help="A conversation's id, its beginning, or the prompt's own id.")
+        str, typer.Argument(metavar="ID", help="A conversation's id, a prefix of it, or the prompt's own id.")
     ],
     html: Annotated[Path | None, typer.Option(help="Write one HTML file instead.")] = None,
 ) -> None:
-    """Show a conversation as the draft will learn it: the supervised tokens coloured."""
+    """Show a conversation's tokens, those in the loss coloured."""
     from synth.inspect import inspect_conversation
 
     inspect_conversation(run, id_, html)
@@ -103,7 +106,7 @@ def verify(
     ] = None,
     set_: OverridesOption = None,
 ) -> None:
-    """Prove every turn: its tokens decode to its text, and its context is what the server renders in its mode."""
+    """Check every turn: its tokens decode to its message, its context is what the server renders."""
     from synth.verify import verify as verify_run
 
     flags = {"synth.endpoints": [endpoint] if endpoint else None}

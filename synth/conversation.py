@@ -1,6 +1,6 @@
-"""Write one conversation with a served target: every turn in order, token ids as the server has them.
+"""Write one conversation with a served target: every turn in order, with the server's token ids.
 
-The target's own replies, thoughts included, are the history of its later turns: turn k sees what serving would show.
+The target's own replies, thoughts included, are the history of its later turns, as in serving.
 """
 
 from __future__ import annotations
@@ -11,27 +11,33 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from common.errors import UserError
+from common.loops import find_loop
 from contracts.conversation import Conversation, Loop, Sample
-from contracts.errors import UserError
-from contracts.files import hash_bytes, read_json
-from contracts.loops import find_loop
-from contracts.recipe import Recipe, TargetSection
-from contracts.target import Target, find_folder
-from synth.endpoints import Endpoint, Endpoints, PromptTooLongError
+from recipe.recipe import Recipe
+from serve.endpoints import Endpoint, Endpoints, PromptTooLongError, RequestError
 from synth.prompts import Prompt
-from synth.rendered import WHOLE, Renderer
+from synth.rendered import Renderer
+from synth.reply import ENDED, Reply, add_calls
+from synth.sampling import SharedSampling
+from synth.tool_calls import ToolCallParser, describe_call
+from target.target import Target
+from target.thinking import template_arguments
+
+NEEDS_PARSER = "--enable-auto-tool-choice"
+"""Part of vLLM's refusal of prompts with tools, from a server without a tool call parser."""
 
 
 @dataclass(frozen=True)
 class Writer:
-    """What is the same for all conversations of a run."""
+    """Everything that all conversations of a run share."""
 
     endpoints: Endpoints
     recipe: Recipe
     target: Target
-    shared_sampling: Mapping[str, Any]
-    """Sampling values that hold for every prompt."""
+    sampling: SharedSampling
     renderer: Renderer
+    tool_calls: ToolCallParser | None
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -41,58 +47,14 @@ class Writer:
     def template(self) -> str:
         return self.target.template_checksum
 
-    def sampling(self, prompt: Prompt) -> dict[str, Any]:
-        """Sampling parameters of one conversation; its seed follows from the recipe's seed and its id."""
-        if prompt.temperature == 0:
-            return {"temperature": 0.0, "max_tokens": self.shared_sampling["max_tokens"]}
-        seed = int(hash_bytes(f"{self.recipe.synth.seed}/{prompt.id}".encode())[:8], 16) >> 1
-        return {"temperature": prompt.temperature, **self.shared_sampling, "seed": seed}
+    @property
+    def tool_choice(self) -> dict[str, str]:
+        """What to send with tools, so that the prompt has them and the reply stays whole.
 
-
-def template_values(section: TargetSection, thinking_mode: str) -> dict[str, Any]:
-    """What the chat template is told of the mode (`chat_template_kwargs`); nothing for no mode."""
-    value: Any = thinking_mode or None
-    if thinking_mode and section.thinking_mode_values:
-        value = section.thinking_mode_values[thinking_mode]
-    return {} if value is None else {section.thinking_mode_name: value}
-
-
-def resolve_sampling(recipe: Recipe) -> tuple[list[float], dict[str, Any]]:
-    """Temperatures, and the sampling values that all conversations share: the recipe's, else generation_config's.
-
-    Raises UserError when neither gives a temperature, or when the values contradict each other.
-    """
-    synth = recipe.synth
-    path = find_folder(recipe.target.path) / "generation_config.json"
-    of_target = read_json(path, "the target's generation_config.json") if path.exists() else {}
-    temperature = synth.temperature
-    if temperature is None:
-        temperature = 0.0 if of_target.get("do_sample") is False else of_target.get("temperature")
-    if temperature is None:
-        raise UserError(
-            "synth.temperature",
-            found=f"none in the recipe, none in {path}",
-            expected="a temperature, as the draft will be served with",
-            fix="Set synth.temperature (0: greedy).",
-        )
-    temperatures = [float(t) for t in (temperature if isinstance(temperature, list) else [temperature])]
-    if 0.0 in temperatures and synth.num_samples > 1:
-        raise UserError(
-            "synth.num_samples",
-            found=f"{synth.num_samples} samples at temperature 0",
-            expected="one: all would be the same",
-            fix="Raise the temperature, or ask for one sample.",
-        )
-    if synth.max_tokens >= recipe.target.max_model_len:
-        raise UserError(
-            "synth.max_tokens",
-            found=str(synth.max_tokens),
-            expected=f"fewer than target.max_model_len ({recipe.target.max_model_len}), which holds prompt and reply",
-            fix="Lower the one or raise the other.",
-        )
-    values = {"top_p": synth.top_p, "top_k": synth.top_k}
-    shared = {key: of_target.get(key) if value is None else value for key, value in values.items()}
-    return temperatures, {**{k: v for k, v in shared.items() if v is not None}, "max_tokens": synth.max_tokens}
+        A vLLM server of our own gets "none". Unknown servers get nothing: SGLang would leave the tools out.
+        """
+        ours = self.recipe.serve.backend == "vllm" and not self.recipe.synth.endpoints
+        return {"tool_choice": "none"} if ours else {}
 
 
 def check_modes(recipe: Recipe) -> None:
@@ -109,8 +71,8 @@ def check_modes(recipe: Recipe) -> None:
 
 
 @dataclass
-class Draft:
-    """A conversation while it is written."""
+class Progress:
+    """A conversation in progress."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     turns: list[dict[str, str]] = field(default_factory=list)
@@ -127,135 +89,150 @@ class Draft:
 async def write_conversation(writer: Writer, prompt: Prompt) -> Conversation:
     """Let the target take every turn of `prompt`.
 
-    A reply that is cut by max_tokens ends the conversation; so does a tool call that the source has no results for,
-    and a history that fills the context. Raises PromptTooLongError when already the first prompt does not fit,
-    RequestError when a request failed for good, and UserError when the server parses thoughts away.
+    The conversation ends early after a reply that was cut by max_tokens, after a tool call without results in the
+    source, and when the history fills the context. Raises PromptTooLongError when the first prompt does not fit,
+    RequestError when a request failed for good, and UserError when the server strips reasoning.
     """
-    draft = Draft()
-    sampling = writer.sampling(prompt)
+    progress = Progress()
+    sampling = writer.sampling.of(prompt)
     endpoint: Endpoint | None = None
-    calls: list[dict[str, Any]] = []  # the target's last tool calls, taken one by one by the source's results
+    calls: list[dict[str, Any]] = []  # the target's last tool calls that still lack a result
     for message in prompt.messages:
         if message["role"] != "assistant":
-            _add_message(draft, message, calls)
+            _add_message(progress, message, calls)
             continue
-        body = _make_request(writer, prompt, draft.messages, sampling)
-        # The same server for all turns: it holds the history's KV cache.
+        body = _make_request(writer, prompt, progress.messages, sampling)
         try:
-            answer, endpoint = await writer.endpoints.complete(body, prefer=endpoint)
+            # The same server for all turns: it has the history in its KV cache.
+            answer, endpoint = await _ask(writer, body, endpoint)
         except PromptTooLongError as error:
-            if not draft.num_replies:
+            if not progress.num_replies:
                 raise
-            draft.stopped = f"turn {draft.num_replies}: {error}"
+            progress.stopped = f"turn {progress.num_replies}: {error}"
             break
         choice = answer["choices"][0]
         prompt_ids: Any = answer.get("prompt_token_ids")
         reply_ids: Any = choice.get("token_ids")
         if not prompt_ids or reply_ids is None:
-            draft.rendered = True
+            progress.rendered = True
             prompt_ids, reply_ids = await asyncio.to_thread(writer.renderer.render, body, choice)
-        _add_reply(writer, draft, choice, prompt_ids, reply_ids)
-        if draft.finish_reason not in WHOLE:
+        reply = await _read_reply(writer, prompt, choice)
+        _add_reply(writer, progress, choice, reply, (prompt_ids, reply_ids))
+        if progress.finish_reason not in ENDED:
             break
-        calls = list(choice["message"].get("tool_calls") or [])
-        draft.stopped = _compare_calls(calls, message.get("tool_calls", []))
-        if draft.stopped:
+        calls = list(reply.message.get("tool_calls", []))
+        progress.stopped = _compare_calls(calls, message.get("tool_calls", []), is_parsed=reply.is_parsed)
+        if progress.stopped:
             break
-    sharegpt = writer.recipe.synth.output_format == "sharegpt"
+    return _to_record(writer, prompt, progress, sampling)
+
+
+def _to_record(writer: Writer, prompt: Prompt, progress: Progress, sampling: dict[str, Any]) -> Conversation:
+    is_sharegpt = writer.recipe.synth.output_format == "sharegpt"
     return Conversation(
         id=prompt.id,
         source_id=prompt.source_id,
         index=prompt.index,
         sample=prompt.sample,
         category=prompt.category,
-        messages=None if sharegpt else draft.messages,
-        conversations=draft.turns if sharegpt else None,
+        messages=None if is_sharegpt else progress.messages,
+        conversations=progress.turns if is_sharegpt else None,
         tools=prompt.tools,
         thinking_mode=prompt.thinking_mode,
-        samples=draft.samples,
-        finish_reason="stop" if draft.finish_reason in WHOLE else "length",
-        stopped=draft.stopped,
-        loop=draft.loop,
-        rendered=draft.rendered,
+        samples=progress.samples,
+        finish_reason="stop" if progress.finish_reason in ENDED else "length",
+        stopped=progress.stopped,
+        loop=progress.loop,
+        rendered=progress.rendered,
         sampling=sampling,
         target=writer.identity,
         template=writer.template,
-        usage={"prompt_tokens": draft.prompt_tokens, "completion_tokens": draft.completion_tokens},
+        usage={"prompt_tokens": progress.prompt_tokens, "completion_tokens": progress.completion_tokens},
     )
 
 
-def _add_message(draft: Draft, message: Mapping[str, Any], calls: list[dict[str, Any]]) -> None:
+async def _ask(writer: Writer, body: dict[str, Any], prefer: Endpoint | None) -> tuple[dict[str, Any], Endpoint]:
+    """Return the answer and its server. A vLLM without a tool call parser is asked again, to leave the reply whole."""
+    try:
+        return await writer.endpoints.chat(body, prefer=prefer)
+    except RequestError as error:
+        if NEEDS_PARSER not in str(error):
+            raise
+    return await writer.endpoints.chat({**body, "tool_choice": "none"}, prefer=prefer)
+
+
+def _add_message(progress: Progress, message: Mapping[str, Any], calls: list[dict[str, Any]]) -> None:
     added = dict(message)
     if message["role"] == "tool":
         call = next(call for call in calls if call["function"]["name"] == message["name"])
         calls.remove(call)
         added["tool_call_id"] = call.get("id", "")
-    draft.messages.append(added)
+    progress.messages.append(added)
     content = message["content"]
     text = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    draft.turns.append({"from": {"user": "human"}.get(message["role"], message["role"]), "value": text})
+    progress.turns.append({"from": {"user": "human"}.get(message["role"], message["role"]), "value": text})
 
 
 def _make_request(
     writer: Writer, prompt: Prompt, messages: list[dict[str, Any]], sampling: Mapping[str, Any]
 ) -> dict[str, Any]:
     body: dict[str, Any] = {"messages": messages, **sampling, "return_token_ids": True}
-    if values := template_values(writer.recipe.target, prompt.thinking_mode):
+    if values := template_arguments(writer.recipe.target, prompt.thinking_mode):
         body["chat_template_kwargs"] = values
     if prompt.tools:
-        body["tools"] = prompt.tools
+        # Some targets mark calls by special tokens, which the text lacks otherwise.
+        body |= {"tools": prompt.tools, "skip_special_tokens": False, **writer.tool_choice}
     return body
 
 
+async def _read_reply(writer: Writer, prompt: Prompt, choice: Mapping[str, Any]) -> Reply:
+    """Return a reply's message with its tool calls: the server's, or parsed here. Raises UserError: see `Reply`."""
+    tags, parser = writer.recipe.target.thinking_tags, writer.tool_calls
+    reply = Reply.of_server(choice, tags, is_parsed=not prompt.tools or parser is not None)
+    if not prompt.tools or reply.message.get("tool_calls") or parser is None or choice["finish_reason"] not in ENDED:
+        return reply
+    return Reply(await asyncio.to_thread(add_calls, reply.message, prompt.tools, parser), reply.text)
+
+
 def _add_reply(
-    writer: Writer, draft: Draft, choice: Mapping[str, Any], prompt_ids: list[int], reply_ids: list[int]
+    writer: Writer, progress: Progress, choice: Mapping[str, Any], reply: Reply, ids: tuple[list[int], list[int]]
 ) -> None:
-    """Add one reply's message and tokens."""
-    message = choice["message"]
-    if message.get("reasoning") or message.get("reasoning_content"):
-        raise UserError(
-            "the server's answer",
-            found="a thought apart from the text: it runs a reasoning parser",
-            expected="both in the generated tokens",
-            fix="Serve without --reasoning-parser.",
-        )
-    draft.finish_reason = choice["finish_reason"]
-    text = message.get("content") or ""
-    ended = draft.finish_reason in WHOLE
-    synth = writer.recipe.synth
-    add_turn(draft.samples, prompt_ids, reply_ids, unsupervised=int(ended and not synth.supervise_end))
-    if draft.loop is None and (found := find_loop(reply_ids, synth.loop_tokens)):
-        draft.loop = Loop(turn=draft.num_replies, period=found[0], num_tokens=found[1])
-    reply = make_reply(text, writer.recipe.target.thinking_tags)
-    if message.get("tool_calls"):
-        reply["tool_calls"] = message["tool_calls"]
-    draft.messages.append(reply)
-    draft.turns.append({"from": "gpt", "value": text})
-    draft.turns.extend({"from": "function_call", "value": _describe_call(c)} for c in message.get("tool_calls") or [])
-    draft.num_replies += 1
-    draft.prompt_tokens += len(prompt_ids)
-    draft.completion_tokens += len(reply_ids)
+    """Add one reply: its message, and the token ids of prompt and reply."""
+    progress.finish_reason = choice["finish_reason"]
+    prompt_ids, reply_ids = ids
+    synth, has_ended = writer.recipe.synth, progress.finish_reason in ENDED
+    add_turn(progress.samples, prompt_ids, reply_ids, unsupervised=int(has_ended and not synth.supervise_end))
+    if progress.loop is None and (found := find_loop(reply_ids, synth.min_loop_tokens)):
+        progress.loop = Loop(turn=progress.num_replies, period=found[0], num_tokens=found[1])
+    progress.messages.append(reply.message)
+    progress.turns.append({"from": "gpt", "value": reply.text})
+    calls = reply.message.get("tool_calls", [])
+    progress.turns.extend({"from": "function_call", "value": describe_call(call)} for call in calls)
+    progress.num_replies += 1
+    progress.prompt_tokens += len(prompt_ids)
+    progress.completion_tokens += len(reply_ids)
 
 
-def _describe_call(call: Mapping[str, Any]) -> str:
-    return f'{{"name": "{call["function"]["name"]}", "arguments": {call["function"].get("arguments") or "{}"}}}'
+def _compare_calls(calls: list[dict[str, Any]], with_results: list[str], *, is_parsed: bool) -> str:
+    """Return why the conversation cannot go on after a reply, or "".
 
-
-def _compare_calls(calls: list[dict[str, Any]], with_results: list[str]) -> str:
-    """Why the conversation cannot go on after a reply, or "": the source must hold results of these very tools."""
+    The source must have results of exactly these tools. Where calls are not parsed, it must have none.
+    """
     called = [str(call["function"]["name"]) for call in calls]
     if sorted(called) == sorted(with_results):
         return ""
-    return f"the target called {', '.join(called) or 'no tool'}, the source has results of " + (
-        ", ".join(name or "a tool that it does not name" for name in with_results) or "none"
-    )
+    made = f"the target called {', '.join(called) or 'no tool'}"
+    if not is_parsed:
+        made = "the format of the target's tool calls is not known (synth.tool_call_parser)"
+    results = ", ".join(name or "a tool that it does not name" for name in with_results) or "none"
+    return f"{made}, the source has results of {results}"
 
 
 def add_turn(samples: list[Sample], prompt_ids: list[int], reply_ids: list[int], *, unsupervised: int = 0) -> None:
-    """Add one generated turn to a conversation's samples; its last `unsupervised` tokens stay out of the loss.
+    """Add one generated turn to a conversation's samples; its last `unsupervised` tokens are not in the loss.
 
-    Where the prompt starts with the last sample's tokens, the template only appended, and the sample grows by one
-    span. Otherwise the template rewrote its history, and the turn is a sample of its own.
+    If the prompt starts with the last sample's tokens, the template only appended: the sample grows by one span. If
+    not, the template rewrote the history: the turn is a sample of its own.
     """
     start, end = len(prompt_ids), len(prompt_ids) + len(reply_ids) - unsupervised
     spans = [(start, end)] if end > start else []
@@ -263,17 +240,3 @@ def add_turn(samples: list[Sample], prompt_ids: list[int], reply_ids: list[int],
         samples[-1] = Sample(token_ids=prompt_ids + reply_ids, loss_spans=[*samples[-1].loss_spans, *spans])
     else:
         samples.append(Sample(token_ids=prompt_ids + reply_ids, loss_spans=spans))
-
-
-def make_reply(text: str, thinking_tags: tuple[str, str]) -> dict[str, Any]:
-    """The assistant message of a reply's text, split at the end of its thought, nothing stripped.
-
-    A thought opened by the prompt (mode enabled) has no opening tag in the reply; one that was cut has no closing tag
-    and stays in the content, which ends the conversation anyway.
-    """
-    opening, closing = thinking_tags
-    thought, separator, answer = text.partition(closing)
-    if not separator:
-        return {"role": "assistant", "content": text}
-    thought = thought.removeprefix(opening)
-    return {"role": "assistant", "content": answer, **({"reasoning_content": thought} if thought else {})}

@@ -1,6 +1,6 @@
 """Have the target write the conversations of a whole prompt set, exactly once each.
 
-Reads:  prompts (synth/sources.py), a recipe, a served target.
+Reads:  prompts (contracts/prompt_files.py), a recipe, a served target.
 Writes: OUTPUT/conversations.jsonl, ledger.jsonl, rejects.jsonl (synth/output.py) and metrics.jsonl (synth/watch.py);
         of shard i of n, to OUTPUT/shards/<i>-of-<n>/, for `synth merge`.
 """
@@ -14,24 +14,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
-from contracts.errors import IncompleteError, UserError
-from contracts.files import read_json
+from common.errors import IncompleteError, UserError
+from common.files import read_json
 from contracts.ledger import STATUSES, check_counts, read_entries
-from contracts.recipe import Recipe
+from contracts.prompt_files import open_prompts
 from contracts.run import Run
-from contracts.seen import Seen
-from contracts.shards import folders_by_count, folders_of_others, shard_folder, shard_of
-from contracts.target import Target
+from contracts.shards import folders_by_count, folders_of_others, shard_folder
+from recipe.recipe import Recipe
 from serve.command import build_command
 from serve.server import find_port, run_server
-from synth.conversation import check_modes, resolve_sampling
-from synth.output import LEDGER_FILE, Output
-from synth.prompts import Prompt, Reject, read_prompts
-from synth.sources import Wanted, open_prompts
+from serve.settings import output_settings
+from synth.conversation import check_modes
+from synth.output import FLAGS, LEDGER_FILE, Output
+from synth.prompts import Reject
+from synth.sampling import SharedSampling, resolve_sampling
+from synth.todo import Source, Todo
+from synth.tool_calls import ToolCallParser, find_parser
 from synth.work import Job, write_all
+from target.target import Target
 
 STAGE = "synth generate"
 
@@ -44,16 +44,15 @@ def generate(
     shard: tuple[int, int] | None = None,
     retry_failed: bool = False,
 ) -> dict[str, Any]:
-    """Write every conversation that `output` still lacks; its summary (counts by status, tokens).
+    """Write every conversation that `output` still lacks; return its summary (counts by status, tokens).
 
     Without `synth.endpoints` a server is started and stopped. `shard` (i, n) takes the conversations whose id is i
-    modulo n, and of the rows that cannot be used those whose number is. Raises UserError for bad input, IncompleteError
-    when the servers are lost or too many rows failed, and KeyboardInterrupt after Ctrl-C or SIGTERM; all keep what was
-    finished.
+    modulo n, and the unusable rows whose number is. Raises UserError for bad input, IncompleteError when the servers
+    are lost or too many rows failed, and KeyboardInterrupt after Ctrl-C or SIGTERM; finished conversations are kept.
     """
     check_modes(recipe)
-    temperatures, sampling = resolve_sampling(recipe)
-    target = Target.read(recipe.target.path)
+    sampling = resolve_sampling(recipe)
+    target = Target.here(recipe.target)
     prompt_set = open_prompts(prompts)
     if shard is None:
         _refuse_shards(output, retry_failed)
@@ -63,76 +62,102 @@ def generate(
     run = Run.open(
         folder,
         STAGE,
-        settings={
-            "synth": {**recipe.synth.settings(), "temperature": temperatures, **sampling},
-            "serve": recipe.serve.settings(),
-            "max_model_len": recipe.target.max_model_len,
-            "thinking_mode_values": recipe.target.thinking_mode_values,
-            **({} if shard is None else {"shard": f"{shard[0]}/{shard[1]}"}),
-        },
+        settings=find_settings(recipe, target, sampling, shard),
         inputs={"prompts": prompt_set.checksum, "target": target.fingerprint},
         recipe_yaml=recipe.to_yaml(),
     )
-    seen, samples_per_row = Seen(), recipe.synth.num_samples * len(temperatures)
-
-    def read(wanted: Wanted = lambda _: True) -> Iterator[Prompt | Reject]:
-        rows = prompt_set.rows(wanted)
-        return read_prompts(rows, recipe.synth.modes_in_turn, temperatures, recipe.synth.num_samples, seen)
-
-    out = Output(folder, prompt_set.num_rows, samples_per_row)
-    again = ("", "failed") if retry_failed else ("",)
-    ours = find_places(read(), prompt_set.num_rows, samples_per_row, shard)
-    for entry in (entry for other in others for entry in read_entries(other / LEDGER_FILE)):
-        if entry["status"] not in again:
-            ours[entry["index"], entry["sample"]] = False
-    ours |= out.accounted.reshape(ours.shape)
-    num_expected = int(ours.sum())
-    num_open = num_expected - out.counts.total() + (out.counts["failed"] if retry_failed else 0)
-    if run.complete and not num_open:
+    source = Source(prompt_set, recipe.synth, sampling.temperatures)
+    out = Output(folder, *source.shape)
+    todo = Todo.find(source, out, shard, others, retry_failed=retry_failed)
+    if run.complete and not todo.num_open:
         out.close()
         print(f"synth: {folder} is finished, skipped ({describe(run.state['summary'])})")
         return dict(run.state["summary"])
     run.reopen()
-    print(f"synth: {prompt_set.num_rows} rows in {len(prompt_set.files)} files; {num_expected} conversations to write")
+    print(f"synth: {source.shape[0]} rows in {len(prompt_set.files)} files; {todo.num_expected} conversations to write")
     if out.counts.total():
-        print(f"synth: {num_expected - num_open} of {num_expected} are there already, going on with {num_open}")
-
-    def is_open(index: int, sample: int) -> bool:
-        return bool(ours[index, sample]) and out.status(index, sample) in again
-
-    todo = (
-        item
-        for item in read(lambda index: any(is_open(index, sample) for sample in range(samples_per_row)))
-        if is_open(item.index, item.sample)
-    )
-    job = Job(recipe, target, sampling, todo, out, run, num_expected)
-    stopped = False
+        print(f"synth: {todo.num_expected - todo.num_open} of {todo.num_expected} exist, {todo.num_open} to go")
+    job = Job(recipe, target, sampling, todo, out, run, _find_parser(recipe, target, todo))
     try:
-        if num_open:
-            with serve_target(recipe, target, folder) as (urls, is_gone):
-                stopped = asyncio.run(write_all(job, urls, is_gone))
+        stopped = write_open(job)
     finally:
         out.close()
         run.tick(0.0)
     if stopped:
         raise KeyboardInterrupt
+    return _finish(job, source)
+
+
+def find_settings(
+    recipe: Recipe, target: Target, sampling: SharedSampling, shard: tuple[int, int] | None
+) -> dict[str, Any]:
+    """Return the settings that change the conversations: a run that goes on must have the same."""
+    section = recipe.target
+    return {
+        "synth": {**recipe.synth.settings(), **sampling.settings()},
+        "serve": output_settings(recipe, "synth"),
+        "target": {
+            "max_model_len": section.max_model_len,
+            "thinking_mode_name": section.thinking_mode_name,
+            "thinking_mode_values": section.thinking_mode_values,
+            "thinking_tags": list(section.thinking_tags),
+            "chat_template": target.template_checksum,
+            "tokenizer": target.tokenizer_checksum,
+        },
+        **({} if shard is None else {"shard": f"{shard[0]}/{shard[1]}"}),
+    }
+
+
+def write_open(job: Job) -> bool:
+    """Write a job's open conversations; return whether Ctrl-C or SIGTERM stopped it before the end.
+
+    No server is started for rows that cannot be used anyway.
+    """
+    if job.todo.needs_server:
+        with serve_target(job.recipe, job.target, job.out.folder) as (urls, is_gone):
+            return asyncio.run(write_all(job, urls, is_gone))
+    for item in job.todo.items():
+        assert isinstance(item, Reject)
+        job.out.add_reject(item)
+    return False
+
+
+def _find_parser(recipe: Recipe, target: Target, todo: Todo) -> ToolCallParser | None:
+    """Return the parser of tool calls, if any prompt has tools; say which one it is."""
+    if not todo.num_with_tools:
+        return None
+    parser = find_parser(recipe, target)
+    what = (
+        f"tool calls are parsed with vLLM's {parser.name} parser"
+        if parser
+        else "the format of the target's tool calls is not known: they stay in the text (synth.tool_call_parser)"
+    )
+    print(f"synth: {todo.num_with_tools} conversations have tools; {what}")
+    return parser
+
+
+def _finish(job: Job, source: Source) -> dict[str, Any]:
+    """Check the counts, mark the run complete and return its summary. Raises: see `generate`."""
+    out, folder, num_expected = job.out, job.out.folder, job.todo.num_expected
+    counts = {status: out.counts[status] for status in STATUSES}
+    num_rows, samples_per_row = source.shape
     summary = {
-        **{status: out.counts[status] for status in STATUSES},
+        **counts,
         "input": num_expected,
-        "rows": prompt_set.num_rows,
-        "places": ours.size,  # of the whole input
+        "rows": num_rows,
+        "places": num_rows * samples_per_row,  # of the whole input
         "tokens": out.tokens,
         **out.flags,
     }
-    check_counts(folder / LEDGER_FILE, {status: out.counts[status] for status in STATUSES}, num_expected)
-    print(f"synth: {describe(summary)} in {run.seconds:.0f} s -> {folder / 'conversations.jsonl'}")
-    _refuse_useless(folder, out, recipe.synth.max_failed_fraction, num_expected)
-    run.finish(summary)
+    check_counts(folder / LEDGER_FILE, counts, num_expected)
+    print(f"synth: {describe(summary)} in {job.run.seconds:.0f} s -> {folder / 'conversations.jsonl'}")
+    _refuse_useless(folder, out, job.recipe.synth.max_failed_fraction, num_expected)
+    job.run.finish(summary)
     return summary
 
 
 def _refuse_shards(output: Path, retry_failed: bool) -> None:
-    """Raise UserError where a run without --shard would write beside shards, which a dump may read instead."""
+    """Raise UserError where a run without --shard would write beside shards: a dump may read those instead."""
     path = output / "run.json"
     merged = path.exists() and read_json(path, "a run's state")["complete"]
     if folders_by_count(output) and (retry_failed or not merged):
@@ -144,22 +169,9 @@ def _refuse_shards(output: Path, retry_failed: bool) -> None:
         )
 
 
-def find_places(
-    items: Iterator[Prompt | Reject], num_rows: int, samples_per_row: int, shard: tuple[int, int] | None
-) -> np.ndarray:
-    """(rows, samples) bool: which places are this shard's. Walks the whole input: every shard must know of repeats."""
-    ours = np.zeros((num_rows, samples_per_row), dtype=bool)
-    total = num_rows * samples_per_row
-    for item in tqdm(items, desc="read", total=total, unit="conv", delay=2, mininterval=1, disable=None):
-        number, count = shard or (0, 1)
-        place = item.index % count if isinstance(item, Reject) else shard_of(item.id, count)
-        ours[item.index, item.sample] = place == number
-    return ours
-
-
 @contextmanager
 def serve_target(recipe: Recipe, target: Target, folder: Path) -> Iterator[tuple[list[str], Callable[[], bool]]]:
-    """URLs of the recipe's endpoints, or of a server that lives as long as the block; whether it is gone for good."""
+    """Yield the URLs of the recipe's endpoints or of a server of our own, and whether that has ended for good."""
     if recipe.synth.endpoints:
         yield recipe.synth.endpoints, lambda: False
         return
@@ -170,7 +182,7 @@ def serve_target(recipe: Recipe, target: Target, folder: Path) -> Iterator[tuple
 
 
 def _refuse_useless(folder: Path, out: Output, max_failed_fraction: float, num_expected: int) -> None:
-    """Tell of failures; raise when they are too many, or when no row at all could be used."""
+    """Report failures; raise when they are too many, or when no row could be used."""
     status = "failed" if out.counts["failed"] else "filtered"
     if not out.counts[status] or (status == "filtered" and out.counts["filtered"] < num_expected):
         return
@@ -182,19 +194,19 @@ def _refuse_useless(folder: Path, out: Output, max_failed_fraction: float, num_e
             folder / "rejects.jsonl",
             found=f"all {num_expected} rows filtered, most often: {reason}",
             expected="rows that can be used",
-            fix="Look at the reasons, mend the prompts, and give another --output.",
+            fix="Look at the reasons, fix the prompts, and give another --output.",
         )
     failed = out.counts["failed"]
     print(f"synth: {failed} rows failed, most often: {reason}. Try them again with --retry-failed.")
     if failed > max_failed_fraction * num_expected:
         raise IncompleteError(
             f"{folder / LEDGER_FILE}: found {failed} of {num_expected} rows failed ({reason}), expected at "
-            f"most {max_failed_fraction:.0%}. Mend the cause and run again with --retry-failed."
+            f"most {max_failed_fraction:.0%}. Fix the cause and run again with --retry-failed."
         )
 
 
 def describe(summary: Mapping[str, int]) -> str:
-    """A summary in words, for people."""
+    """Return a summary in words."""
     parts = [f"{summary[status]} {status}" for status in STATUSES if summary[status]]
-    parts += [f"{summary[flag]} {flag}" for flag in ("loop", "stopped", "rendered") if summary.get(flag)]
+    parts += [f"{summary[flag]} {flag}" for flag in FLAGS if summary.get(flag)]
     return f"{summary['input']} rows: {', '.join(parts)}; {summary['tokens']} tokens"

@@ -1,4 +1,4 @@
-"""Show one conversation as the draft will learn it: every token of every sample, the supervised ones coloured.
+"""Show the tokens of one conversation, those in the loss coloured.
 
 Reads: RUN/conversations.jsonl and the tokenizer of the target that wrote it. Writes: the terminal, or one HTML file.
 """
@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common.errors import UserError
 from contracts.conversation import CONVERSATIONS_FILE, Conversation, Sample
-from contracts.errors import UserError
 from contracts.ledger import read_entries
-from contracts.show import Decoder, print_tokens, write_html
 from synth.output import LEDGER_FILE
+from target.view import Decoder, print_tokens, write_html
 
 
 def inspect_conversation(folder: Path, id_: str, html: Path | None) -> None:
-    """Show the conversation of that id, that beginning of an id, or that source id. Raises UserError for none."""
+    """Show the conversation of an id, a prefix of an id, or a source id. Raises UserError unless it is exactly one."""
     conversation = find_conversation(folder, id_)
     decoder = Decoder(Path(conversation.target["path"]))
     parts = {
@@ -54,7 +54,7 @@ def _is_supervised(sample: Sample) -> list[bool]:
 
 
 def find_conversation(folder: Path, id_: str) -> Conversation:
-    """Find a record by the ledger, without reading the others. Raises UserError for none or several."""
+    """Find a record by the ledger and read only that one. Raises UserError for none or several."""
     if not (folder / LEDGER_FILE).exists():
         raise UserError(
             folder, found=f"no {LEDGER_FILE}", expected="the output of `synth generate`", fix="Correct the folder."

@@ -1,7 +1,7 @@
 """Join the shards of a run into one output, rows in the order of the input.
 
-Reads:  RUN/shards/<i>-of-<n>/ of every i, each finished; and what shards of an earlier number of them had written.
-Writes: RUN/conversations.jsonl, ledger.jsonl, rejects.jsonl, run.json: as if one process had written it all.
+Reads:  RUN/shards/<i>-of-<n>/ of every i, each finished; and the finished part of shards of an earlier count.
+Writes: RUN/conversations.jsonl, ledger.jsonl, rejects.jsonl, run.json, as one process would write them.
 """
 
 from __future__ import annotations
@@ -9,27 +9,29 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections import Counter
+from collections import Counter, OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import yaml
 from tqdm import tqdm
 
+from common.errors import UserError
+from common.files import read_json
 from contracts.conversation import CONVERSATIONS_FILE
-from contracts.errors import UserError
-from contracts.files import read_json
 from contracts.ledger import STATUSES, check_counts, parse_entry
-from contracts.recipe import Recipe
 from contracts.run import Run, read_run
 from contracts.shards import folders_by_count, shard_folder
+from recipe.recipe import Recipe
 from synth.generate import STAGE, describe
 from synth.output import FLAGS, LEDGER_FILE, write_rejects
 
+MAX_OPEN_FILES = 64
+
 
 def merge(folder: Path) -> dict[str, Any]:
-    """Merge the shards of `folder`; its summary.
+    """Merge the shards of `folder`; return the summary.
 
     Raises UserError when a shard is missing, unfinished, or of other settings or inputs, and IncompleteError when the
     counts do not add up to the input.
@@ -40,7 +42,7 @@ def merge(folder: Path) -> dict[str, Any]:
     for shard, state in zip([*shards, *earlier], [*states, *before], strict=True):
         _check_same(shard, state, states[0])
     num_expected = states[0]["summary"]["places"]  # of the whole input
-    shards = [*earlier, *shards]  # of two lines for one place the later folder's counts
+    shards = [*earlier, *shards]  # where two have a line for one place, the later one's counts
     settings = {key: value for key, value in states[0]["settings"].items() if key != "shard"}
     recipe = Recipe.model_validate(yaml.safe_load((shards[0] / "resolved.yaml").read_text()))
     run = Run.open(folder, STAGE, settings=settings, inputs=states[0]["inputs"], recipe_yaml=recipe.to_yaml())
@@ -69,7 +71,10 @@ def merge(folder: Path) -> dict[str, Any]:
 
 
 def find_shards(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The shard folders of earlier numbers, and in order those of the last one, of which none may be missing."""
+    """Return the shard folders of earlier counts, and those of the latest count in order.
+
+    Raises UserError when there are none, or when one of the latest count is missing.
+    """
     found = folders_by_count(folder)
     if not found:
         raise UserError(
@@ -102,31 +107,20 @@ def _check_same(shard: Path, state: dict[str, Any], first: dict[str, Any]) -> No
 
 
 def _copy_all(shards: list[Path], folder: Path) -> tuple[dict[str, int], Counter[str], int]:
-    """Copy records and ledger lines by the place of their row; counts by status, flags and tokens."""
+    """Copy records and ledger lines in the order of the input; return counts by status, flags and tokens."""
     order = _index(shards)
-    records = [(shard / CONVERSATIONS_FILE).open("rb") for shard in shards]
-    ledgers = [(shard / LEDGER_FILE).open("rb") for shard in shards]
     counts: Counter[str] = Counter()
     flags: Counter[str] = Counter()
     end = tokens = 0
     targets = [folder / CONVERSATIONS_FILE, folder / LEDGER_FILE]
     temporaries = [path.with_name(f".{path.name}.tmp") for path in targets]
-    with temporaries[0].open("wb") as out, temporaries[1].open("wb") as ledger:
+    with temporaries[0].open("wb") as out, temporaries[1].open("wb") as ledger, OpenFiles() as files:
         for place in tqdm(order, desc="merge", unit="conv", disable=None):
-            shard, offset = map(int, place[2:])
-            ledgers[shard].seek(offset)
-            entry = parse_entry(ledgers[shard].readline(), f"{shards[shard] / LEDGER_FILE}, byte {offset}")
+            shard, offset = shards[int(place[2])], int(place[3])
+            line = files.at(shard / LEDGER_FILE, offset).readline()
+            entry = parse_entry(line, f"{shard / LEDGER_FILE}, byte {offset}")
             if "end" in entry:
-                records[shard].seek(entry["end"] - entry["size"])
-                line = records[shard].read(entry["size"])
-                if len(line) != entry["size"] or not line.endswith(b"\n"):
-                    raise UserError(
-                        shards[shard] / CONVERSATIONS_FILE,
-                        found=f"no whole record before byte {entry['end']}",
-                        expected=f"that of {entry['id']}, as the ledger has it",
-                        fix="Restore the file from a copy, or delete the shard's folder and write it again.",
-                    )
-                out.write(line)
+                out.write(_read_record(files, shard / CONVERSATIONS_FILE, entry))
                 end += entry["size"]
                 entry["end"] = end
             ledger.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
@@ -136,15 +130,51 @@ def _copy_all(shards: list[Path], folder: Path) -> tuple[dict[str, int], Counter
         for file in (out, ledger):
             file.flush()
             os.fsync(file.fileno())
-    for source in (*records, *ledgers):
-        source.close()
     for temporary, path in zip(temporaries, targets, strict=True):
         temporary.rename(path)
     return {status: counts[status] for status in STATUSES}, flags, tokens
 
 
+class OpenFiles:
+    """Files open for reading, the latest few of any number; use as a context manager."""
+
+    def __init__(self, limit: int = MAX_OPEN_FILES) -> None:
+        self._limit = limit
+        self._files: OrderedDict[Path, BinaryIO] = OrderedDict()
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def at(self, path: Path, offset: int) -> BinaryIO:
+        """Return the file at `offset`; the one used longest ago is closed for it if needed."""
+        if path not in self._files:
+            if len(self._files) == self._limit:
+                self._files.popitem(last=False)[1].close()
+            self._files[path] = path.open("rb")
+        self._files.move_to_end(path)
+        self._files[path].seek(offset)
+        return self._files[path]
+
+
+def _read_record(files: OpenFiles, path: Path, entry: dict[str, Any]) -> bytes:
+    """Return the record of a ledger entry. Raises UserError when the file does not hold it whole."""
+    line = files.at(path, entry["end"] - entry["size"]).read(entry["size"])
+    if len(line) != entry["size"] or not line.endswith(b"\n"):
+        raise UserError(
+            path,
+            found=f"no whole record before byte {entry['end']}",
+            expected=f"that of {entry['id']}, as the ledger has it",
+            fix="Restore the file from a copy, or delete the shard's folder and write it again.",
+        )
+    return line
+
+
 def _index(shards: list[Path]) -> np.ndarray:
-    """(rows, 4) int64: index, sample, shard, offset of the ledger line that counts; sorted by place."""
+    """Return (places, 4) int64: index, sample, shard, offset of the last ledger line; sorted by index and sample."""
     table = array("q")
     for number, shard in enumerate(shards):
         offset = 0

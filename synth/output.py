@@ -1,11 +1,11 @@
-"""What a run has written so far, and its writing, off the event loop.
+"""Write a run's records and ledger in a thread, and load them on a resume.
 
-Writes: conversations.jsonl, one record a line in order of completion, and ledger.jsonl, a line for every sample of
-        every row. A ledger line names the end of its record; what lies beyond the last one was not accounted for when
-        the process died, and is cut off and written again. rejects.jsonl: the filtered rows, drawn from the ledger.
+Writes: conversations.jsonl, one record a line in order of completion, and ledger.jsonl, one line for every sample of
+        every row. A ledger line has the end offset of its record. Bytes after the last such offset are records whose
+        ledger lines were lost in a crash: they are cut off, and their rows done again.
+        rejects.jsonl: the filtered rows, from the ledger.
 
-A thread takes what has come in, writes and syncs the records, then writes and syncs their ledger lines: one pair of
-syncs for many records when they come fast.
+The thread writes and syncs all waiting records, then writes and syncs their ledger lines: two syncs for many records.
 """
 
 from __future__ import annotations
@@ -15,39 +15,37 @@ import os
 import queue
 import threading
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.errors import UserError
 from contracts.conversation import CONVERSATIONS_FILE, Conversation
-from contracts.errors import UserError
-from contracts.ledger import STATUSES, LedgerFile, read_entries
+from contracts.ledger import STATUSES, LedgerWriter, read_entries
 from synth.prompts import Prompt, Reject
 
 REJECTS_FILE = "rejects.jsonl"
 LEDGER_FILE = "ledger.jsonl"
 FLAGS = ("loop", "stopped", "rendered")
-"""Marks of a ledger line that are counted beside the statuses."""
+"""Marks of a ledger line, counted beside the statuses."""
 
 Item = tuple[dict[str, Any], Conversation | None]
 
 
 class Output:
-    """The conversations of one folder; every place (row * samples + sample) is accounted for once.
-
-    Memory: one byte a place.
-    """
+    """The records and the ledger of one folder. Memory: one byte a place (row * samples per row + sample)."""
 
     def __init__(self, folder: Path, num_rows: int, samples_per_row: int) -> None:
-        """Load what is there. Raises UserError for lost records."""
+        """Load the ledger. Raises UserError for lost records."""
         self.folder = folder
         self.counts: Counter[str] = Counter()
         self.flags: Counter[str] = Counter()
         self.tokens = 0
         self._samples_per_row = samples_per_row
-        self._status = bytearray(num_rows * samples_per_row)  # 0: not yet; else 1 + its place in STATUSES
-        self._ledger = LedgerFile(folder / LEDGER_FILE)
+        self._status = bytearray(num_rows * samples_per_row)  # 0: open; else 1 + index in STATUSES
+        self._ledger = LedgerWriter(folder / LEDGER_FILE)
         committed = 0
         for entry in self._ledger.read():
             self._account(entry)
@@ -58,7 +56,7 @@ class Output:
                 folder / CONVERSATIONS_FILE,
                 found=f"{self._file.tell()} bytes",
                 expected=f"at least {committed}, as the ledger has it",
-                fix="Restore the file from a copy, or delete this folder to start afresh.",
+                fix="Restore the file from a copy, or delete this folder to start over.",
             )
         self._file.truncate(committed)
         self._end = committed
@@ -68,26 +66,23 @@ class Output:
         self._thread.start()
 
     def status(self, index: int, sample: int = 0) -> str:
-        """How a sample of a row ended; "" where it has not yet."""
+        """Return how a sample of a row ended, "" if it is open."""
         code = self._status[index * self._samples_per_row + sample]
         return STATUSES[code - 1] if code else ""
 
-    @property
-    def accounted(self) -> np.ndarray:
-        """(places,) bool: which ones the ledger has."""
-        return np.frombuffer(bytes(self._status), dtype=np.uint8) > 0
+    def places_with(self, statuses: Collection[str]) -> np.ndarray:
+        """Return which places `(places,)` ended in one of these statuses."""
+        codes = [1 + STATUSES.index(status) for status in statuses]
+        return np.isin(np.frombuffer(bytes(self._status), dtype=np.uint8), codes)
 
     def add(self, conversation: Conversation) -> None:
-        """Account for a conversation. It is durable when its ledger line is, soon after."""
-        whole = conversation.finish_reason == "stop"
+        """Account for a conversation. It is durable once the thread has synced its ledger line."""
+        has_ended = conversation.finish_reason == "stop"
+        reason = conversation.stopped if has_ended else "a reply reached max_tokens"
         entry: dict[str, Any] = {
             "id": conversation.id,
-            "status": "done" if whole else "truncated",
-            **(
-                {"reason": reason}
-                if (reason := conversation.stopped if whole else "a reply reached max_tokens")
-                else {}
-            ),
+            "status": "done" if has_ended else "truncated",
+            **({"reason": reason} if reason else {}),
             "index": conversation.index,
             "sample": conversation.sample,
             **({"source": conversation.source_id} if conversation.source_id != conversation.id else {}),
@@ -97,7 +92,7 @@ class Output:
         self._put(entry, conversation)
 
     def add_failure(self, prompt: Prompt, status: str, reason: str) -> None:
-        """Account for a prompt that became no conversation: failed, or filtered."""
+        """Account for a prompt without a conversation: failed or filtered."""
         entry: dict[str, Any] = {"id": prompt.id, "status": status, "reason": reason, "index": prompt.index}
         source = {"source": prompt.source_id} if prompt.source_id != prompt.id else {}
         self._put({**entry, "sample": prompt.sample, **source}, None)
@@ -108,7 +103,7 @@ class Output:
         self._put({**entry, "index": reject.index, "sample": reject.sample, "where": reject.where}, None)
 
     def close(self) -> None:
-        """Write what is still waiting, then rejects.jsonl. Raises UserError when the disk would not take it."""
+        """Write all waiting records, then rejects.jsonl. Raises UserError when the disk refuses."""
         self._queue.put(None)
         self._thread.join()
         self._file.close()
@@ -143,14 +138,14 @@ class Output:
 
     def _write_all(self) -> None:
         try:
-            going_on = True
-            while going_on:
+            is_open = True
+            while is_open:
                 batch = [self._queue.get()]
                 while not self._queue.empty():
                     batch.append(self._queue.get())
-                going_on = batch[-1] is not None
+                is_open = batch[-1] is not None
                 self._write([item for item in batch if item is not None])
-        except Exception as error:  # told to the next add() and to close()
+        except Exception as error:  # raised again by the next add() and by close()
             self._error = error
 
     def _write(self, batch: list[Item]) -> None:
@@ -167,7 +162,7 @@ class Output:
 
 
 def write_rejects(folder: Path) -> None:
-    """Write rejects.jsonl: one line for each row that was filtered, with its reason."""
+    """Write rejects.jsonl: one line for each filtered row, with its reason."""
     temporary = folder / f".{REJECTS_FILE}.tmp"
     with temporary.open("w") as file:
         for entry in read_entries(folder / LEDGER_FILE):

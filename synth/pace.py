@@ -1,20 +1,20 @@
-"""How many conversations are in flight: a fixed number, or as many as the servers keep up with."""
+"""Limit the conversations in flight: a fixed number, or as many as the servers keep up with."""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
 
-from contracts.recipe import SynthSection
+from recipe.synth import SynthSection
 
 POLL_INTERVAL_S = 2.0
 SPARE_FRACTION = 0.1
-"""Requests that may wait at the servers, as a part of those that run: enough to fill each place that becomes free."""
+"""Waiting requests allowed, as a fraction of the running ones: enough to refill every slot that becomes free."""
 
 
 @dataclass
 class Pace:
-    """The limit of conversations in flight; it follows the servers' gauges between a floor and a ceiling."""
+    """The limit of conversations in flight, set from the servers' gauges between a floor and a ceiling."""
 
     limit: int
     floor: int
@@ -33,7 +33,7 @@ class Pace:
         return self.floor == self.ceiling
 
     def observe(self, in_flight: int, running: float, waiting: float) -> None:
-        """Double the limit while nothing waits and it is used up; lower it by what waits beyond the spare."""
+        """Double the limit if it is reached and nothing waits; lower it by the excess of waiting requests."""
         spare = max(2.0, SPARE_FRACTION * running)
         if waiting > spare:
             self._set(min(self.limit, in_flight) - int(waiting - spare))
@@ -47,7 +47,7 @@ class Pace:
             await self._changed.wait()
 
     def close(self) -> None:
-        """Let every worker through from now on: there is nothing left to begin."""
+        """Let every worker through: no conversation is left to start."""
         self.closed = True
         self._changed.set()
 

@@ -1,7 +1,7 @@
-"""Token ids where the server gives none: its prompt and reply, rendered and tokenized here.
+"""Render and tokenize prompt and reply where the server returns no token ids.
 
-Reads: the target's tokenizer and chat template. Such ids are a guess at what the server saw, near but not proven; the
-records that hold them are marked as rendered.
+Reads: the target's tokenizer and chat template. Such ids may differ from the server's; their records are marked as
+rendered.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from contracts.recipe import TargetSection
-from contracts.target import Target
-from contracts.templates import rendering_template
-
-WHOLE = ("stop", "tool_calls")
-"""Finish reasons of a reply that the target itself ended."""
+from synth.reply import ENDED
+from synth.tool_calls import with_parsed_arguments
+from target.section import TargetSection
+from target.target import Target
+from target.templates import rendering_template
 
 
 class Renderer:
-    """The target's tokenizer, for servers without `return_token_ids`; loaded when it is first needed."""
+    """The target's tokenizer, for servers without `return_token_ids`; loaded when first needed."""
 
     def __init__(self, section: TargetSection, target: Target) -> None:
         self._section = section
@@ -29,12 +28,12 @@ class Renderer:
         self._lock = threading.Lock()  # tokenizers are not safe to share between threads
 
     def render(self, request: Mapping[str, Any], choice: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        """Ids of a request's prompt, up to the target's turn, and of the reply; if it ended, with its last token."""
+        """Return the ids of a request's prompt and of the reply; a reply that ended gets the end-of-turn token."""
         with self._lock:
             if self._tokenizer is None:
                 self._load()
             prompt = self._tokenizer.apply_chat_template(
-                request["messages"],
+                with_parsed_arguments(request["messages"]),
                 tools=request.get("tools"),
                 chat_template=rendering_template(self._section, self._target),
                 add_generation_prompt=True,
@@ -43,15 +42,15 @@ class Renderer:
             )
             reply = choice["message"].get("content") or ""
             prompt_ids, reply_ids = (self._tokenizer.encode(text, add_special_tokens=False) for text in (prompt, reply))
-        ended = choice["finish_reason"] in WHOLE
+        ended = choice["finish_reason"] in ENDED
         return prompt_ids, [*reply_ids, self._tokenizer.eos_token_id] if ended else reply_ids
 
     def _load(self) -> None:
         from transformers import AutoTokenizer
 
         print(
-            "\nsynth: the server gives no token ids; its rows are rendered here, which is not token-exact, and marked. "
-            "vLLM from 0.10.2 on gives them.",
+            "\nsynth: the server returns no token ids; conversations are rendered here, not token-exact, and marked. "
+            "vLLM returns ids since 0.10.2.",
             file=sys.stderr,
         )
         self._tokenizer = AutoTokenizer.from_pretrained(self._target.path)

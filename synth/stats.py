@@ -1,6 +1,6 @@
-"""Print and plot what a run wrote: statuses, thinking modes, finish reasons, lengths.
+"""Print and plot the statuses, thinking modes, finish reasons and lengths of a run.
 
-Reads: RUN/ledger.jsonl and conversations.jsonl, finished or not. Writes: a picture.
+Reads: RUN/ledger.jsonl and conversations.jsonl, finished or not. Writes: a plot.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from common.errors import UserError
 from contracts.conversation import CONVERSATIONS_FILE
-from contracts.errors import UserError
 from contracts.ledger import STATUSES, read_entries
 from synth.output import FLAGS, LEDGER_FILE
 
@@ -23,7 +23,7 @@ QUANTILES = (0.05, 0.5, 0.95, 1.0)
 
 @dataclass
 class Lengths:
-    """Of one thinking mode: tokens of each reply, of each sample, and how the conversations ended."""
+    """Tokens of each reply and of each sample, turns and finish reasons, of one thinking mode."""
 
     replies: array[int] = field(default_factory=lambda: array("q"))
     samples: array[int] = field(default_factory=lambda: array("q"))
@@ -32,7 +32,7 @@ class Lengths:
 
 
 def show_stats(folder: Path, plot: Path) -> None:
-    """Print the figures of a run and draw them. Raises UserError when there is nothing to count."""
+    """Print and plot the figures of a run. Raises UserError for a folder without a ledger."""
     if not (folder / LEDGER_FILE).exists():
         raise UserError(
             folder, found=f"no {LEDGER_FILE}", expected="the output of `synth generate`", fix="Correct the folder."
@@ -42,7 +42,7 @@ def show_stats(folder: Path, plot: Path) -> None:
     failed: set[tuple[int, int]] = set()
     for entry in read_entries(folder / LEDGER_FILE):
         place = (entry["index"], entry["sample"])
-        if place in failed:  # a retry: its last line counts
+        if place in failed:  # retried: the last line counts
             failed.remove(place)
             counts["failed"] -= 1
         if entry["status"] == "failed":
@@ -68,12 +68,12 @@ def show_stats(folder: Path, plot: Path) -> None:
 
 
 def read_lengths(folder: Path) -> dict[str, Lengths]:
-    """Lengths of every record by thinking mode ("(none)" where none was sent)."""
+    """Return the lengths of all records by thinking mode ("(none)" where none was sent)."""
     by_mode: dict[str, Lengths] = defaultdict(Lengths)
     with (folder / CONVERSATIONS_FILE).open("rb") as file:
         for line in file:
             if not line.endswith(b"\n"):
-                break  # being written
+                break  # another process is writing it
             record = orjson.loads(line)
             lengths = by_mode[record["thinking_mode"] or "(none)"]
             spans = [span for sample in record["samples"] for span in sample["loss_spans"]]

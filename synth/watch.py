@@ -1,7 +1,7 @@
-"""Show how a run goes: a bar on a terminal, and a line of JSON every minute in metrics.jsonl (and where there is none).
+"""Show the progress of a run: a bar on a terminal, else a line of JSON every minute; all lines go to metrics.jsonl.
 
 Line: seconds of this process, rows done of all, tokens and tokens/s since the last line, concurrency, the servers'
-running and waiting requests, retries, failures, the seconds that are left at this rate.
+running and waiting requests, retries, failures, seconds left at this rate.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from contracts.run import Run
-from synth.endpoints import Endpoints
+from serve.endpoints import Endpoints
 from synth.output import Output
 from synth.pace import POLL_INTERVAL_S, Pace
 
@@ -24,7 +24,7 @@ LINE_INTERVAL_S = 60.0
 
 
 class Watch:
-    """The display of one run; keep `poll` running."""
+    """The progress display of one run; `poll` must keep running."""
 
     def __init__(self, folder: Path, out: Output, num_expected: int) -> None:
         self.in_flight = 0
@@ -45,10 +45,10 @@ class Watch:
         )
 
     async def poll(self, endpoints: Endpoints, pace: Pace, run: Run) -> None:
-        """Read the servers' gauges every two seconds, let the pace follow them, show both, and note the time spent."""
+        """Every two seconds, read the servers' gauges, adjust the pace, update the display and save the time spent."""
         while True:
             await asyncio.to_thread(run.tick)
-            self._gauges = await endpoints.read_gauges()
+            self._gauges = await endpoints.read_load()
             if self._gauges is not None and not pace.fixed:
                 pace.observe(self.in_flight, *self._gauges)
             self._show(pace)
@@ -66,7 +66,7 @@ class Watch:
         )
 
     def write_line(self, endpoints: Endpoints, pace: Pace) -> None:
-        """Add a line of metrics."""
+        """Append a line to metrics.jsonl."""
         now, rows, tokens = time.monotonic(), self._out.counts.total(), self._out.tokens
         seconds = max(now - self._line_at, 1e-3)
         rows_per_s = (rows - self._first_rows) / max(now - self._started, 1e-3)

@@ -1,7 +1,6 @@
 """Keep many conversations in flight until every prompt is accounted for.
 
-Rows are read and hashed in a thread, some at a time; records are written in another (synth/output.py); between them the
-event loop only waits for servers.
+One thread reads and hashes rows, another writes records (synth/output.py). The event loop only waits for servers.
 """
 
 from __future__ import annotations
@@ -10,49 +9,51 @@ import asyncio
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
-from contracts.errors import IncompleteError, raise_known
-from contracts.recipe import Recipe
+from common.errors import IncompleteError, raise_known
 from contracts.run import Run
-from contracts.target import Target
+from recipe.recipe import Recipe
+from serve.endpoints import Endpoints, PromptTooLongError, RequestError
 from synth.conversation import Writer, write_conversation
-from synth.endpoints import Endpoints, PromptTooLongError, RequestError
 from synth.output import LEDGER_FILE, Output
 from synth.pace import Pace
 from synth.prompts import Prompt, Reject
 from synth.rendered import Renderer
+from synth.sampling import SharedSampling
+from synth.todo import Todo
+from synth.tool_calls import ToolCallParser
 from synth.watch import Watch
+from target.target import Target
 
 PROMPTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class Job:
-    """What there is to do in a run, and where it goes."""
+    """The open conversations of a run, and what is needed to write them."""
 
     recipe: Recipe
     target: Target
-    sampling: Mapping[str, Any]
-    """Sampling values that hold for every prompt."""
-    todo: Iterator[Prompt | Reject]
+    sampling: SharedSampling
+    todo: Todo
     out: Output
     run: Run
-    num_expected: int
+    tool_calls: ToolCallParser | None
 
 
 async def write_all(job: Job, urls: list[str], is_gone: Callable[[], bool]) -> bool:
-    """Write the job's conversations with the servers at `urls`; whether Ctrl-C or SIGTERM ended it before its end.
+    """Write the job's conversations with the servers at `urls`; return whether Ctrl-C or SIGTERM stopped it.
 
-    `is_gone` tells that the servers have ended for good. Raises UserError and IncompleteError as `generate` does.
+    `is_gone` tells whether the servers have ended for good. Raises: see `generate`.
     """
+    num_expected = job.todo.num_expected
     pace = Pace.make(job.recipe.synth)
-    watch = Watch(job.out.folder, job.out, job.num_expected)
-    feed = Feed(job.todo)
+    watch = Watch(job.out.folder, job.out, num_expected)
+    feed = Feed(job.todo.items())
     stop = Stop(job.recipe.synth.drain_timeout_s, watch, pace)
     failures_in_row = 0
 
@@ -81,12 +82,15 @@ async def write_all(job: Job, urls: list[str], is_gone: Callable[[], bool]) -> b
             finally:
                 watch.in_flight -= 1
 
+    section = job.recipe.synth
+    limit = max(section.max_concurrency, section.concurrency or 0) + 16
     try:
-        async with Endpoints(urls, job.recipe.synth, is_gone) as endpoints:
-            writer = Writer(endpoints, job.recipe, job.target, job.sampling, Renderer(job.recipe.target, job.target))
+        async with Endpoints(urls, section, stage="synth", max_connections=limit, is_gone=is_gone) as endpoints:
+            renderer = Renderer(job.recipe.target, job.target)
+            writer = Writer(endpoints, job.recipe, job.target, job.sampling, renderer, job.tool_calls)
             async with asyncio.TaskGroup() as group:
                 polling = group.create_task(watch.poll(endpoints, pace, job.run))
-                workers = [group.create_task(work(number)) for number in range(min(pace.ceiling, job.num_expected))]
+                workers = [group.create_task(work(number)) for number in range(min(pace.ceiling, num_expected))]
                 with stop.on_signals(workers):
                     await asyncio.wait(workers)
                 polling.cancel()
@@ -99,7 +103,7 @@ async def write_all(job: Job, urls: list[str], is_gone: Callable[[], bool]) -> b
 
 
 class Feed:
-    """Prompts for many workers, drawn from a generator that reads files."""
+    """Hands prompts of a generator that reads files to many workers."""
 
     def __init__(self, todo: Iterator[Prompt | Reject]) -> None:
         self._todo = todo
@@ -107,7 +111,7 @@ class Feed:
         self._reading = asyncio.Lock()
 
     async def take(self) -> Prompt | Reject | None:
-        """The next one, or None when all are taken."""
+        """Return the next one, or None when all are taken."""
         if not self._ready:
             async with self._reading:
                 if not self._ready:
@@ -116,7 +120,7 @@ class Feed:
 
 
 class Stop:
-    """Ctrl-C or SIGTERM: no new conversations; those in flight have some seconds to end. A second one cuts them off."""
+    """On Ctrl-C or SIGTERM, start no conversation and give those in flight some seconds; on a second, cancel them."""
 
     def __init__(self, drain_timeout_s: float, watch: Watch, pace: Pace) -> None:
         self.asked = False
@@ -159,16 +163,16 @@ class Stop:
 
 
 def _refuse_many_failures(job: Job, in_row: int, reason: str) -> None:
-    """Raise IncompleteError when so much fails that going on is a waste."""
-    synth, failed = job.recipe.synth, job.out.counts["failed"]
+    """Raise IncompleteError when too many rows fail."""
+    synth, failed, num_expected = job.recipe.synth, job.out.counts["failed"], job.todo.num_expected
     if in_row >= synth.max_failures_in_row:
         what, limit = f"{in_row} failures in a row", "fewer (synth.max_failures_in_row)"
-    elif failed >= synth.max_failures_in_row and failed > synth.max_failed_fraction * job.num_expected:
-        what = f"{failed} of {job.num_expected} rows failed"
+    elif failed >= synth.max_failures_in_row and failed > synth.max_failed_fraction * num_expected:
+        what = f"{failed} of {num_expected} rows failed"
         limit = f"at most {synth.max_failed_fraction:.0%} (synth.max_failed_fraction)"
     else:
         return
     raise IncompleteError(
-        f"{job.out.folder / LEDGER_FILE}: found {what} (the last: {reason}), expected {limit}. Mend the cause and run "
+        f"{job.out.folder / LEDGER_FILE}: found {what} (the last: {reason}), expected {limit}. Fix the cause and run "
         "again with --retry-failed: what was finished is kept."
     )

@@ -47,14 +47,16 @@ dump:
   dtype: float32
   writers: 1
 train:
-  block_size: 4
-  num_layers: 1
-  num_attention_heads: 2
-  num_key_value_heads: 1
-  head_dim: 32
-  intermediate_size: 64
-  num_anchors: 8
-  batch_samples: 4
+  draft:
+    method: dflash
+    block_size: 4
+    num_layers: 1
+    num_attention_heads: 2
+    num_key_value_heads: 1
+    head_dim: 32
+    intermediate_size: 64
+    num_anchors: 8
+  global_batch_size: 4
   num_steps: 12
   warmup_steps: 2
   checkpoint_every: 4

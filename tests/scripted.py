@@ -4,7 +4,10 @@ It exists for faults that a real server cannot be made to show on time, and for 
 matter. The "tokens" of a text are its bytes. The last user message may ask for a fault or a manner:
 
     fail 500, fail 400, reasoning, no ids, too long, endless (cut at max_tokens), loop, slow (2 s),
-    rewrite (a template that rewrites history), call NAME (a tool call), no parser (tools refused)
+    rewrite (a template that rewrites history), call NAME (a tool call), no parser (tools refused),
+    finish REASON (a reply that the server broke off)
+
+With `extract`, completions of token ids write hidden states there, as vLLM's extraction does.
 
     python tests/scripted.py PORT [FAIL_FRACTION]      the same as a process of its own
 """
@@ -22,7 +25,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
 
 END = 255
 DELAY_S = 0.01
@@ -54,6 +61,11 @@ class Server(ThreadingHTTPServer):
         self.fail_fraction = fail_fraction
         self.key = key
         self.healthy = False  # then no message fails
+        self.extract: Path | None = None
+        self.states = (3, 64)  # of one token
+        self.names: str | None = None  # the file that completions name instead of their own
+        self.num_torn = 0  # so many completions leave a torn file
+        self.num_answered: int | None = None  # later completions are never answered
         self.gauges: tuple[int, int] | None = None
         self.requests: list[dict[str, Any]] = []
         self.in_flight = self.most_in_flight = 0
@@ -128,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.most_in_flight = max(self.server.most_in_flight, self.server.in_flight)
         self.is_counted = True
         try:
-            self._complete(body)
+            self._complete(body) if self.path.endswith("/chat/completions") else self._extract(body)
         finally:
             self._leave()
 
@@ -161,10 +173,32 @@ class Handler(BaseHTTPRequestHandler):
         if "too long" in last:
             text = "This model's maximum context length is 256 tokens. However, your prompt contains 300 input tokens"
             return self._answer(400, {"error": {"message": text}})
-        if "no parser" in last:
+        if "no parser" in last and body.get("tool_choice") != "none":
             text = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
             return self._answer(400, {"error": {"message": text}})
         return self._answer(200, reply_to(body, last))
+
+    def _extract(self, body: dict[str, Any]) -> None:
+        if self.server.extract is None:
+            return self._answer(400, {"error": {"message": "scripted refusal"}})
+        with self.server.lock:
+            held = self.server.num_answered == 0
+            if self.server.num_answered:
+                self.server.num_answered -= 1
+            torn = self.server.num_torn > 0
+            self.server.num_torn -= torn
+        if held:
+            threading.Event().wait()
+        path = self.server.extract / f"cmpl-{body['request_id']}.safetensors"
+        tensors = {
+            "hidden_states": np.ones((len(body["prompt"]), *self.server.states), np.float32),
+            "token_ids": np.array(body["prompt"], np.int64),
+        }
+        path.write_bytes(save(tensors)[: 100 if torn else None])
+        Path(f"{path}.lock").touch()
+        choice = {"index": 0, "text": "", "finish_reason": "length"}
+        named = {"hidden_states_path": self.server.names or str(path)}
+        return self._answer(200, {"choices": [choice], "kv_transfer_params": named})
 
     def _is_refused(self) -> bool:
         return bool(self.server.key) and self.headers["Authorization"] != f"Bearer {self.server.key}"
@@ -186,6 +220,8 @@ def reply_to(body: dict[str, Any], last: str) -> dict[str, Any]:
     mode = str(next(iter(values.values()), ""))
     text = "ab" * 300 if "loop" in last else f"reply to {last}"
     finish = "length" if "endless" in last else "stop"
+    if broken_off := re.search(r"finish (\w+)", last):
+        finish = broken_off[1]
     message: dict[str, Any] = {"role": "assistant", "content": text}
     called = re.search(r"call (\w+)", last)
     if called and body["messages"][-1]["role"] != "tool":

@@ -16,12 +16,12 @@ from conftest import ROOT, kill_when, read_lines, run, run_here
 from transformers import AutoTokenizer
 
 from contracts.conversation import read_conversations
-from contracts.recipe import load_recipe
 from contracts.store import Store
-from contracts.target import Target
-from contracts.target_weights import read_head
 from dump.hf import load_model
 from dump.verify import logit_gaps
+from recipe.load import load_recipe
+from target.head import read_head
+from target.target import Target
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -195,6 +195,7 @@ def test_a_killed_dump_resumes_without_loss(pipeline: Path, tmp_path: Path) -> N
             torch.testing.assert_close(a.aux_hidden_states, b.aux_hidden_states, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_killed_synthesis_with_its_own_server_resumes_without_loss(pipeline: Path, tmp_path: Path) -> None:
     output = tmp_path / "synth"
     args = ["synth", "generate", "--recipe", RECIPE, *overrides(pipeline), "--set", "synth.concurrency=4"]
@@ -208,6 +209,7 @@ def test_a_killed_synthesis_with_its_own_server_resumes_without_loss(pipeline: P
     assert all(by_index[row["index"]]["id"] == row["id"] for row in whole)
 
 
+@pytest.mark.long
 def test_a_killed_benchmark_keeps_the_server_that_was_finished(pipeline: Path, tmp_path: Path) -> None:
     output = tmp_path / "bench"
     args = ["bench", "acceptance", "--recipe", RECIPE, *overrides(pipeline)]
@@ -222,6 +224,7 @@ def test_a_killed_benchmark_keeps_the_server_that_was_finished(pipeline: Path, t
     assert again["walks"] == before["walks"]
 
 
+@pytest.mark.long
 def test_the_gate_opens_for_a_right_export_and_names_what_is_wrong_in_others(pipeline: Path, tmp_path: Path) -> None:
     output = tmp_path / "gate"
     args = ["bench", "gate", "--recipe", RECIPE, *overrides(pipeline), "--store", pipeline / "store/train"]

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from contracts.conversation import CONVERSATIONS_FILE, Conversation, Sample
-from contracts.ledger import Ledger
+from contracts.ledger import LedgerWriter
 from contracts.run import Run
 from contracts.store import Manifest, Store
-from contracts.target import Target
 from dump.capture import Captured
 from dump.hf import load_model
 from dump.writer import make_stored
+from target.target import Target
 
 REPLY_TOKENS = 10
 
@@ -73,7 +73,7 @@ def write_store(folder: Path, target: Target, num_samples: int = 10) -> Path:
             conversations="c" * 64,
         )
     )
-    ledger = Ledger(store.ledger_path)
+    ledger = LedgerWriter(store.ledger_path)
     generator = torch.Generator().manual_seed(4)
     for number in range(num_samples):
         ids = torch.randint(0, 500, (60,), generator=generator).tolist()
@@ -94,7 +94,7 @@ def write_store(folder: Path, target: Target, num_samples: int = 10) -> Path:
         fields = store.write_sample(
             f"{conversation.id}-0", make_stored(conversation, conversation.samples[0], Captured(layers, final))
         )
-        ledger.append(f"{conversation.id}-0", "done", tokens=60, **fields)
+        ledger.append([{"id": f"{conversation.id}-0", "status": "done", "tokens": 60, **fields}])
     ledger.close()
     opened.finish({"samples": num_samples})
     opened._lock.close()

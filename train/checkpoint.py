@@ -1,36 +1,30 @@
-"""Checkpoints of a training run: whole or not there, the last few and the best."""
+"""Checkpoints of a training run: written atomically; the last few and the best are kept."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from contracts.draft import DraftConfig, DraftRun
-from contracts.files import read_json, write_json
-from contracts.recipe import Recipe
+from common.files import read_json, write_json
+from contracts.draft import DraftRun
 from train.processes import Processes
 
+if TYPE_CHECKING:
+    from train.offline import Training
 
-def save_checkpoint(
-    run: DraftRun,
-    step: int,
-    processes: Processes,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    config: DraftConfig,
-    best_length: float | None = None,
-) -> None:
+
+def save_checkpoint(training: Training, step: int, best_length: float | None = None) -> None:
     """Write step-<number>, then drop all but the last `train.keep_checkpoints` and the best. Every process calls it.
 
-    `best_length`: this one is the best so far, with that predicted acceptance length.
+    `best_length`: this checkpoint is the best so far, with that predicted acceptance length.
     """
-    weights, state = processes.read_state(model, optimizer)
+    run, processes, config = training.run, training.processes, training.config
+    weights, state = processes.read_state(training.model, training.optimizer)
     if not processes.is_first:
         return processes.wait()
     folder = run.step_folder(step)
@@ -38,11 +32,11 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / "weights.safetensors")
-    # Nothing in training draws from torch's own generator today; a draft that does goes on where it was.
+    # No method draws from torch's global generator today; one that does resumes where it was.
     torch.save({"optimizer": state, "rng": torch.get_rng_state()}, temporary / "state.pt")
-    position = {"step": step, "seed": recipe.train.seed, "target": config.target_fingerprint, "store": config.store}
+    position = {"step": step, "seed": training.section.seed, "target": config.target_fingerprint, "store": config.store}
     write_json(temporary / "position.json", position)
-    (temporary / "recipe.yaml").write_text(recipe.to_yaml())
+    (temporary / "recipe.yaml").write_text(training.recipe.to_yaml())
     for path in temporary.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -51,14 +45,14 @@ def save_checkpoint(
     if best_length is not None:
         run.write_best(step, best_length)
     best = run.best_step()
-    for old in run.steps()[: -recipe.train.keep_checkpoints]:
+    for old in run.steps()[: -training.section.keep_checkpoints]:
         if old != best:
             shutil.rmtree(run.step_folder(old))
     return processes.wait()
 
 
 def load_checkpoint(run: DraftRun, processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load the last checkpoint, if any, into all processes; the step to go on from."""
+    """Load the last checkpoint, if any, into all processes; return the step to resume from."""
     steps = run.steps()
     if not steps:
         return 0

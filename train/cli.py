@@ -1,4 +1,4 @@
-"""`train`: hidden states to a draft, its predicted worth, and its export."""
+"""`train`: hidden states to a draft, its predicted acceptance, and its export."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from contracts.cli import OverridesOption, RecipeOption, load_checked, make_app
-from contracts.errors import run_app
+from common.cli import make_app
+from common.errors import run_app
+from recipe.cli import OverridesOption, RecipeOption, load_checked
 
 app = make_app("Train a draft from a store, evaluate it, export it.")
 
@@ -23,7 +24,7 @@ def offline(
     output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.")],
     set_: OverridesOption = None,
 ) -> None:
-    """Train to the recipe's number of steps; goes on from the last checkpoint by itself."""
+    """Train to the recipe's number of steps; an interrupted run resumes from its last checkpoint."""
     from train.offline import train_offline
 
     train_offline(load_checked(recipe, set_), store, output)
@@ -56,10 +57,13 @@ def export(
     evaluation: Annotated[
         Path | None, typer.Option("--eval", help="Report of `train eval`, for the model card.")
     ] = None,
-    layout: Annotated[str, typer.Option("--format", help="native (z-lab's DFlash, EAGLE3) or speculators.")] = "native",
+    layout: Annotated[
+        str | None,
+        typer.Option("--format", help="A layout of the method: native or speculators.", show_default="native"),
+    ] = None,
     set_: OverridesOption = None,
 ) -> None:
-    """Write the directory that vLLM and SGLang load."""
+    """Write the folder that vLLM loads."""
     from train.export import export as export_draft
 
     export_draft(load_checked(recipe, set_), run, output, evaluation, layout)

@@ -1,8 +1,8 @@
-"""Training samples of a store, in an order that follows from the seed alone; read ahead while the draft learns.
+"""Training samples of a store, in an order that follows from the seed alone, read ahead of the step.
 
-Global batch number s holds the samples at places s*n .. s*n + n-1 of an endless sequence of shuffled epochs, n being
-`batch_samples`; with several processes each takes every w-th of them. Nothing depends on what ran before, so that a
-resumed run needs no position, and any number of processes sees the same batches.
+Batch number s holds the samples at places s*n .. s*n + n-1 of an endless sequence of shuffled epochs, n being
+global_batch_size / gradient_accumulation_steps; with several processes each takes every w-th of them. Nothing depends
+on earlier batches: a resumed run needs no position, and any number of processes sees the same batches.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from pathlib import Path
 
 import torch
 
-from contracts.errors import UserError
-from contracts.files import hash_json
+from common.errors import UserError
+from common.files import hash_json
+from common.progress import track
 from contracts.modelopt import ModelOptStore, is_modelopt, open_modelopt
-from contracts.recipe import Recipe, TrainSection
-from contracts.store import Manifest, Store, StoredSample, open_store
-from contracts.target import Target
-from train.batch import Batch
+from contracts.store import Manifest, Store, StoredSample, find_token, open_store
+from drafts.batch import Batch
+from drafts.places import anchor_places
+from recipe.recipe import Recipe
+from recipe.train import TrainSection
+from target.target import Target
+from train.processes import Processes
 
 AnyStore = Store | ModelOptStore
 
@@ -29,6 +33,20 @@ def open_states(recipe: Recipe, folder: Path, target: Target) -> tuple[AnyStore,
     if is_modelopt(folder):
         return open_modelopt(folder, target, recipe.target.aux_layers)
     return open_store(folder, target)
+
+
+def refuse_mask_token(store: AnyStore, mask_token_id: int | None) -> None:
+    """Raise UserError when a sample holds the mask token, which must mean "unknown" and nothing else.
+
+    `dump run` filters such samples; a store of another tool, or of a recipe with another mask token, may hold some.
+    """
+    if mask_token_id is not None and (sample_id := find_token(store, mask_token_id)) is not None:
+        raise UserError(
+            store.sample_path(sample_id),
+            found=f"the mask token {mask_token_id} among its tokens",
+            expected="a token that never occurs",
+            fix="Set target.mask_token_id to another free row, or dump again: such samples are then left out.",
+        )
 
 
 class Samples:
@@ -42,11 +60,10 @@ class Samples:
         store: AnyStore,
         section: TrainSection,
         max_tokens: int,
-        mask_token_id: int | None,
         cache_bytes: int = 4 << 30,
     ) -> None:
         """Raises UserError when the store holds no sample to train on."""
-        self.store, self.section, self.max_tokens, self.mask_token_id = store, section, max_tokens, mask_token_id
+        self.store, self.section, self.max_tokens = store, section, max_tokens
         ids = store.sample_ids()[: section.max_samples]
         self.cut_away = _cut_away(store, ids, max_tokens)
         ids = [id_ for id_ in ids if id_ not in self.cut_away]
@@ -66,20 +83,10 @@ class Samples:
         self._epoch, self._order = -1, list[int]()
 
     def read(self, sample_id: str) -> StoredSample:
-        """A sample, cut at `max_tokens` (and counted) if it is longer.
-
-        Raises UserError when it holds the mask token, which must mean "unknown" and nothing else.
-        """
+        """A sample, cut at `max_tokens` (and counted) if it is longer."""
         if sample_id in self._cache:
             return self._cache[sample_id]
         sample = self.store.read_sample(sample_id)
-        if self.mask_token_id is not None and bool((sample.input_ids == self.mask_token_id).any()):
-            raise UserError(
-                self.store.sample_path(sample_id),
-                found=f"the mask token {self.mask_token_id} among its tokens",
-                expected="a token that never occurs",
-                fix="Set target.mask_token_id to another free row.",
-            )
         if sample.num_tokens > self.max_tokens:
             self.truncated.add(sample_id)
             cut = slice(self.max_tokens)
@@ -93,10 +100,18 @@ class Samples:
             self._cache[sample_id] = sample
         return sample
 
+    def count_supervised(self, vocab_size: int) -> torch.Tensor:
+        """How often each token is supervised in the training samples, `(V,)`."""
+        counts = torch.zeros(vocab_size, dtype=torch.long)
+        for sample_id in track(self.ids, desc="vocabulary", unit="sample"):
+            sample = self.read(sample_id)
+            counts += torch.bincount(sample.input_ids[sample.loss_mask].long(), minlength=vocab_size)
+        return counts
+
     def batch(self, number: int, rank: int = 0, world: int = 1) -> Batch:
         """The part of global batch `number` that this process takes."""
-        first = number * self.section.batch_samples
-        places = range(first + rank, first + self.section.batch_samples, world)
+        first = number * self.section.batch_size
+        places = range(first + rank, first + self.section.batch_size, world)
         picked = [self._pick(place) for place in places]
         samples = [self.read(sample_id) for sample_id in picked]
         return Batch(
@@ -119,8 +134,11 @@ class Samples:
         return self.ids[self._order[offset]]
 
 
-def read_ahead(samples: Samples, first: int, end: int, rank: int, world: int) -> Iterator[Batch]:
-    """Batches `first` to `end`, each read while the one before is worked on."""
+def read_ahead(samples: Samples, first_step: int, section: TrainSection, processes: Processes) -> Iterator[Batch]:
+    """This process's batches from `first_step` on, each read while the one before is worked on."""
+    first = first_step * section.gradient_accumulation_steps
+    end = section.num_steps * section.gradient_accumulation_steps
+    rank, world = processes.rank, processes.world
     with ThreadPoolExecutor(1, "read-ahead") as pool:
         following = pool.submit(samples.batch, first, rank, world) if first < end else None
         for number in range(first, end):
@@ -140,11 +158,6 @@ def _cut_away(store: AnyStore, ids: list[str], max_tokens: int) -> set[str]:
         for id_ in ids
         if lengths.get(id_, 0) > max_tokens and not len(anchor_places(store.read_mask(id_)[:max_tokens]))
     }
-
-
-def anchor_places(loss_mask: torch.Tensor) -> torch.Tensor:
-    """Positions that serving can draft from: a generated token followed by another. Ascending, (N,)."""
-    return (loss_mask[:-1] & loss_mask[1:]).nonzero()[:, 0]
 
 
 def _share(sample_id: str) -> float:

@@ -1,16 +1,16 @@
-"""Predict what a draft is worth: walk held-out conversations as speculative decoding walks them.
+"""Predict a draft's acceptance length: walk held-out conversations as speculative decoding walks them.
 
-Reads:  a training run's chosen checkpoint, with the rope that it will be exported with, and a store of held-out
-        conversations.
-Writes: OUTPUT (JSON): acceptance length with its bootstrap interval, per position; per thinking mode, category, length.
+Reads:  a training run's chosen checkpoint, with the rope of its export, and a store of held-out conversations.
+Writes: OUTPUT (JSON): acceptance length with its bootstrap interval and per position; by thinking mode, category,
+        length and temperature.
 
 The walk of one reply: the first token comes from the prefill and is the first anchor. Draft a block there, accept its
-prefix that agrees with what the target generated, add the target's own next token, and go on from it. The last block
-ends at the reply's last token: what a server verifies beyond it is thrown away and counts for nobody.
+prefix that agrees with what the target generated, add the target's own next token, and continue from it. The last block
+ends at the reply's last token: what a server verifies beyond it is discarded and not counted.
 
 Sampled replies walk in the same way: rejection sampling of a greedily drafted token d accepts it with the target's own
-probability q(d), which is how often the reply itself has d there. Beside the counted acceptance stands the expected
-one, with q(d) in the place of 0 or 1 at the last token that was tried: the same on average, with less noise.
+probability q(d), which is how often the reply itself has d there. The report also has the expected acceptance, which
+counts q(d) instead of 0 or 1 for the last token that was tried: the same on average, with less noise.
 """
 
 from __future__ import annotations
@@ -23,27 +23,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from tqdm import tqdm
 
+from common.errors import UserError
+from common.files import hash_file, read_json, write_json
+from common.progress import track
 from contracts.acceptance import Acceptance
-from contracts.draft import DraftRun
-from contracts.errors import UserError
-from contracts.files import hash_file, read_json, write_json
-from contracts.recipe import Recipe
+from contracts.draft import DraftConfig, DraftRun
 from contracts.run import read_run
-from contracts.store import StoredSample
-from contracts.target import Target
-from contracts.target_weights import TargetHead, read_head, sampling_probabilities
-from train.data import open_states
-from train.drafts import make_draft, served_config
+from contracts.store import Manifest, StoredSample
+from drafts.draft import Draft
+from drafts.places import spans_of
+from drafts.published import read_config
+from recipe.recipe import Recipe
+from target.head import TargetHead, read_head
+from target.sampling import Context, probabilities_of
+from target.target import Target
+from train.data import AnyStore, open_states
+from train.draft import load_served, served_config
 
-PLACES_A_CHUNK = 1024
+ROWS_PER_CHUNK = 1024
 
 
 @dataclass
 class Walk:
-    """Accepted draft tokens of each step, reply by reply; and every drafted token that was tried, by the row of the
+    """Accepted draft tokens of each step, reply by reply; and every draft token that was tried, with the row of the
     state that decides about it."""
 
     replies: list[list[int]] = field(default_factory=list)
@@ -58,23 +61,17 @@ class Walk:
 def evaluate(
     recipe: Recipe, run_folder: Path, store_folder: Path, output: Path, num_samples: int | None = None
 ) -> dict[str, Any]:
-    """Walk every sample of the store, or the first so many; the report that is also written to `output`.
+    """Walk every sample of the store, or the first so many; return the report, which is also written to `output`.
 
-    Raises UserError when the store's target or layers are not the draft's.
+    Raises UserError when the store's target or layers are not the draft's, or when it holds no sample.
     """
-    torch.set_num_threads(recipe.train.threads or os.cpu_count() or 1)
-    target = Target.read(recipe.target.path)
+    torch.set_num_threads(recipe.training().num_threads or os.cpu_count() or 1)
+    target = Target.here(recipe.target)
     store, manifest = open_states(recipe, store_folder, target)
     read_run(run_folder, "train offline")
     run = DraftRun(run_folder)
-    config = served_config(run.read_config(), recipe)
-    if manifest.layer_ids != config.layer_ids or config.target_fingerprint != target.fingerprint:
-        raise UserError(
-            store_folder,
-            found=f"layers {manifest.layer_ids} of target {manifest.target_fingerprint[:12]}",
-            expected=f"layers {config.layer_ids} of target {config.target_fingerprint[:12]}, the draft's own",
-            fix="Dump the held-out conversations with the recipe that the draft was trained with.",
-        )
+    config = served_config(read_config(run), recipe)
+    _check_store(store_folder, manifest, config, target)
     inputs = {
         "draft": hash_file(run.chosen_weights()),
         "yarn": config.yarn.model_dump() if config.yarn else None,
@@ -86,21 +83,44 @@ def evaluate(
         if report.get("inputs") == inputs:
             print(f"eval: {output} is finished, skipped (acceptance length {report['acceptance_length']:.3f})")
             return dict(report)
-    draft = make_draft(config)
-    draft.load_state_dict(load_file(run.chosen_weights()))
-    draft.eval()
-    head = read_head(target)
+    sample_ids = store.sample_ids()[:num_samples]
+    if not sample_ids:
+        raise UserError(store_folder, found="no sample", expected="held-out samples", fix="Give a store that has some.")
+    report = {**_walk_store(load_served(run, recipe), read_head(target), store, sample_ids), "inputs": inputs}
+    write_json(output, report)
+    low, high = report["interval"]
+    print(
+        f"eval: acceptance length {report['acceptance_length']:.3f} [{low:.3f}, {high:.3f}], expected "
+        f"{report['expected_acceptance_length']:.3f}, at K = {config.num_draft_tokens} (simulated) over "
+        f"{report['samples']} samples, {report['steps']} steps -> {output}"
+    )
+    return report
 
+
+def _check_store(folder: Path, manifest: Manifest, config: DraftConfig, target: Target) -> None:
+    """Raise UserError when a store's layers or target are not the draft's."""
+    if manifest.layer_ids != config.layer_ids or config.target_fingerprint != target.fingerprint:
+        raise UserError(
+            folder,
+            found=f"layers {manifest.layer_ids} of target {manifest.target_fingerprint[:12]}",
+            expected=f"layers {config.layer_ids} of target {config.target_fingerprint[:12]}, the draft's own",
+            fix="Dump the held-out conversations with the recipe that the draft was trained with.",
+        )
+
+
+def _walk_store(draft: Draft, head: TargetHead, store: AnyStore, sample_ids: list[str]) -> dict[str, Any]:
+    """The report of a draft over samples, without its inputs."""
+    num_tokens = draft.config.num_draft_tokens
     walks: list[dict[str, Any]] = []
     parts: list[Acceptance] = []
     groups: dict[str, dict[str, list[Acceptance]]] = {
         name: defaultdict(list) for name in ("by_mode", "by_category", "by_length", "by_temperature")
     }
     expected = 0.0
-    for sample_id in tqdm(store.sample_ids()[:num_samples], desc="eval", unit="sample", mininterval=2, disable=None):
+    for sample_id in track(sample_ids, desc="eval", unit="sample"):
         sample = store.read_sample(sample_id)
         found = walk_sample(sample, draft.draft(sample, head))
-        acceptance = Acceptance.from_steps(found.steps, config.block_size - 1)
+        acceptance = Acceptance.from_steps(found.steps, num_tokens)
         expected += expected_acceptances(found, sample, head)
         parts.append(acceptance)
         for name, key in {
@@ -111,28 +131,18 @@ def evaluate(
         }.items():
             groups[name][key].append(acceptance)
         walks.append({"sample": sample_id, "accepted": found.replies})
-
     total = Acceptance.pool(parts)
-    report = {
+    return {
         **_summarize(parts),
         "expected_acceptance_length": round(1.0 + expected / max(1, total.steps), 4),
-        "num_draft_tokens": config.block_size - 1,
+        "num_draft_tokens": num_tokens,
         **{
             name: {key: _summarize(members) for key, members in sorted(by_key.items())}
             for name, by_key in groups.items()
         },
         "samples": len(walks),
-        "inputs": inputs,
         "walks": walks,
     }
-    write_json(output, report)
-    low, high = report["interval"]
-    print(
-        f"eval: acceptance length {total.acceptance_length:.3f} [{low:.3f}, {high:.3f}], expected "
-        f"{report['expected_acceptance_length']:.3f}, at K = {config.block_size - 1} (simulated) over {len(walks)} "
-        f"samples, {total.steps} steps -> {output}"
-    )
-    return report
 
 
 def _summarize(parts: list[Acceptance]) -> dict[str, Any]:
@@ -185,19 +195,13 @@ def expected_acceptances(found: Walk, sample: StoredSample, head: TargetHead) ->
     temperature = sample.metadata.get("temperature", "")
     if not temperature or float(temperature) == 0.0:
         return float(sum(found.steps))
-    sampling = json.loads(sample.metadata.get("sampling") or "{}")
+    sampling = {**json.loads(sample.metadata.get("sampling") or "{}"), "temperature": temperature}
     rows, tokens = torch.tensor(found.tried_rows), torch.tensor(found.tried_tokens)
+    starts = torch.tensor([start for start, _ in spans_of(sample.loss_mask)])
     total = 0.0
-    for part, drafted in zip(rows.split(PLACES_A_CHUNK), tokens.split(PLACES_A_CHUNK), strict=True):
-        q = sampling_probabilities(
-            head.logits(sample.hidden_states[part]), float(temperature), sampling.get("top_p"), sampling.get("top_k")
-        )
+    for part, drafted in zip(rows.split(ROWS_PER_CHUNK), tokens.split(ROWS_PER_CHUNK), strict=True):
+        prompt_lengths = starts[torch.searchsorted(starts, part, right=True) - 1]
+        context = Context(sample.input_ids, part + 1, prompt_lengths)
+        q = probabilities_of(sampling, head.logits(sample.hidden_states[part]), context)
         total += float(q.gather(1, drafted[:, None]).sum())
     return total
-
-
-def spans_of(loss_mask: torch.Tensor) -> list[tuple[int, int]]:
-    """The runs of True as half-open spans."""
-    edges = torch.diff(loss_mask.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int))
-    starts, ends = (edges == 1).nonzero()[:, 0], (edges == -1).nonzero()[:, 0]
-    return list(zip(starts.tolist(), ends.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""What a training run says of itself while it goes on."""
+"""The log of a training run: progress, metrics.jsonl, TensorBoard and curves, written by the first process."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from common.files import write_atomic
+from common.progress import Progress
 from contracts.draft import DraftRun
-from contracts.files import write_atomic
-from contracts.recipe import TrainSection
+from recipe.train import TrainSection
 from train.curves import draw_curves
 from train.processes import Processes
 from train.schedule import learning_rate
 
 LOG_EVERY = 10
-DRAW_EVERY_S = 60.0  # a picture takes as long as several small steps
+DRAW_EVERY_S = 60.0  # drawing takes as long as several small steps
 
 
 class Log:
-    """What the first process says of the run: progress bar, metrics.jsonl, TensorBoard, curves."""
+    """Progress, metrics.jsonl, TensorBoard and curves of a run; every process calls it, the first one writes."""
 
     def __init__(self, run: DraftRun, section: TrainSection, processes: Processes, first_step: int) -> None:
         self._run, self._section, self._processes, self._first_step = run, section, processes, first_step
@@ -37,22 +37,20 @@ class Log:
         if self._processes.is_first:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._bar = tqdm(
-                total=self._section.num_steps, initial=self._first_step, desc="train", unit="step", mininterval=2,
-                disable=None,
-            )  # fmt: skip
+            self._progress = Progress(self._section.num_steps, "train", "step", self._first_step)
+            self._progress.__enter__()
             self._metrics = self._run.metrics_path.open("a")
             self._board = SummaryWriter(str(self._run.folder / "tensorboard"), purge_step=self._first_step)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._processes.is_first:
-            self._bar.close()
+            self._progress.__exit__()
             self._metrics.close()
             self._board.close()
 
     def start(self, part: str) -> None:
-        """The time from here on goes to `part` of the step."""
+        """Count the time from here on for `part` of the step."""
         if self._processes.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -63,7 +61,7 @@ class Log:
         self._tokens += sum(len(batch.token_ids) for batch in batches)
         self._steps += 1
         if self._processes.is_first:
-            self._bar.update()
+            self._progress.update()
 
     def note_acceptance(self, step: int, length: float) -> None:
         if self._processes.is_first:
@@ -97,13 +95,13 @@ class Log:
             self._board.add_scalar(name, line[name], step + 1)
         for place, value in enumerate(line["accuracy"], start=1):
             self._board.add_scalar(f"accuracy/{place}", value, step + 1)
-        self._bar.set_postfix_str(f"loss {loss:.3f}, accepted {line['blocks_accepted']:.2f}", refresh=False)
+        self._progress.set_note(f"loss {loss:.3f}, accepted {line['blocks_accepted']:.2f}")
         self._seconds.clear()
         self._tokens = self._steps = 0
         return loss
 
     def draw(self, *, at_once: bool) -> None:
-        """Draw the curves: at once, or if the last picture is old."""
+        """Draw the curves: at once, or if the last picture is older than a minute."""
         now = time.perf_counter()
         if self._processes.is_first and (at_once or now - self._drawn > DRAW_EVERY_S):
             draw_curves(self._run.metrics_path, self._run.folder / "curves.png")
@@ -111,7 +109,7 @@ class Log:
 
 
 def cut_metrics(path: Path, first_step: int) -> float:
-    """Drop lines of steps that will be done again, and a torn last line; the last loss that is left (nan: none)."""
+    """Drop lines of steps that will be repeated, and a torn last line; return the last loss left (nan: none)."""
     if not path.exists():
         return math.nan
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -4,9 +4,9 @@ Reads:  a store; of the target only embedding, lm_head, final norm and config.
 Writes: a run folder (contracts/draft.py): draft.json, metrics.jsonl, curves.png, tensorboard/, step-* checkpoints,
         best.json where a part of the conversations is held out.
 
-Batches and anchors follow from (seed, step) alone, and the schedule from the step, so a run that was killed and goes on
-from its last checkpoint ends with the very weights of one that was not. Under torchrun several processes share each
-batch; the loss is a mean over all supervised slots of a step, whoever has them.
+Batches and anchors follow from (seed, step) alone and the learning rate from the step: a run that was killed and
+resumed from its last checkpoint ends with the same weights, bit for bit, as one that was not. Under torchrun several
+processes share each batch; the loss is a mean over all supervised slots of a step, whichever process has them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,41 +25,44 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from common.errors import IncompleteError, UserError
 from contracts.acceptance import Acceptance
 from contracts.draft import DraftConfig, DraftRun
-from contracts.errors import IncompleteError, UserError
-from contracts.recipe import Recipe
 from contracts.run import Run
-from contracts.target import Target
-from contracts.target_weights import TargetHead, read_head
+from drafts import METHODS
+from drafts.batch import Batch
+from drafts.draft import Draft
+from recipe.recipe import Recipe
+from recipe.train import TrainSection
+from target.head import TargetHead, read_head
+from target.target import Target
 from train.checkpoint import load_checkpoint, save_checkpoint
-from train.data import AnyStore, Samples, open_states, read_ahead
-from train.dflash import init_weights
-from train.drafts import Draft, layers_of, make_draft, make_draft_config
-from train.eagle3 import Eagle3
+from train.data import Samples, open_states, read_ahead, refuse_mask_token
+from train.draft import make_config
 from train.evaluate import walk
 from train.log import LOG_EVERY, Log, cut_metrics
 from train.processes import Processes, start_processes
 from train.schedule import learning_rate
-from train.vocabulary import choose_vocabulary
 
 
 def train_offline(recipe: Recipe, store_folder: Path, output: Path) -> dict[str, Any]:
-    """Train to `train.num_steps`, or go on to it; the summary (steps, parameters, last loss).
+    """Train to `train.num_steps`, or resume; return the summary (steps, parameters, last loss).
 
     Raises UserError for a store of another target, or one whose layers are not the recipe's; IncompleteError when
     SIGTERM stopped it, after a checkpoint.
     """
-    target = Target.read(recipe.target.path)
+    section = recipe.training()
+    target = Target.here(recipe.target)
     store, manifest = open_states(recipe, store_folder, target)
-    config = make_draft_config(recipe, target, manifest)
+    config = make_config(recipe, target, manifest)
     with start_processes() as processes:
+        _check_batch_size(section, processes)
         run = None
         if processes.is_first:
             run = Run.open(
                 output,
                 "train offline",
-                settings={"train": recipe.train.settings(), "draft": config.model_dump(mode="json")},
+                settings={"train": section.settings(), "draft": config.model_dump(mode="json")},
                 inputs={"target": target.fingerprint, "store": store.checksum},
                 recipe_yaml=recipe.to_yaml(),
             )
@@ -67,137 +71,140 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path) -> dict[str,
                 return {}
             print(f"train: {output} is finished, skipped ({_describe(run.state['summary'])})")
             return dict(run.state["summary"])
-        summary = _train(recipe, config, target, store, output, processes, run)
+        if processes.is_first:
+            refuse_mask_token(store, config.mask_token_id)
+        samples = Samples(store, section, config.max_position_embeddings)
+        training = _prepare(recipe, config, read_head(target), samples, DraftRun(output), processes)
+        summary = _train(training, run)
         if run is not None:
             run.finish(summary)
             print(f"train: {_describe(summary)} in {run.seconds:.0f} s -> {output}")
         return summary
 
 
-def _train(
-    recipe: Recipe,
-    config: DraftConfig,
-    target: Target,
-    store: AnyStore,
-    output: Path,
-    processes: Processes,
-    run: Run | None,
-) -> dict[str, Any]:
-    section, device = recipe.train, processes.device
-    torch.set_num_threads(section.threads or max(1, (os.cpu_count() or 1) // processes.world))
-    # Probabilities near 0 would slow the products down a hundredfold. numpy looks at its types' limits once, and would
-    # warn of what it saw then.
+@dataclass
+class Training:
+    """What the loop works with. `model` is `draft`, wrapped for several processes."""
+
+    recipe: Recipe
+    section: TrainSection
+    config: DraftConfig
+    run: DraftRun
+    processes: Processes
+    samples: Samples
+    head: TargetHead
+    draft: Draft
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+def _prepare(
+    recipe: Recipe, config: DraftConfig, head: TargetHead, samples: Samples, run: DraftRun, processes: Processes
+) -> Training:
+    """Build draft and optimizer, the same on every process."""
+    section = recipe.training()
+    torch.set_num_threads(section.num_threads or max(1, (os.cpu_count() or 1) // processes.world))
+    # Products with denormal probabilities are a hundred times slower. Cache numpy's finfo before enabling
+    # flush-to-zero; it warns otherwise.
     np.finfo(np.float32), np.finfo(np.float64)
     torch.set_flush_denormal(True)
     torch.manual_seed(section.seed)
-    draft_run = DraftRun(output)
     if processes.is_first:
-        draft_run.write_config(config)
-    head = read_head(target).to(device)
-    samples = Samples(store, section, config.max_position_embeddings, config.mask_token_id)
-    if section.batch_samples < processes.world:
-        raise UserError(
-            "train.batch_samples",
-            found=str(section.batch_samples),
-            expected=f"one for each of the {processes.world} processes",
-            fix="Raise it, or start fewer processes.",
-        )
-    draft = make_draft(config, section).to(device)
-    init_weights(draft, section.seed)
-    if isinstance(draft, Eagle3) and draft.lm_head is not None:
-        vocabulary = choose_vocabulary(samples, config.vocab_size, draft.lm_head.out_features)
-        draft.set_vocabulary(vocabulary.kept.to(device), head)
-        if processes.is_first:
-            print(
-                f"train: the draft knows {len(vocabulary.kept)} of {config.vocab_size} tokens, "
-                f"{vocabulary.coverage:.2%} of the supervised ones"
-            )
-    num_parameters = sum(p.numel() for p in draft.parameters())
+        run.write_config(config)
+    head = head.to(processes.device)
+    draft = METHODS[config.method].build(config, section.draft, gradient_checkpointing=section.gradient_checkpointing)
+    message = draft.initialize(section.seed, head, lambda: samples.count_supervised(config.vocab_size))
+    if message and processes.is_first:
+        print(f"train: {message}")
+    draft.to(processes.device)
     if section.compile:
-        for layer in layers_of(draft):
+        for layer in draft.layers_to_compile():
             layer.compile()
     model = processes.wrap(draft, section)
-    parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
-        parameters, lr=section.learning_rate, betas=(0.9, 0.95), weight_decay=section.weight_decay, fused=True
+        model.parameters(), lr=section.learning_rate, betas=(0.9, 0.95), weight_decay=section.weight_decay, fused=True
     )
-    first_step = load_checkpoint(draft_run, processes, model, optimizer)
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-    loss_value = cut_metrics(draft_run.metrics_path, first_step) if processes.is_first else math.nan
-    best_length, improved = draft_run.best_length(), False
-    log = Log(draft_run, section, processes, first_step)
-    batches = read_ahead(
-        samples,
-        first_step * section.accumulate,
-        section.num_steps * section.accumulate,
-        processes.rank,
-        processes.world,
-    )
+    return Training(recipe, section, config, run, processes, samples, head, draft, model, optimizer)
 
+
+def _train(training: Training, run: Run | None) -> dict[str, Any]:
+    """Run the loop from the last checkpoint to the last step; return the summary."""
+    section, processes = training.section, training.processes
+    num_parameters = sum(p.numel() for p in training.draft.parameters())
+    first_step = load_checkpoint(training.run, processes, training.model, training.optimizer)
+    loss = cut_metrics(training.run.metrics_path, first_step) if processes.is_first else math.nan
+    best_length = training.run.best_length()
+    batches = read_ahead(training.samples, first_step, section, processes)
+    log = Log(training.run, section, processes, first_step)
     with log, stop_at_sigterm() as stopped:
         for step in range(first_step, section.num_steps):
             log.start("data")
-            micro = [next(batches).to(device) for _ in range(section.accumulate)]
-            plans = [draft.plan(batch) for batch in micro]
-            num_slots = float(processes.sum(torch.tensor(float(sum(plan.num_slots for plan in plans)))))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(section, step)
-            optimizer.zero_grad()
-            found = torch.zeros(0)
-            for batch, plan in zip(micro, plans, strict=True):
-                log.start("forward")
-                with autocast:
-                    result = model(batch, plan, head)
-                log.start("backward")
-                # Gradients are averaged over processes, the loss is one mean over all slots.
-                (result.loss_sum * (processes.world / num_slots)).backward()
-                found = result.counts() if not len(found) else found + result.counts()
-            log.start("optimizer")
-            norm = nn.utils.clip_grad_norm_(parameters, section.max_grad_norm)
-            optimizer.step()
-
+            micro = [next(batches).to(processes.device) for _ in range(section.gradient_accumulation_steps)]
+            counts, num_slots, norm = _step(training, micro, step, log)
             log.start("rest")
             log.count(micro)
-            last = step + 1 == section.num_steps
+            last, improved = step + 1 == section.num_steps, False
             if (step + 1) % LOG_EVERY == 0 or last:
-                loss_value = log.write(step, processes.sum(found), num_slots, float(norm))
-            if section.evaluate_every and samples.held_out and ((step + 1) % section.evaluate_every == 0 or last):
-                length = held_out_length(model, draft, head, samples)
+                loss = log.write(step, processes.sum(counts), num_slots, norm)
+            if _is_due(section, step, last) and training.samples.held_out:
+                # Ranks may round differently: the first one's length decides for all of them.
+                length = processes.from_first(held_out_length(training))
                 log.note_acceptance(step, length)
                 improved, best_length = length > best_length, max(length, best_length)
             stop = bool(processes.sum(torch.tensor(int(stopped["signal"]))))
             if (step + 1) % section.checkpoint_every == 0 or last or stop or improved:
-                best = best_length if improved else None
-                save_checkpoint(draft_run, step + 1, processes, model, optimizer, recipe, config, best)
-                improved = False
+                save_checkpoint(training, step + 1, best_length if improved else None)
                 log.draw(at_once=last or stop)
             if stop and not last:
-                raise IncompleteError(f"{output}: stopped by SIGTERM after step {step + 1}, which is saved. Run again.")
+                raise IncompleteError(
+                    f"{training.run.folder}: stopped by SIGTERM after step {step + 1}, which is saved. Run again."
+                )
             if run is not None:
                 run.tick()
-    return {
-        "steps": section.num_steps,
-        "parameters": num_parameters,
-        "samples": len(samples.ids),
-        "held_out": len(samples.held_out),
-        "truncated": len(samples.truncated),
-        "cut_away": len(samples.cut_away),
-        "loss": round(loss_value, 5),
-        **({"best": best_length} if best_length else {}),
-    }
+    return _summarize(training, num_parameters, loss, best_length)
 
 
-def held_out_length(model: nn.Module, draft: Draft, head: TargetHead, samples: Samples) -> float:
+def _step(training: Training, micro: list[Batch], step: int, log: Log) -> tuple[torch.Tensor, float, float]:
+    """One optimizer step over the accumulated batches: StepLoss counts, supervised slots of all processes, norm."""
+    section, processes, optimizer = training.section, training.processes, training.optimizer
+    autocast = torch.autocast("cuda", torch.bfloat16) if processes.device.type == "cuda" else nullcontext()
+    plans = [training.draft.plan(batch) for batch in micro]
+    num_slots = float(processes.sum(torch.tensor(float(sum(plan.num_slots for plan in plans)))))
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(section, step)
+    optimizer.zero_grad()
+    counts = torch.zeros(0)
+    for batch, plan in zip(micro, plans, strict=True):
+        log.start("forward")
+        with autocast:
+            result = training.model(batch, plan, training.head)
+        log.start("backward")
+        # Gradients are averaged over processes, the loss is one mean over all slots.
+        (result.loss_sum * (processes.world / num_slots)).backward()
+        counts = result.counts() if not len(counts) else counts + result.counts()
+    log.start("optimizer")
+    norm = nn.utils.clip_grad_norm_(training.model.parameters(), section.max_grad_norm)
+    optimizer.step()
+    return counts, num_slots, float(norm)
+
+
+def _is_due(section: TrainSection, step: int, last: bool) -> bool:
+    """Whether the held-out part is evaluated after this step."""
+    return bool(section.evaluate_every) and ((step + 1) % section.evaluate_every == 0 or last)
+
+
+def held_out_length(training: Training) -> float:
     """Predicted acceptance length on the held-out conversations; every process walks all of them."""
-    sharded = model if isinstance(model, FSDPModule) else None
+    draft = training.draft
+    sharded = training.model if isinstance(training.model, FSDPModule) else None
     if sharded is not None:
         sharded.unshard()  # drafting does not go through the wrapped forward, which would do it
     draft.eval()
     parts = []
-    for sample_id in samples.held_out:
-        sample = samples.read(sample_id)
-        replies = walk(sample, draft.draft(sample, head))
-        parts.append(Acceptance.from_steps([a for reply in replies for a in reply], draft.config.block_size - 1))
+    for sample_id in training.samples.held_out:
+        sample = training.samples.read(sample_id)
+        replies = walk(sample, draft.draft(sample, training.head))
+        parts.append(Acceptance.from_steps([a for reply in replies for a in reply], draft.config.num_draft_tokens))
     draft.train()
     if sharded is not None:
         sharded.reshard()
@@ -206,7 +213,7 @@ def held_out_length(model: nn.Module, draft: Draft, head: TargetHead, samples: S
 
 @contextmanager
 def stop_at_sigterm() -> Iterator[dict[str, bool]]:
-    """Note SIGTERM instead of dying of it: SLURM's warning before the time limit."""
+    """Note SIGTERM instead of ending: SLURM sends it before the time limit."""
     state = {"signal": False}
     before = signal.signal(signal.SIGTERM, lambda *_: state.update(signal=True))
     try:
@@ -215,11 +222,36 @@ def stop_at_sigterm() -> Iterator[dict[str, bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _check_batch_size(section: TrainSection, processes: Processes) -> None:
+    """Raise UserError when some process would have no sample of a batch."""
+    if section.batch_size < processes.world:
+        raise UserError(
+            "train.global_batch_size",
+            found=f"{section.global_batch_size} in {section.gradient_accumulation_steps} accumulated batches",
+            expected=f"a sample of each batch for each of the {processes.world} processes",
+            fix="Raise it, accumulate less, or start fewer processes.",
+        )
+
+
+def _summarize(training: Training, num_parameters: int, loss: float, best_length: float) -> dict[str, Any]:
+    samples = training.samples
+    return {
+        "steps": training.section.num_steps,
+        "parameters": num_parameters,
+        "samples": len(samples.ids),
+        "held_out": len(samples.held_out),
+        "truncated": len(samples.truncated),
+        "cut_away": len(samples.cut_away),
+        "loss": round(loss, 5),
+        **({"best": best_length} if best_length else {}),
+    }
+
+
 def _describe(summary: dict[str, Any]) -> str:
     return (
         f"{summary['steps']} steps on {summary['samples']} samples, {summary['parameters'] / 1e6:.2f}M parameters, "
         f"loss {summary['loss']}"
-        + (f", {summary['truncated']} samples cut" if summary.get("truncated") else "")
-        + (f", {summary['cut_away']} left out as nothing was left of them" if summary.get("cut_away") else "")
+        + (f", {summary['truncated']} samples truncated" if summary.get("truncated") else "")
+        + (f", {summary['cut_away']} left out: nothing to draft within the length" if summary.get("cut_away") else "")
         + (f", best predicted acceptance length {summary['best']:.3f}" if "best" in summary else "")
     )

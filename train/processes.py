@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from contracts.recipe import TrainSection
+from drafts.draft import Draft
+from recipe.train import TrainSection
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -43,21 +44,30 @@ class Processes:
             dist.all_reduce(values)
         return values.cpu()
 
+    def from_first(self, value: float) -> float:
+        """The first process's value, on every process."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.broadcast(shared, src=0)
+        return float(shared)
+
     def wait(self) -> None:
         if self.world > 1:
             dist.barrier()
 
-    def wrap(self, model: nn.Module, section: TrainSection) -> nn.Module:
+    def wrap(self, model: Draft, section: TrainSection) -> nn.Module:
         """The model as the loop calls it: itself, in DDP, or sharded by FSDP2, layer by layer."""
         if self.world == 1:
             return model
         if section.parallel == "ddp":
-            return nn.parallel.DistributedDataParallel(model)
+            wrapped: nn.Module = nn.parallel.DistributedDataParallel(model)
+            return wrapped
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.world,))
-        for layer in getattr(model, "layers", []):
+        for layer in model.layers_to_shard():
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)  # in place
         return model

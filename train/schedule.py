@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from contracts.recipe import TrainSection
+from recipe.train import TrainSection
 
 
 def learning_rate(section: TrainSection, step: int) -> float:
@@ -12,6 +12,6 @@ def learning_rate(section: TrainSection, step: int) -> float:
     if step < section.warmup_steps:
         return section.learning_rate * (step + 1) / section.warmup_steps
     done = (step - section.warmup_steps) / max(1, section.num_steps - section.warmup_steps)
-    if section.schedule == "cosine":
+    if section.lr_schedule == "cosine":
         return section.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
-    return section.learning_rate * (1.0 - done if section.schedule == "linear" else min(1.0, (1.0 - done) / 0.2))
+    return section.learning_rate * (1.0 - done if section.lr_schedule == "linear" else min(1.0, (1.0 - done) / 0.2))

@@ -40,7 +40,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from contracts.vml import settle_vector_functions
+from common.vml import settle_vector_functions
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END, ROLE = "]~!b[", "[e~[", "]~b]"

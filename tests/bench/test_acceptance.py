@@ -15,9 +15,9 @@ from written import write_store
 from bench.acceptance import parse_draft_tokens
 from bench.acceptance_report import make_tables, summarize
 from bench.requests import Answer, Turn, answers_to_json
+from common.errors import UserError
 from contracts.acceptance import Acceptance
-from contracts.errors import UserError
-from contracts.target import Target
+from target.target import Target
 
 
 def make_turn(id_: str, category: str, mode: str = "on", dataset: str = "a") -> Turn:
@@ -57,7 +57,7 @@ def test_rows_add_up_to_what_was_counted_and_loops_stand_apart() -> None:
     assert report["overruns"] == {"3": []}
     table = make_tables(report)
     assert "| x | a | 2 | 1.750" in table
-    assert "| looping, apart | all | 1 | 4.000 | 100.0% |" in table
+    assert "| looping, not included | all | 1 | 4.000 | 100.0% |" in table
 
 
 def test_a_server_that_tells_only_its_counters_gives_a_row_for_the_whole_set() -> None:
@@ -138,7 +138,7 @@ def test_sets_modes_and_draft_tokens_are_measured_in_one_run_that_resumes(
         running.wait(60)
     assert (running.returncode, running.stdout.read()) == (0, "serve: stopped\n")
     assert sum(line.startswith("| (all) | one | 4 |") for line in printed.splitlines()) == 1, printed
-    assert "Greedy replies were compared with none" in printed
+    assert "Greedy replies were not compared" in printed
     assert wrong.returncode == 2
     assert "a server that drafts 3 tokens a step, expected 2" in wrong.stderr
     result = run("bench", "acceptance", *words, "--draft-tokens", "9", check=False)

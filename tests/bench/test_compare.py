@@ -11,9 +11,8 @@ import pytest
 from conftest import run
 
 from bench.compare import break_even, compare, pool_rows, tell_break_even, uplift
-from bench.html import Page
 from bench.plots import pareto
-from contracts.errors import UserError
+from common.errors import UserError
 
 PUBLISHED = {
     1: (4688.40, 7653.56, "+63.24%"),
@@ -158,14 +157,3 @@ def test_acceptance_is_pooled_by_adding_steps_at_the_most_draft_tokens(tmp_path:
     assert pooled["by_category"]["mt_bench / math"]["acceptance_length"] == 1.5
     assert pooled["by_dataset"]["gsm8k"]["acceptance_length"] == 2.0
     assert pooled["all"]["acceptance_length"] == 1.6
-
-
-def test_a_page_escapes_what_it_is_given(tmp_path: Path) -> None:
-    page = Page("<t>")
-    page.heading("<h>")
-    page.text("<p>&")
-    page.table(("<c>",), [("<d>",)])
-    page.write(tmp_path / "page.html")
-    text = (tmp_path / "page.html").read_text()
-    for word in ("t", "h", "p", "c", "d"):
-        assert f"&lt;{word}&gt;" in text

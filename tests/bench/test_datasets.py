@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from bench.datasets import PLACEHOLDER, SOURCES, make_row, parse_name, write_prompts
-from contracts.errors import UserError
+from common.errors import UserError
+from contracts.prompt_files import open_prompts
+from contracts.prompts import read_prompt_row
 
 ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("mt_bench", {"prompt": ["a", "b"], "category": "writing", "prompt_id": 3}, {"turns": ["a", "b"], "c": "writing"}),
@@ -42,6 +44,15 @@ def test_a_local_file_keeps_its_messages_and_is_named_by_itself_or_by_name(tmp_p
     assert len(rows) == 2
     assert parse_name(f"gsm8k={file}") == ("gsm8k", file)
     assert parse_name("gsm8k") == ("gsm8k", None)
+
+
+def test_a_local_file_may_be_of_any_format_that_synth_reads(tmp_path: Path) -> None:
+    rows = [{"conversations": [{"from": "human", "value": "a"}], "category": None}, {"prompt": "b"}]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    written = write_prompts(str(tmp_path / "mine.json"), tmp_path / "out", limit=None)
+    found = [row.value for row in open_prompts(written).rows()]
+    assert [row["category"] for row in found] == ["mine", "mine"]
+    assert [read_prompt_row(row).messages[0]["content"] for row in found] == ["a", "b"]
 
 
 def test_a_turn_that_its_set_does_not_hold_is_left_out() -> None:

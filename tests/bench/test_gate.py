@@ -14,7 +14,7 @@ from bench.gate import explain
 from contracts.acceptance import Acceptance
 from contracts.draft import DraftRun
 from contracts.store import Store
-from contracts.target import Target
+from target.target import Target
 
 PREDICTED, SERVED = Acceptance.from_steps([3, 3, 2], 3), Acceptance.from_steps([3, 0, 1], 3)
 
@@ -22,7 +22,7 @@ PREDICTED, SERVED = Acceptance.from_steps([3, 3, 2], 3), Acceptance.from_steps([
 @pytest.fixture(scope="module", params=["dflash", "eagle3"])
 def trained(request: Any, recipe_path: Path, target_folder: Path, tmp_path_factory: Any) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp("gate")
-    args = ["--recipe", recipe_path, "--set", f"train.method={request.param}", "--set", "train.num_steps=1"]
+    args = ["--recipe", recipe_path, "--set", f"train.draft.method={request.param}", "--set", "train.num_steps=1"]
     store = write_store(folder / "store", Target.read(target_folder))
     run_here("train", "offline", *args, "--store", store, "--output", folder / "draft")
     run_here("train", "export", *args, "--run", folder / "draft", "--output", folder / "export")
@@ -69,7 +69,7 @@ def test_layers_and_mask_token_are_compared_as_each_method_writes_them(
         ({"target_layer_ids": [2, 3], "mask_token_id": 1000}, "layers that it reads: the export says [2, 3]"),
         (
             {"target_layer_ids": [1, 2], "mask_token_id": 5},
-            "mask token (dflash_config.mask_token_id): the export says 5",
+            "mask token: the export says 5",
         ),
     ):
         assert named in explain_with(trained, target_folder, tmp_path, dflash_config=changes)

@@ -35,8 +35,9 @@ def trained(
 ) -> tuple[str, list[object], Path]:
     """A method, its flags, and a folder with a run and its export, whose weights are far from their first values."""
     folder = tmp_path_factory.mktemp("parity")
-    args: list[object] = ["--recipe", recipe_path, "--set", f"train.method={request.param}"]
-    args += ["--set", "train.num_steps=2", "--set", f"train.draft_vocab_size={KNOWN}"]
+    args: list[object] = ["--recipe", recipe_path, "--set", f"train.draft.method={request.param}"]
+    args += ["--set", "train.num_steps=2"]
+    args += ["--set", f"train.draft.draft_vocab_size={KNOWN}"] if request.param == "eagle3" else []
     run_here("train", "offline", *args, "--store", store, "--output", folder / "draft")
     weights_path = DraftRun(folder / "draft").chosen_weights()
     weights = {name: 4 * t if t.dim() > 1 else t for name, t in load_file(weights_path).items()}

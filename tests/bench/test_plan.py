@@ -10,8 +10,10 @@ import pytest
 from conftest import ROOT, run
 
 from bench.plan import Layout, Point, mark_evaluated, plan_points
-from contracts.errors import UserError
-from contracts.recipe import LayoutSpace, Recipe, load_recipe
+from common.errors import UserError
+from recipe.bench import LayoutSpace
+from recipe.load import load_recipe
+from recipe.recipe import Recipe
 
 M3 = ROOT / "recipes/MiniMax-M3-DFlash/eagle3.yaml"
 TINY = ROOT / "recipes/Tiny-DFlash/recipe.yaml"
@@ -82,7 +84,7 @@ def test_filters_leave_their_points_and_evaluations_stay_as_they_were(m3: Recipe
         ({"layouts": ["tp16"]}, r"--layout: found tp16, expected one of tp8, tp8-ep8, tp4"),
         ({"scenarios": ["1k8k"]}, "expected one of 1k1k, 8k1k"),
         ({"concurrencies": [3]}, "--concurrency: found 3"),
-        ({"layouts": ["tp4"], "concurrencies": [512]}, "no point that all of them leave"),
+        ({"layouts": ["tp4"], "concurrencies": [512]}, "no point that matches all of them"),
     ],
 )
 def test_a_filter_that_leaves_nothing_is_an_error(m3: Recipe, filters: dict[str, list], telling: str) -> None:

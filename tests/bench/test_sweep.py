@@ -16,13 +16,15 @@ from conftest import ROOT, kill_when, run, run_here
 from written import write_store
 
 import bench.sweep
-from bench.load import LATENCIES, load_flags, mean_length, read_acceptance, read_opening, spread, write_prompts
+from bench.load import LATENCIES, load_flags, mean_length, read_acceptance, read_opening_row, spread, write_prompts
 from bench.plan import Layout, Point, plan_points
 from bench.sweep import Job, make_record
-from contracts.errors import IncompleteError, UserError
-from contracts.recipe import Recipe, load_recipe
-from contracts.target import Target
+from common.errors import IncompleteError, UserError
+from contracts.prompt_files import Row
+from recipe.load import load_recipe
+from recipe.recipe import Recipe
 from serve.command import parse_flags
+from target.target import Target
 
 SPACE = "bench.sweep.scenarios=[{isl: 16, osl: 16, search_space: [{conc_start: 1, conc_end: 2}]}]"
 POINT = Point(Layout(4), 1024, 1024, 2)
@@ -78,16 +80,18 @@ def test_a_load_is_greedy_and_ten_prompts_a_slot(recipe: Recipe, tmp_path: Path)
         {"system": "s", "turns": ["u", "v"]},
         {"system": "s", "prompt": "u"},
         {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]},
+        {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "u"}, {"from": "gpt"}]},
+        {"messages": '[{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]'},
     ],
 )
 def test_a_prompt_is_a_row_up_to_its_first_user_turn(row: dict[str, Any]) -> None:
-    assert read_opening(row, "") == [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    assert read_opening_row(Row(0, "", row)) == [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
 
 
 @pytest.mark.parametrize("row", [{}, {"turns": []}, {"messages": [{"role": "system", "content": "s"}]}])
 def test_a_row_without_a_user_turn_is_an_error(row: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="p:1: found no user turn"):
-        read_opening(row, "p:1")
+    with pytest.raises(UserError, match="p:1: found no"):
+        read_opening_row(Row(0, "p:1", row))
 
 
 def test_prompts_are_rendered_with_the_targets_template_and_long_ones_left_out(
@@ -122,7 +126,7 @@ def test_a_killed_sweep_keeps_its_points_and_the_counters_agree(recipe_path: Pat
     assert kill_when(first.exists, *args) == -9
     kept = first.read_bytes()
     said = run(*args).stdout
-    assert "3 of 4 points are to be measured" in said
+    assert "3 of 4 points to measure" in said
     assert "point 3 of 3: 16-16-tp1-c2-draft" in said
     assert first.read_bytes() == kept
     summary = json.loads((output / "sweep.json").read_text())
@@ -140,7 +144,7 @@ def test_a_killed_sweep_keeps_its_points_and_the_counters_agree(recipe_path: Pat
         # The prefill gives a reply's first token; its last steps may verify tokens beyond its end.
         overshoot = point["completed"] + acceptance["steps"] + acceptance["accepted"] - point["output_tokens"]
         assert 0 <= overshoot <= 8 * point["completed"]
-    assert "0 of 4 points are to be measured" in run(*args).stdout
+    assert "0 of 4 points to measure" in run(*args).stdout
 
 
 @pytest.mark.vllm

@@ -31,3 +31,8 @@ def test_pooling_adds_counters_and_does_not_average_ratios() -> None:
 
 def test_no_steps_is_one_token_a_step_and_no_crash() -> None:
     assert Acceptance((0, 0)).summary()["acceptance_length"] == 1.0
+
+
+def test_pooling_nothing_is_an_error_and_not_an_acceptance_length_of_one() -> None:
+    with pytest.raises(ValueError, match="no acceptance to pool"):
+        Acceptance.pool([])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from contracts.errors import IncompleteError, UserError
-from contracts.ledger import Ledger, check_counts
+from common.errors import IncompleteError, UserError
+from contracts.ledger import Ledger, LedgerWriter, check_counts, read_entries
 from contracts.run import Run, read_run
 
 
@@ -16,18 +16,23 @@ def open_run(folder: Path, **changes: object) -> Run:
     return Run.open(folder, "synth generate", settings=settings, inputs={"prompts": "abc"}, recipe_yaml="a: 1\n")
 
 
-def test_a_torn_last_line_is_cut_off_and_its_row_is_open_again(tmp_path: Path) -> None:
+def append(path: Path, *entries: dict[str, object]) -> LedgerWriter:
+    writer = LedgerWriter(path)
+    assert list(writer.read()) == list(read_entries(path))
+    writer.append(entries)
+    writer.close()
+    return writer
+
+
+def test_a_torn_last_line_is_left_out_by_readers_and_cut_off_by_the_next_writer(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
-    ledger = Ledger(path)
-    ledger.append("a", "done", tokens=3)
-    ledger.append("b", "done", tokens=4)
-    ledger.close()
-    path.write_bytes(path.read_bytes()[:-5])
-    ledger = Ledger(path)
-    assert "a" in ledger
-    assert "b" not in ledger
-    ledger.append("b", "done", tokens=4)
-    assert ledger.total("tokens") == 7
+    append(path, {"id": "a", "status": "done", "tokens": 3}, {"id": "b", "status": "done", "tokens": 4})
+    torn = path.read_bytes()[:-5]
+    path.write_bytes(torn)
+    assert Ledger(path).ids("done") == ["a"]
+    assert path.read_bytes() == torn
+    append(path, {"id": "b", "status": "done", "tokens": 4})
+    assert Ledger(path).ids("done") == ["a", "b"]
     assert path.read_text().count("\n") == 2
 
 
@@ -38,16 +43,20 @@ def test_a_broken_line_in_the_middle_is_an_error_not_a_guess(tmp_path: Path) -> 
         Ledger(path)
 
 
+def test_reading_a_ledger_that_is_not_there_makes_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        Ledger(tmp_path / "ledger.jsonl")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_last_line_of_an_id_wins(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-    ledger.append("a", "failed", "timeout")
-    ledger.append("a", "done")
-    assert ledger.counts() == {"done": 1, "truncated": 0, "filtered": 0, "failed": 0}
+    append(tmp_path / "ledger.jsonl", {"id": "a", "status": "failed"}, {"id": "a", "status": "done"})
+    assert Ledger(tmp_path / "ledger.jsonl").counts() == {"done": 1, "truncated": 0, "filtered": 0, "failed": 0}
 
 
 def test_an_unknown_status_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="status"):
-        Ledger(tmp_path / "ledger.jsonl").append("a", "finished")
+        append(tmp_path / "ledger.jsonl", {"id": "a", "status": "finished"})
 
 
 def test_counts_that_do_not_add_up_are_an_error(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from contracts.errors import UserError
-from contracts.store import Store, StoredSample
+from common.errors import UserError
+from contracts.ledger import LedgerWriter
+from contracts.modelopt import ModelOptStore, write_modelopt
+from contracts.store import Store, StoredSample, find_token
 
 ID = "0123456789abcdef0123456789abcdef-0"
 
@@ -55,3 +57,20 @@ def test_a_torn_or_changed_file_is_named(tmp_path: Path) -> None:
 def test_a_folder_without_a_manifest_is_no_store(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"manifest\.json: found no such file"):
         Store(tmp_path).read_manifest()
+
+
+def test_a_token_is_found_in_the_first_sample_that_holds_it_in_our_layout_and_in_modelopts(tmp_path: Path) -> None:
+    store, foreign = Store(tmp_path / "ours"), ModelOptStore(tmp_path / "theirs", [0, 1], 4)
+    foreign.folder.mkdir()
+    ledger = LedgerWriter(store.ledger_path)
+    for number in range(40):
+        sample_id, sample = f"{number:032x}-0", make_sample()
+        sample.input_ids[1] = 100 if number in (23, 31) else number
+        ledger.append([{"id": sample_id, "status": "done", "tokens": 3, **store.write_sample(sample_id, sample)}])
+        write_modelopt(foreign.sample_path(sample_id), sample_id, sample)
+    for opened in (store, foreign):
+        assert find_token(opened, 100) == f"{23:032x}-0"
+        assert find_token(opened, 101) is None
+    store.sample_path(f"{5:032x}-0").write_bytes(b"torn")
+    with pytest.raises(UserError, match="unreadable sample"):
+        find_token(store, 101)

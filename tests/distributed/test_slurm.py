@@ -25,7 +25,7 @@ from written import write_store
 
 from contracts.conversation import read_conversations
 from contracts.store import Store
-from contracts.target import Target
+from target.target import Target
 
 pytestmark = [
     pytest.mark.vllm,
@@ -161,6 +161,7 @@ def test_arrays_of_workers_write_and_dump_what_one_process_does(
     assert not processes_of(f"SLURM_CONF={slurm['SLURM_CONF']}", "serve.vllm_main")
 
 
+@pytest.mark.long
 def test_a_pipeline_survives_a_cancelled_task_a_killed_server_and_a_requeue_and_equals_one_process(
     slurm: dict[str, str], tiny: Path, tmp_path: Path
 ) -> None:
@@ -191,8 +192,10 @@ def test_a_pipeline_survives_a_cancelled_task_a_killed_server_and_a_requeue_and_
     assert f"dump: 2 done, 2 waiting; {NUM_ROWS - lost} rows; {lost} of {NUM_ROWS} rows remain" in states, states
     assert "train: 1 waiting" in states
 
-    printed = say(slurm, *command("distributed", "retry", folder, *more))
+    printed = say(slurm, *command("distributed", "retry", folder))
     assert "synth: 2 of 4 tasks to do" in printed
+    job = re.findall(r"synth: job (\d+)", printed)[0]
+    assert "TimeLimit=00:30:00" in say(slurm, "scontrol", "show", "job", job)  # as submitted
     assert "dump: 2 of 4 tasks to do" in printed
     wait_until(lambda: not queue(slurm))
     states = say(slurm, *command("distributed", "status", folder))
@@ -226,7 +229,7 @@ def test_two_agents_of_torchrun_resume_after_a_kill_with_the_same_losses(
 ) -> None:
     store = write_store(tmp_path / "store", Target.read(target_folder))
     args = ["--recipe", recipe_path, "--set", "train.num_steps=300", "--set", "train.checkpoint_every=10"]
-    args += ["--set", "train.threads=1"]
+    args += ["--set", "train.num_threads=1"]
     say(slurm, *command("train", "offline", *args, "--store", store, "--output", tmp_path / "alone"))
     output, mine = tmp_path / "draft", f"SLURM_CONF={slurm['SLURM_CONF']}"
     more = ["--time", 30, "--tasks-per-node", 2, "--input", store, "--output", output]

@@ -1,19 +1,27 @@
-"""Claims about what waits for what, without a scheduler: which tasks are submitted, in which order, after which job."""
+"""Claims about submissions without a scheduler: which tasks, after which jobs, with which resources and secrets."""
 
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import run, run_here
 
+from common.errors import UserError
 from distributed import submit as module
-from distributed.plan import StagePlan
-from distributed.submit import Resources, Submitted, submit
+from distributed.plan import StagePlan, read_plan
+from distributed.resources import Resources
+from distributed.secrets import VARIABLE, hide, hide_again, reveal
+from distributed.submit import Submitted, submit
 from distributed.tasks import Task
 
 Job = tuple[str, list[str], str]
+SECRET = "hf_secret"
 
 
 @pytest.fixture
@@ -32,6 +40,20 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     return found
 
 
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Resources]]:
+    """The name and the resources of every job that was submitted."""
+    found: list[tuple[str, Resources]] = []
+
+    def note(name: str, tasks: Sequence[Task], plan: StagePlan, resources: Resources, after: str = "") -> str:
+        if tasks:
+            found.append((name, resources))
+        return str(len(found)) if tasks else ""
+
+    monkeypatch.setattr(module, "_submit", note)
+    return found
+
+
 def submit_all(folder: Path, synth_done: set[int], dump_done: set[int], shards: int = 4) -> None:
     submitted = Submitted()
     for stage, done in (("synth", synth_done), ("dump", dump_done), ("train", set[int]())):
@@ -40,7 +62,7 @@ def submit_all(folder: Path, synth_done: set[int], dump_done: set[int], shards: 
             task_folder = plan.task_folder(number)
             task_folder.mkdir(parents=True)
             (task_folder / "run.json").write_text(json.dumps({"complete": True, "seconds": 1.0}))
-        submitted = submit(plan, Resources(), submitted)
+        submitted = submit(plan, submitted)
 
 
 def test_each_shard_is_dumped_after_its_own_synthesis_and_training_comes_last(jobs: list[Job], tmp_path: Path) -> None:
@@ -66,3 +88,110 @@ def test_dumps_of_finished_shards_wait_for_nothing_and_the_others_stand_as_their
 def test_a_single_task_is_no_array_and_is_waited_for_as_a_job(jobs: list[Job], tmp_path: Path) -> None:
     submit_all(tmp_path, synth_done={0, 1, 3}, dump_done={0, 1, 3})
     assert jobs[:3] == [("synth", ["2/4"], ""), ("synth-merge", [], "afterok:1"), ("dump", ["2/4"], "afterok:1")]
+
+
+def submit_pipeline(recipe_path: Path, folder: Path, *more: object) -> None:
+    run_here(
+        "distributed", "submit", "pipeline", "--recipe", recipe_path, "--input", folder / "prompts.jsonl", "--output",
+        folder, "--shards", 2, *more,
+    )  # fmt: skip
+
+
+def test_a_retry_has_the_resources_of_the_submission_and_its_own_options_replace_them(
+    recipe_path: Path, tmp_path: Path, given: list[tuple[str, Resources]]
+) -> None:
+    sizes = ("--gpus-per-node", 8, "--time", 720, "--nodes", 4, "--max-running", 3, "--cpus-per-task", 16)
+    submit_pipeline(recipe_path, tmp_path, *sizes, "--slurm", "partition=gpu", "--slurm", "account=a")
+    first = given[:]
+    given.clear()
+    run_here("distributed", "retry", tmp_path)
+    assert given == first
+    resources = dict(first)
+    assert {name: (r.nodes, r.gpus_per_node, r.time_min, r.max_running) for name, r in resources.items()} == {
+        "synth": (1, 8, 720, 3), "synth-merge": (1, 0, 720, 3), "dump": (1, 8, 720, 3), "train": (4, 8, 720, 3),
+    }  # fmt: skip
+    given.clear()
+    for _ in range(2):  # the second retry has what the first one was given
+        run_here("distributed", "retry", tmp_path, *(("--time", 60, "--slurm", "partition=b") if not given else ()))
+    for _, found in given:
+        assert found.time_min == 60
+        assert found.slurm_options() == {"partition": "b", "account": "a"}
+    assert dict(given)["train"].gpus_per_node == 8
+
+
+def test_gpus_can_be_taken_back(recipe_path: Path, tmp_path: Path, given: list[tuple[str, Resources]]) -> None:
+    submit_pipeline(recipe_path, tmp_path, "--gpus-per-node", 8)
+    run_here("distributed", "retry", tmp_path, "--gpus-per-node", 0)
+    assert {found.gpus_per_node for _, found in given[4:]} == {0}
+    assert "--nproc-per-node=1" in read_plan(tmp_path / "train").task(0).resolve()
+
+
+def test_wrong_resources_are_refused_before_anything_is_written(recipe_path: Path, tmp_path: Path) -> None:
+    for words, telling in ((("--cluster", "pbs"), "slurm, local or debug"), (("--slurm", "gpu"), "name=value")):
+        with pytest.raises(AssertionError, match=telling):
+            submit_pipeline(recipe_path, tmp_path, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_without_training_is_submitted_for_synthesis_and_not_for_training(
+    recipe_path: Path, tmp_path: Path, given: list[tuple[str, Resources]]
+) -> None:
+    text = recipe_path.read_text()
+    start = text.index("\ntrain:")
+    (tmp_path / "recipe.yaml").write_text(text[:start] + text[text.index("\nexport:", start) :])
+    words = ("--recipe", tmp_path / "recipe.yaml", "--input", tmp_path / "p.jsonl", "--output", tmp_path / "out")
+    run_here("distributed", "submit", "synth", *words)
+    assert [name for name, _ in given] == ["synth", "synth-merge"]
+    assert "synth: 1 waiting" in run_here("distributed", "status", tmp_path / "out").stdout
+    result = run_here("distributed", "submit", "pipeline", *words, check=False)
+    assert (result.returncode, "train" in result.stderr) == (2, True)
+
+
+def test_the_plan_of_another_version_is_named(tmp_path: Path) -> None:
+    plan = StagePlan(stage="synth", recipe="r", overrides=[], input="i", output=str(tmp_path)).model_dump(mode="json")
+    (tmp_path / "distributed.json").write_text(json.dumps({**plan, "processes_per_node": 8}))
+    with pytest.raises(UserError, match=r"distributed\.json \(processes_per_node\).*submit` again"):
+        read_plan(tmp_path)
+
+
+@pytest.fixture
+def failed_run(recipe_path: Path, tmp_path: Path) -> Path:
+    """A dump in two shards on "local", whose input is missing, submitted with a secret."""
+    words = ("--recipe", recipe_path, "--input", tmp_path / "none", "--output", tmp_path / "out")
+    secrets = ("--set", f"serve.env.HF_TOKEN={SECRET}", "--set", "synth.seed=3")
+    result = run("distributed", "submit", "dump", *words, "--shards", 2, "--cluster", "local", *secrets, check=False)
+    assert result.returncode == 1, result.stderr
+    assert SECRET not in result.stdout + result.stderr
+    return tmp_path / "out"
+
+
+def test_an_arrays_tasks_can_be_stopped_and_requeued_and_no_file_has_a_secret(failed_run: Path) -> None:
+    pickles = sorted(failed_run.glob("jobs/*_submitted.pkl"))
+    assert len(pickles) == 2
+    for path in pickles:
+        task: Any = pickle.loads(path.read_bytes()).function
+        assert isinstance(task.checkpoint().function, Task)  # submitit requeues after a time limit only with this
+    logs = "".join(path.read_text() for path in failed_run.glob("jobs/*_log.out"))
+    assert "serve.env.HF_TOKEN=<redacted>" in logs
+    files = [path for path in failed_run.rglob("*") if path.is_file()]
+    assert [path.name for path in files if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_a_retry_asks_for_the_secrets_of_the_submission_again(failed_run: Path) -> None:
+    without = run_here("distributed", "retry", failed_run, check=False)
+    assert (without.returncode, "secrets are not written to disk" in without.stderr) == (2, True)
+    other = run_here("distributed", "retry", failed_run, "--set", "synth.seed=4", check=False)
+    assert (other.returncode, "Leave it out" in other.stderr) == (2, True)
+
+
+def test_a_task_runs_with_the_secrets_that_its_words_lack(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(VARIABLE, "{}")
+    words = hide([f"serve.env.A={SECRET}", "synth.seed=3"])
+    assert words == ["serve.env.A=<redacted>", "synth.seed=3"]
+    Task(("bash", "-c", f'echo "$0" > {tmp_path}/said', words[0]))()
+    assert (tmp_path / "said").read_text() == f"serve.env.A={SECRET}\n"
+    hide_again(words, [f"serve.env.A=other-{SECRET}"])
+    assert reveal(words) == [f"serve.env.A=other-{SECRET}", "synth.seed=3"]
+    del os.environ[VARIABLE]
+    with pytest.raises(UserError, match="no value in DRAFTLINE_SECRETS"):
+        Task(tuple(words))()

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from contracts.conversation import Conversation, Loop, Sample
-from contracts.recipe import load_recipe
-from contracts.target import Target
 from dump.capture import Captured, CaptureError, Staged, Staging, load_staged
 from dump.rendered import TemplateMasks
-from dump.samples import Row, judge, read_rows
+from dump.samples import Filter, Row, read_rows
 from dump.writer import make_stored
+from recipe.load import load_recipe
+from target.target import Target
 
 HIDDEN, IDS = 4, [7, 8, 9]
 LOOP = Loop(turn=0, period=2, num_tokens=200)
@@ -86,25 +86,33 @@ def make_conversation(**changes: Any) -> Conversation:
 
 
 @pytest.mark.parametrize(
-    ("changes", "max_tokens", "overrides", "status"),
+    ("changes", "max_tokens", "overrides", "mask_token", "status"),
     [
-        ({}, 4, [], None),
-        ({}, 3, [], "filtered"),
-        ({}, 3, ["dump.truncate=true"], None),
-        ({}, 2, ["dump.truncate=true"], "filtered"),
-        ({"finish_reason": "length"}, 4, [], "truncated"),
-        ({"finish_reason": "length"}, 4, ["dump.include_truncated=true"], None),
-        ({"loop": LOOP}, 4, [], "filtered"),
-        ({"loop": LOOP}, 4, ["dump.include_loops=true"], None),
-        ({"samples": [Sample(token_ids=[1, 2], loss_spans=[])]}, 4, [], "filtered"),
+        ({}, 4, [], None, None),
+        ({}, 3, [], None, "filtered"),
+        ({}, 3, ["dump.truncate=true"], None, None),
+        ({}, 2, ["dump.truncate=true"], None, "filtered"),
+        ({"finish_reason": "length"}, 4, [], None, "truncated"),
+        ({"finish_reason": "length"}, 4, ["dump.include_truncated=true"], None, None),
+        ({"loop": LOOP}, 4, [], None, "filtered"),
+        ({"loop": LOOP}, 4, ["dump.include_loops=true"], None, None),
+        ({"samples": [Sample(token_ids=[1, 2], loss_spans=[])]}, 4, [], None, "filtered"),
+        ({}, 4, [], 4, "filtered"),
+        ({}, 4, [], 5, None),
+        ({}, 3, ["dump.truncate=true"], 4, None),  # the token was cut off
     ],
 )
 def test_a_sample_is_taken_or_left_out_with_a_reason(
-    recipe_path: Path, changes: dict[str, Any], max_tokens: int, overrides: list[str], status: str | None
+    recipe_path: Path,
+    changes: dict[str, Any],
+    max_tokens: int,
+    overrides: list[str],
+    mask_token: int | None,
+    status: str | None,
 ) -> None:
     conversation = make_conversation(**changes)
     row = Row("a-0", conversation, conversation.samples[0])
-    verdict = judge(load_recipe(recipe_path, overrides).dump, row, max_tokens)
+    verdict = Filter(load_recipe(recipe_path, overrides).dump, max_tokens, mask_token).judge(row)
     assert (verdict.row is None) == (status is not None)
     assert verdict.status == (status or "")
     if verdict.row is not None:

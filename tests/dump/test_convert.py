@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import subprocess
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -14,7 +16,8 @@ from conftest import run_here
 from safetensors.torch import load_file
 
 from contracts.modelopt import ModelOptStore
-from contracts.store import Store
+from contracts.store import Store, StoredSample
+from dump.convert import _write_speculators
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,7 @@ def test_a_foreign_modelopt_folder_needs_its_layers_named_and_runs_no_code_and_l
     for path in folder.glob("*.pt"):
         path.write_bytes(pickle.dumps({"input_ids": Path("code")}))
     assert train("d", *named).returncode == 2
-    with pytest.raises(ValueError, match="no file name"):
+    with pytest.raises(ValueError, match="not a file name"):
         ModelOptStore(folder, layers, 64).sample_path("../out")
 
 
@@ -108,3 +111,23 @@ def test_an_unknown_layout_and_an_unfinished_store_are_refused(store: Store, tmp
     assert "expected one of modelopt, speculators" in result.stderr
     result = run_here("dump", "convert", tmp_path, "--to", "modelopt", "--output", tmp_path / "out", check=False)
     assert result.returncode == 2
+
+
+def test_the_rows_of_a_dataset_go_to_disk_as_they_come(tmp_path: Path) -> None:
+    def samples(count: int) -> Iterator[tuple[str, StoredSample]]:
+        nothing = torch.zeros(8000, 1)
+        for number in range(count):
+            ids = torch.randint(1000, 200_000, (8000,), dtype=torch.int32)
+            yield f"{number}", StoredSample(ids, torch.ones(8000, dtype=torch.bool), nothing, nothing, {})
+
+    peaks = []
+    for count in (32, 320):
+        output = tmp_path / f"{count}"
+        output.mkdir()
+        tracemalloc.start()
+        _write_speculators(output, samples(count))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(datasets.load_from_disk(str(output))) == count
+        assert not list(output.glob(".rows-*"))
+    assert peaks[1] < 1.5 * peaks[0]

@@ -8,9 +8,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from contracts.conversation import Conversation, Sample
-from contracts.recipe import Recipe, load_recipe
-from contracts.target import Target
 from dump.rendered import TemplateMasks
+from recipe.load import load_recipe
+from recipe.recipe import Recipe
+from target.target import Target
 
 PROMPT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a list?"}]
 

@@ -15,17 +15,18 @@ import torch
 from conftest import kill_when, read_lines, run, run_here
 from written import write_conversations
 
+from common.errors import UserError
 from contracts.conversation import CONVERSATIONS_FILE, read_conversations
-from contracts.errors import UserError
-from contracts.recipe import load_recipe
 from contracts.store import Store
-from contracts.target import Target, captured_layers
+from dump.backends import make_backend
 from dump.capture import Staging
 from dump.run import dump as dump_in_process
-from dump.run import make_backend
+from recipe.load import load_recipe
 from serve.command import build_command
 from serve.extraction import extraction_args, to_server_args
 from serve.server import find_port, run_server
+from target.layers import captured_layers
+from target.target import Target
 
 HF = ("--set", "dump.backend=hf", "--set", "dump.writers=1")
 
@@ -55,8 +56,9 @@ def test_vllm_its_server_and_transformers_agree_layer_by_layer(
     dump(recipe_path, conversations, tmp_path / "hf", *HF)
     with run_server(command, log_path=tmp_path / "server.log", startup_timeout_s=300) as server:
         more = ("--set", "dump.backend=server", "--set", f"dump.endpoints=[{server.url}/v1]")
+        more += ("--set", f"dump.server_staging_dir={tmp_path}/staged")
         dump(recipe_path, conversations, tmp_path / "server", *more)
-    # All that may be left is the request of no use that made the server write the last of the others.
+    # A dummy request that made the server write the last of the others may be left.
     assert len(list((tmp_path / "staged").glob("*.safetensors"))) <= 1
     reference = Store(tmp_path / "hf")
     assert len(done(tmp_path / "hf")) == 60
@@ -237,8 +239,9 @@ def test_over_length_samples_are_left_out_or_cut_by_flag(
 def test_more_rejected_samples_than_allowed_stop_the_run_with_the_first_reason(
     recipe_path: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    with scripted.serve() as server:  # it knows no completions of token ids
+    with scripted.serve() as server:  # without extraction
         more = ("--set", "dump.backend=server", "--set", f"dump.endpoints=[{server.url}]")
+        more += ("--staging-dir", str(tmp_path / "staging"))
         result = dump(recipe_path, conversations, tmp_path / "out", *more, check=False)
     assert result.returncode == 1
     assert "samples rejected (the first: the server did not answer" in result.stderr
@@ -253,7 +256,9 @@ def test_the_server_backend_asks_for_a_server_and_names_one_that_is_not_there(
     result = dump(recipe_path, conversations, tmp_path / "out", *more, check=False)
     assert result.returncode == 2
     assert "dump.endpoints: found none" in result.stderr
-    recipe = load_recipe(recipe_path, ["dump.backend=server", "dump.endpoints=[http://127.0.0.1:9/v1]"])
+    recipe = load_recipe(
+        recipe_path, ["dump.backend=server", "dump.endpoints=[http://127.0.0.1:9/v1]", "dump.staging_dir=x"]
+    )
     with pytest.raises(UserError, match="no model list"):
         make_backend(recipe, Target.read(recipe.target.path), [1, 2], Staging(tmp_path, 1 << 20))
 

@@ -15,10 +15,11 @@ from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM
 from written import write_conversations
 
 from contracts.store import Store, StoredSample
-from contracts.target import Target
-from contracts.target_weights import kept_by, read_head
 from dump.diagnose import name_defect
-from dump.verify import sampled_deviations
+from dump.predictions import logit_gaps, sampled_deviations, sampling_of
+from target.head import TargetHead, read_head
+from target.sampling import Context, kept_by, probabilities_of
+from target.target import Target
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_a_good_store_passes(recipe_path: Path, good: Path) -> None:
         (zeroed, "all zero"),
         (one_token_missing, "1 tokens missing, first at 0"),
         (of_another_conversation, "states of another conversation"),
-        (one_token_late, "the states stand one token later"),
+        (one_token_late, "the states are one token later"),
         (masked_too_much, "a loss mask of"),
         (shifted, "found the output of layer"),
     ],
@@ -197,23 +198,61 @@ def test_a_manifest_with_the_other_norm_is_refused(recipe_path: Path, good: Path
     assert "(final_norm): found 'gemma', expected 'rms'" in printed
 
 
-def test_sampled_rows_are_as_likely_as_their_states_say_and_others_are_not(target_folder: Path, good: Path) -> None:
-    head = read_head(Target.read(target_folder))
-    store = Store(good)
-    sample = store.read_sample(store.sample_ids()[0])
+def draw(head: TargetHead, sampling: dict[str, float], count: int) -> StoredSample:
+    """A sample of random states whose tokens were drawn one after the other as vLLM would."""
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(2000, sample.hidden_states.shape[1], generator=generator)
-    for sampling in ({"temperature": 0.8}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 1.0, "top_k": 5}):
-        q = (head.logits(states) / sampling["temperature"]).softmax(-1)
-        q = q * kept_by(q, sampling.get("top_p"), sampling.get("top_k"))
-        drawn = torch.multinomial(q, 1, generator=generator)[:, 0]
-        ids = torch.cat([torch.zeros(1, dtype=torch.long), drawn]).int()
-        mask = torch.arange(2001) > 0
-        metadata = {"temperature": str(sampling["temperature"]), "sampling": json.dumps(sampling)}
-        right = StoredSample(ids, mask, torch.cat([states, states[:1]]), torch.zeros(2001, 1), metadata)
-        assert abs(sampled_deviations(head, right)[0]) < 5
-        wrong = StoredSample(ids, mask, torch.cat([states.flip(0), states[:1]]), torch.zeros(2001, 1), metadata)
-        assert abs(sampled_deviations(head, wrong)[0]) > 8
+    states = torch.randn(count, head.norm.shape[0], generator=generator)
+    logits = head.logits(states)
+    ids = torch.zeros(count + 1, dtype=torch.int32)
+    for place in range(count):
+        context = Context(ids, torch.tensor([place + 1]), torch.tensor([1]))
+        q = probabilities_of(sampling, logits[place : place + 1], context)
+        ids[place + 1] = torch.multinomial(q, 1, generator=generator)[0, 0]
+    metadata = {"temperature": str(sampling["temperature"]), "sampling": json.dumps(sampling)}
+    mask = torch.arange(count + 1) > 0
+    return StoredSample(ids, mask, torch.cat([states, states[:1]]), torch.zeros(count + 1, 1), metadata)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.8},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 1.0, "top_k": 5},
+        {"temperature": 1.0, "min_p": 0.2},
+        {"temperature": 1.0, "repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+    ],
+    ids=lambda sampling: ",".join(sampling),
+)
+def test_sampled_rows_are_as_likely_as_all_their_parameters_say_and_others_are_not(
+    target_folder: Path, sampling: dict[str, float]
+) -> None:
+    head = read_head(Target.read(target_folder))
+    right = draw(head, sampling, 2000)
+    assert abs(sampled_deviations(head, right, sampling_of(right) or {})[0]) < 5
+    wrong = replace(right, hidden_states=right.hidden_states.flip(0))
+    assert abs(sampled_deviations(head, wrong, sampling_of(wrong) or {})[0]) > 8
+    if len(sampling) > 1:
+        assert abs(sampled_deviations(head, right, {"temperature": sampling["temperature"]})[0]) > 5
+
+
+def test_greedy_tokens_under_penalties_are_the_argmax_of_penalized_logits(target_folder: Path) -> None:
+    head = read_head(Target.read(target_folder))
+    sample = draw(head, {"temperature": 0.0, "repetition_penalty": 1.5}, 300)
+    assert bool((logit_gaps(head, sample, sampling_of(sample) or {}) == 0).all())
+    assert not bool((logit_gaps(head, sample, {"temperature": 0.0}) == 0).all())
+
+
+def test_a_sample_without_a_temperature_on_record_is_counted_as_unknown(
+    recipe_path: Path, good: Path, tmp_path: Path
+) -> None:
+    def forget(sample: StoredSample, *_: object) -> None:
+        sample.metadata |= {"temperature": "", "sampling": "{}"}
+
+    seed(good, tmp_path / "unknown", forget)
+    code, printed = verify(recipe_path, tmp_path / "unknown")
+    assert code == 0, printed
+    assert "60 samples have no temperature on record" in printed
 
 
 def test_top_k_and_top_p_keep_what_a_sampler_would_draw_from() -> None:

@@ -13,11 +13,11 @@ from tiny_m3 import HIDDEN, NUM_LAYERS, build_tiny_m3
 from transformers import AutoConfig
 from written import write_conversations
 
-from contracts.check import check_recipe
-from contracts.errors import UserError
-from contracts.mask_token import used_token_ids
-from contracts.recipe import load_recipe
-from contracts.target import Target
+from common.errors import UserError
+from recipe.check import check_recipe
+from recipe.load import load_recipe
+from target.mask_token import used_token_ids
+from target.target import Target
 
 FOLDER = ROOT / "recipes/MiniMax-M3-DFlash"
 RECIPE = FOLDER / "recipe.yaml"
@@ -40,9 +40,10 @@ def sizes_of(target_folder: Path) -> list[str]:
         "target.path": target_folder, "target.max_model_len": 512, "target.aux_layers": [0, 2, 4],
         "target.mask_token_id": highest + 1, "target.facts.hidden_size": HIDDEN, "target.facts.vocab_size": 1024,
         "target.facts.num_hidden_layers": NUM_LAYERS, "target.facts.highest_token_id": highest,
-        "dump.args.dtype": "float32", "dump.dtype": "float32", "train.num_layers": 2, "train.num_attention_heads": 4,
-        "train.num_key_value_heads": 2, "train.head_dim": 32, "train.intermediate_size": 512, "train.num_anchors": 32,
-        "train.batch_samples": 8, "train.num_steps": 250, "train.warmup_steps": 10, "train.learning_rate": 6e-3,
+        "dump.args.dtype": "float32", "dump.dtype": "float32", "train.draft.num_layers": 2,
+        "train.draft.num_attention_heads": 4, "train.draft.num_key_value_heads": 2, "train.draft.head_dim": 32,
+        "train.draft.intermediate_size": 512, "train.draft.num_anchors": 32,
+        "train.global_batch_size": 8, "train.num_steps": 250, "train.warmup_steps": 10, "train.learning_rate": 6e-3,
         "train.held_out_fraction": 0, "train.evaluate_every": 0, "export.dtype": "float32",
         "export.max_position_embeddings": 65536, "export.yarn.original_max_position_embeddings": 512,
     }  # fmt: skip
@@ -81,7 +82,7 @@ def test_a_tiny_m3_goes_through_the_recipe_from_end_to_end(tiny_m3: Path, tmp_pa
 
 
 BROKEN = {
-    "an unknown key": ("train.num_anchor", 3, r"unknown key 'num_anchor'.*Did you mean 'num_anchors'"),
+    "an unknown key": ("train.draft.num_anchor", 3, r"unknown key 'num_anchor'.*Did you mean 'num_anchors'"),
     "layers out of order": (
         "target.aux_layers",
         [15, 1],
@@ -92,7 +93,7 @@ BROKEN = {
     "a mask token in use": ("target.mask_token_id", 200054, r"found a token of the tokenizer"),
     "a mask token without a row": ("target.mask_token_id", 200064, r"found no row in 200064 embedding rows"),
     "a window that is not the context": ("export.yarn.factor", 64, r"export.yarn: found 8192 x 64 = 524288 positions"),
-    "a mode twice": ("synth.thinking_modes", ["enabled", "enabled"], r"'enabled' stands there twice"),
+    "a mode twice": ("synth.thinking_modes", ["enabled", "enabled"], r"'enabled' is listed twice"),
     "a variable the template lacks": (
         "target.thinking_mode_name",
         "thinking",
@@ -104,9 +105,13 @@ BROKEN = {
     "another block": ("serve.args.block-size", 64, r"serve.args.block-size: found 64, expected 128"),
     "another block in the dump": ("dump.args.block-size", 16, r"dump.args.block-size: found 16, expected 128"),
     "a quantized cache": ("dump.args.kv-cache-dtype", "fp8", r"kv-cache-dtype: found fp8, expected a KV cache of"),
-    "too many draft tokens": ("train.draft_vocab_size", 200065, r"expected at most the target's 200064 tokens"),
-    "heads that do not divide": ("train.num_key_value_heads", 7, r"must be a multiple of num_key_value_heads"),
+    "heads that do not divide": ("train.draft.num_key_value_heads", 7, r"must be a multiple of num_key_value_heads"),
 }
+
+
+def test_a_draft_that_knows_more_tokens_than_the_target_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train.draft.draft_vocab_size: found 200065, expected at most the target's"):
+        check_recipe(load_recipe(RECIPE.with_name("eagle3.yaml"), ["train.draft.draft_vocab_size=200065"]))
 
 
 @pytest.mark.parametrize("rule", BROKEN)
@@ -143,14 +148,15 @@ def test_a_training_template_that_renders_otherwise_than_the_targets_is_refused(
 def test_a_base_is_laid_under_and_every_value_tells_its_file(tmp_path: Path) -> None:
     smoke, whole = load_recipe(FOLDER / "smoke.yaml"), load_recipe(RECIPE)
     assert (smoke.target, smoke.dump, smoke.export) == (whole.target, whole.dump, whole.export)
-    assert smoke.train.num_steps == 60
+    assert smoke.training().num_steps == 60
     shown = run("recipe", "show", "--recipe", FOLDER / "smoke.yaml", "--set", "train.seed=3").stdout
     lines = {line.split(":")[0].strip(): line.rpartition("# ")[2] for line in shown.splitlines() if "#" in line}
-    assert (lines["num_steps"], lines["loss_decay"], lines["seed"], lines["ttt_steps"]) == (
+    assert (lines["num_steps"], lines["loss_decay"], lines["seed"], lines["dpace_smoothing"]) == (
         "smoke.yaml", "recipe.yaml", "--set", "default",
     )  # fmt: skip
     (tmp_path / "shown.yaml").write_text(shown)
-    assert load_recipe(tmp_path / "shown.yaml") == load_recipe(FOLDER / "smoke.yaml", ["train.seed=3"])
+    loaded = load_recipe(FOLDER / "smoke.yaml", ["train.seed=3"])
+    assert load_recipe(tmp_path / "shown.yaml").redacted() == loaded.redacted()
     (tmp_path / "loop.yaml").write_text("base: loop.yaml\n")
     with pytest.raises(UserError, match=r"found loop\.yaml, expected another recipe"):
         load_recipe(tmp_path / "loop.yaml")
@@ -159,8 +165,9 @@ def test_a_base_is_laid_under_and_every_value_tells_its_file(tmp_path: Path) -> 
 def test_the_eagle3_recipe_reads_the_layers_of_the_published_head() -> None:
     recipe = load_recipe(FOLDER / "eagle3.yaml")
     assert [layer_id + 1 for layer_id in recipe.target.aux_layers or []] == [2, 30, 57]
-    assert recipe.train.warmup_steps == round(0.02 * recipe.train.num_steps)
-    assert 0 <= 456_881 - recipe.train.num_steps * recipe.train.batch_samples < recipe.train.batch_samples
+    train = recipe.training()
+    assert train.warmup_steps == round(0.02 * train.num_steps)
+    assert 0 <= 456_881 - train.num_steps * train.global_batch_size < train.global_batch_size
 
 
 def test_every_yaml_says_where_its_values_come_from() -> None:

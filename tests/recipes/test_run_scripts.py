@@ -14,14 +14,14 @@ import typer
 from conftest import ROOT
 
 import bench.cli
-import contracts.cli
 import dump.cli
+import recipe.cli
 import serve.cli
 import synth.cli
 import train.cli
 
 APPS = {
-    "recipe": contracts.cli.app, "synth": synth.cli.app, "dump": dump.cli.app, "train": train.cli.app,
+    "recipe": recipe.cli.app, "synth": synth.cli.app, "dump": dump.cli.app, "train": train.cli.app,
     "serve": serve.cli.app, "bench": bench.cli.app,
 }  # fmt: skip
 STUB = """#!{python}

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 from conftest import run
 
-from contracts.errors import UserError
-from contracts.recipe import load_recipe
-from contracts.target import Target
+from common.errors import UserError
+from recipe.load import load_recipe
 from serve.command import build_command, to_flags
+from target.target import Target
 
 
 def write_draft(folder: Path, target: Target, **changes: object) -> Path:
     folder.mkdir()
     config = {
+        "architectures": ["DFlashDraftModel"],
         "hidden_size": target.hidden_size,
         "vocab_size": target.vocab_size,
         "num_target_layers": target.num_layers,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command, run
 
-from serve.server import last_words
+from serve.server import find_error
 
 
 def test_a_port_in_use_is_one_line_and_exit_code_2(recipe_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(recipe_path: Path) -> None:
 
 
 @pytest.mark.vllm
-def test_a_server_that_dies_at_its_start_is_one_line_with_its_last_words(
+def test_a_server_that_dies_at_its_start_is_one_line_with_its_last_error(
     recipe_path: Path, prompts_path: Path, tmp_path: Path
 ) -> None:
     flag = "serve.args.no-such-flag=1"
@@ -33,7 +33,7 @@ def test_a_server_that_dies_at_its_start_is_one_line_with_its_last_words(
     result = run("synth", "generate", *args, check=False)
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert "server.log: found a server that ended at its start with code 2" in line
+    assert "server.log: found a server that exited with code 2 during startup" in line
     assert "--no-such-flag" in line
     assert "Traceback" not in result.stderr
 
@@ -69,6 +69,6 @@ def _is_alive(pid: int) -> bool:
 def test_the_last_error_of_a_log_is_preferred_to_its_last_line(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("starting\nValueError: no such model\nshutting down\n")
-    assert last_words(log) == "ValueError: no such model"
+    assert find_error(log) == "ValueError: no such model"
     log.write_text("")
-    assert last_words(log) == "it said nothing"
+    assert find_error(log) == "no output"

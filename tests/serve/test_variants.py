@@ -18,11 +18,11 @@ import pytest
 from conftest import ROOT
 from typer.testing import CliRunner
 
-from contracts.errors import UserError
-from contracts.recipe import load_recipe
-from contracts.target import Target
+from common.errors import UserError
+from recipe.load import load_recipe
 from serve.cli import app
 from serve.command import Sizes, build_command, parse_flags, size_flags
+from target.target import Target
 
 GOLDEN = Path(__file__).parent / "golden"
 RECIPE = ROOT / "recipes/MiniMax-M3-DFlash/recipe.yaml"
@@ -100,6 +100,8 @@ def test_vllms_own_parser_knows_every_flag_of_the_golden_commands() -> None:
         (["--set", "serve.args.block-size=16"], "serve.args.block-size: found 16, expected 128"),
         (["--", "--block-size", "64"], "block-size: found 64, expected 128"),
         (["--for", "synth", "--", "--reasoning-parser", "minimax_m3"], "expected none for synth: it takes tokens out"),
+        (["--for", "synth", "--", "--tool-call-parser", "minimax_m3"], "expected none for synth: it takes tokens out"),
+        (["--for", "synth", "--", "--exclude-tools-when-tool-choice-none"], "prompts would lack their tools"),
         (["--variant", "int4"], "found int4, expected one of bf16, mxfp8, nvfp4, mxfp4"),
         (["--hardware", "a100", "--variant", "bf16"], "found a100, expected one of h100, h200"),
         (["--for", "chat"], "found chat, expected one of synth, dump, bench, production"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from warm import Warm
 
-import contracts.vml
+import common.vml
 import serve.vllm_cpu
 from serve.engine import is_cpu_engine
 
@@ -64,7 +64,7 @@ def test_the_plugin_touches_nothing_off_cpus(monkeypatch: pytest.MonkeyPatch) ->
 
     for fix in FIXES:
         monkeypatch.setattr(serve.vllm_cpu, fix, refuse)
-    monkeypatch.setattr(contracts.vml, "settle_vector_functions", refuse)
+    monkeypatch.setattr(common.vml, "settle_vector_functions", refuse)
     monkeypatch.setattr(vllm.platforms, "current_platform", Gpu())
     serve.vllm_cpu.register()
 
@@ -73,6 +73,6 @@ def test_the_plugin_makes_the_first_calls_of_vector_functions(monkeypatch: pytes
     applied: list[str] = []
     for fix in FIXES:
         monkeypatch.setattr(serve.vllm_cpu, fix, lambda: None)
-    monkeypatch.setattr(contracts.vml, "settle_vector_functions", lambda: applied.append("settled"))
+    monkeypatch.setattr(common.vml, "settle_vector_functions", lambda: applied.append("settled"))
     serve.vllm_cpu.register()
     assert applied == ["settled"]

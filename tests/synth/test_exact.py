@@ -10,17 +10,19 @@ import pytest
 import torch
 from conftest import ROOT, build_target, read_lines, run
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from contracts.conversation import read_conversations
-from contracts.recipe import load_recipe
-from contracts.target import Target
+from recipe.load import load_recipe
 from serve.command import build_command
 from serve.server import find_port, run_server
+from target.sampling import Context, probabilities_of
+from target.target import Target
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 MT_BENCH = ROOT.parent / "shared/data/prompts/mt_bench.jsonl"
-MODES = ("enabled", "disabled", "adaptive")
+MODES = ("enabled", *(pytest.param(mode, marks=pytest.mark.long) for mode in ("disabled", "adaptive")))
 SAMPLED = ("--set", "synth.temperature=1.0", "--set", "synth.max_tokens=64", "--set", "target.max_model_len=4096")
 
 
@@ -89,3 +91,29 @@ def test_verify_names_a_turn_whose_text_or_context_is_not_its_tokens(
     assert result.returncode == 1
     assert f"{records[0]['id']} turn 0 (context)" in result.stderr
     assert f"{records[1]['id']} turn 0 (text)" in result.stderr
+
+
+@torch.inference_mode()
+def test_greedy_tokens_are_those_that_the_recorded_penalties_give(
+    recipe_path: Path, target: Path, url: str, prompts: Path, tmp_path: Path
+) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(prompts.read_text().splitlines(keepends=True)[:4]))
+    penalties = {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.3}
+    values = {"temperature": 0, "max_tokens": 64, **penalties}
+    more = [word for key, value in values.items() for word in ("--set", f"synth.{key}={value}")]
+    args = ("-r", recipe_path, "--set", f"target.path={target}", "--set", "target.max_model_len=4096", *more)
+    run("synth", "generate", *args, "--endpoint", url, "--prompts", few, "--output", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    changed = 0
+    for record in read_conversations(tmp_path / "out"):
+        assert {key: record.sampling[key] for key in penalties} == penalties
+        for sample in record.samples:
+            ids, mask = torch.tensor(sample.token_ids), torch.zeros(len(sample.token_ids), dtype=torch.bool)
+            for start, end in sample.loss_spans:
+                mask[start:end] = True
+            logits = model(ids[None]).logits[0].roll(1, dims=0)[mask]
+            found = probabilities_of(record.sampling, logits, Context.of_generated(ids, mask)).argmax(-1)
+            assert torch.equal(found, ids[mask])
+            changed += int((logits.argmax(-1) != ids[mask]).sum())
+    assert changed > 0  # without the penalties, other tokens would be the likeliest

@@ -14,22 +14,27 @@ import pytest
 import scripted
 from conftest import command, read_lines, run
 
-from contracts.errors import IncompleteError, UserError
-from contracts.recipe import SynthSection
+from common.errors import IncompleteError
+from recipe.synth import SynthSection
+from serve.client import _retry_after
+from serve.endpoints import Endpoints, PromptTooLongError, RequestError
 from serve.server import find_port
-from synth.endpoints import Endpoints, PromptTooLongError, RequestError, _retry_after
 from synth.pace import Pace
 
 FAST = SynthSection(temperature=0.0, backoff_s=0.01, patience_s=0.5)
+
+
+def pool(*urls: str, settings: SynthSection = FAST) -> Endpoints:
+    return Endpoints(urls, settings, stage="synth", max_connections=256)
 
 
 def ask(*urls: str, text: str = "hello", settings: SynthSection = FAST, times: int = 1) -> tuple[list[Any], Endpoints]:
     """The answers to a message sent `times` at once, exceptions among them."""
 
     async def main() -> tuple[list[Any], Endpoints]:
-        async with Endpoints(urls, settings) as endpoints:
+        async with pool(*urls, settings=settings) as endpoints:
             body = {"messages": [{"role": "user", "content": text}], "return_token_ids": True}
-            calls = [endpoints.complete(body) for _ in range(times)]
+            calls = [endpoints.chat(body) for _ in range(times)]
             return await asyncio.gather(*calls, return_exceptions=True), endpoints
 
     return asyncio.run(main())
@@ -112,12 +117,12 @@ def test_a_failing_server_is_set_aside_and_asked_again_until_it_is_back(capfd: p
     revived: list[scripted.Server] = []
 
     async def main() -> int:
-        async with Endpoints([first.url], FAST.model_copy(update={"patience_s": 20})) as endpoints:
+        async with pool(first.url, settings=FAST.model_copy(update={"patience_s": 20})) as endpoints:
             body = {"messages": [{"role": "user", "content": "hello"}]}
-            await endpoints.complete(body)
+            await endpoints.chat(body)
             first.stop()
             threading.Timer(1.0, lambda: revived.append(scripted.Server(port))).start()
-            answers = await asyncio.gather(*(endpoints.complete(body) for _ in range(20)))
+            answers = await asyncio.gather(*(endpoints.chat(body) for _ in range(20)))
             return len(answers)
 
     assert asyncio.run(main()) == 20
@@ -130,9 +135,9 @@ def test_servers_that_do_not_come_back_stop_the_run_and_no_row_fails_for_it() ->
     server = scripted.Server()
 
     async def main() -> None:
-        async with Endpoints([server.url], FAST) as endpoints:
+        async with pool(server.url) as endpoints:
             server.stop()
-            await endpoints.complete({"messages": [{"role": "user", "content": "hello"}]})
+            await endpoints.chat({"messages": [{"role": "user", "content": "hello"}]})
 
     with pytest.raises(IncompleteError, match="no healthy server any more"):
         asyncio.run(main())
@@ -155,11 +160,17 @@ def test_a_wrong_key_is_told_at_once_and_the_key_itself_never(
     assert b"wrong-key" not in written
 
 
-def test_a_server_that_parses_no_tools_is_told_with_the_flags_to_add() -> None:
+def test_a_server_without_a_tool_parser_is_asked_to_leave_the_reply_whole(recipe_path: Path, tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"turns": ["no parser", "and"], "tools": tools}) + "\n")
     with scripted.serve() as server:
-        ((error,), _) = ask(server.url, text="no parser")
-        assert isinstance(error, UserError)
-        assert "--enable-auto-tool-choice --tool-call-parser" in str(error)
+        args = ("-r", recipe_path, "--prompts", prompts, "--output", tmp_path / "out", "--endpoint", server.url)
+        printed = run("synth", "generate", *args).stdout
+        assert [body.get("tool_choice") for body in server.requests] == [None, "none", None]
+        assert all(body["tools"] == tools for body in server.requests)
+    assert "the format of the target's tool calls is not known" in printed
+    assert read_lines(tmp_path / "out/ledger.jsonl")[0]["status"] == "done"
 
 
 def test_failures_in_a_row_stop_the_run_early(recipe_path: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 
 from contracts.conversation import read_conversations
 from serve.server import find_port
-from synth.conversation import add_turn, make_reply
+from synth.conversation import add_turn
+from synth.reply import make_reply
 
 FILE = "conversations.jsonl"
 
@@ -58,9 +59,12 @@ def server_process(fail_fraction: float = 0.0, port: int | None = None) -> Itera
 
 
 @pytest.mark.timeout(900)
-def test_after_50_kills_over_a_failing_server_it_equals_an_uninterrupted_run(recipe_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kills", "rows"), [(10, 400), pytest.param(50, 2000, marks=pytest.mark.long)])
+def test_after_kills_over_a_failing_server_it_equals_an_uninterrupted_run(
+    recipe_path: Path, tmp_path: Path, kills: int, rows: int
+) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    write_prompts(prompts, [[f"first {i}", f"second {i}", *([f"third {i}"] if i % 3 else [])] for i in range(2000)])
+    write_prompts(prompts, [[f"first {i}", f"second {i}", *([f"third {i}"] if i % 3 else [])] for i in range(rows)])
     with prompts.open("a") as file:
         file.write('{"no": "prompt"}\n{"turns": ["first 0", "second 0", "third 0", "endless"]}\nno json\n')
     with server_process() as (url, _):
@@ -70,22 +74,22 @@ def test_after_50_kills_over_a_failing_server_it_equals_an_uninterrupted_run(rec
     args = ["synth", "generate", "--recipe", recipe_path, "--prompts", prompts, "--output", output]
     rng = random.Random(0)
     with server_process(fail_fraction=0.05) as (url, _):
-        for _ in range(50):
+        for _ in range(kills):
             # At any moment: before its first record, between records, inside of one.
-            moment = grown_by(output / FILE, rng.randrange(0, 60000))
+            moment = grown_by(output / FILE, rng.randrange(0, 1500 * rows // kills))
             assert kill_when(moment, *args, "--endpoint", url) == -9
         generate(recipe_path, prompts, output, url)
         assert "is finished, skipped" in generate(recipe_path, prompts, output, url).stdout
 
     whole, killed = read_lines(tmp_path / "whole" / FILE), read_lines(output / FILE)
-    assert len(killed) == len({row["id"] for row in killed}) == 2001
+    assert len(killed) == len({row["id"] for row in killed}) == rows + 1
     assert sorted(killed, key=lambda row: row["index"]) == sorted(whole, key=lambda row: row["index"])
     summary = json.loads((output / "run.json").read_text())["summary"]
     assert {key: summary[key] for key in ("done", "truncated", "filtered", "failed", "input")} == {
-        "done": 2000, "truncated": 1, "filtered": 2, "failed": 0, "input": 2003,
+        "done": rows, "truncated": 1, "filtered": 2, "failed": 0, "input": rows + 3,
     }  # fmt: skip
-    assert [row["index"] for row in read_lines(output / "rejects.jsonl")] == [2000, 2002]
-    assert (output / FILE).read_bytes().count(b"\n") == 2001
+    assert [row["index"] for row in read_lines(output / "rejects.jsonl")] == [rows, rows + 2]
+    assert (output / FILE).read_bytes().count(b"\n") == rows + 1
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])

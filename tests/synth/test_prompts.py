@@ -11,10 +11,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from contracts.errors import UserError
-from contracts.seen import Seen
-from synth.prompts import Prompt, Reject, read_messages, read_prompts
-from synth.sources import open_prompts
+from common.errors import UserError
+from common.seen import Seen
+from contracts.prompt_files import open_prompts
+from contracts.prompts import read_prompt_row
+from synth.prompts import Prompt, Reject, mark_places, read_prompts
 
 MODES = ["enabled", "disabled", "adaptive"]
 PLACE = {"role": "assistant"}
@@ -29,6 +30,12 @@ def read(
     path: Path, modes: list[str] = MODES, temperatures: list[float] | None = None, num_samples: int = 1
 ) -> list[Prompt | Reject]:
     return list(read_prompts(open_prompts(path).rows(), modes, temperatures or [0.0], num_samples, Seen()))
+
+
+def read_messages(row: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """The row's messages with the target's places, and its tools."""
+    source = read_prompt_row(row)
+    return mark_places(source.messages), source.tools
 
 
 def user(text: str) -> dict[str, Any]:
@@ -185,6 +192,15 @@ def test_text_that_utf8_cannot_hold_costs_its_row_and_nothing_else(tmp_path: Pat
     assert "utf-8" in first.reason
     assert isinstance(second, Prompt)
     assert (second.source_id, second.category) == ("?", "?")
+
+
+def test_a_null_category_or_id_is_none_at_all(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "category": None, "id": None}, {"prompt": "b", "category": 0, "id": 0}]
+    first, second = read(write(tmp_path / "p.jsonl", rows))
+    assert isinstance(first, Prompt)
+    assert isinstance(second, Prompt)
+    assert (first.category, first.source_id) == ("", first.id)
+    assert (second.category, second.source_id) == ("0", "0")
 
 
 ROWS = [

@@ -5,19 +5,21 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import scripted
-from conftest import kill_when, read_lines, run
+from conftest import ROOT, kill_when, read_lines, run, run_here
 
+from common.errors import UserError
 from contracts.conversation import Conversation, find_part, read_conversations
-from contracts.errors import UserError
-from contracts.recipe import load_recipe
-from synth.conversation import resolve_sampling
+from recipe.load import load_recipe
 from synth.inspect import find_conversation
+from synth.sampling import resolve_sampling
 
 FILE = "conversations.jsonl"
 
@@ -123,26 +125,109 @@ def test_samples_and_temperatures_have_seeds_of_their_own_that_never_change(
     assert [r.sampling["seed"] for r in generate(recipe_path, tmp_path / "again", rows, server, *more)] == seeds
 
 
+OFF = {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
+NONE = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
 def test_sampling_comes_from_the_recipe_else_from_the_target_else_it_is_asked_for(
     recipe_path: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "target"
     target.mkdir()
 
-    def resolve(*values: str) -> tuple[list[float], dict[str, Any]]:
-        return resolve_sampling(load_recipe(recipe_path, [f"target.path={target}", *values]))
+    def resolve(*values: str) -> dict[str, Any]:
+        return resolve_sampling(load_recipe(recipe_path, [f"target.path={target}", *values])).settings()
+
+    def write_config(**values: Any) -> None:
+        (target / "generation_config.json").write_text(json.dumps(values))
 
     with pytest.raises(UserError, match="found none in the recipe"):
         resolve("synth.temperature=null")
-    (target / "generation_config.json").write_text('{"temperature": 1.0, "top_p": 0.95, "top_k": 40}')
-    assert resolve("synth.temperature=null") == ([1.0], {"top_p": 0.95, "top_k": 40, "max_tokens": 24})
-    assert resolve("synth.temperature=0.5", "synth.top_k=7") == ([0.5], {"top_p": 0.95, "top_k": 7, "max_tokens": 24})
-    (target / "generation_config.json").write_text('{"do_sample": false}')
-    assert resolve("synth.temperature=null") == ([0.0], {"max_tokens": 24})
+    write_config(temperature=1.0, top_p=0.95, top_k=40)
+    assert resolve("synth.temperature=null") == {"temperature": [1.0], **OFF, "top_p": 0.95, "top_k": 40, **NONE}
+    found = resolve("synth.temperature=0.5", "synth.top_k=7")
+    assert found == {"temperature": [0.5], **OFF, "top_p": 0.95, "top_k": 7, **NONE}
+    write_config(temperature=1.0, top_k=0, min_p=0.1, repetition_penalty=1.05, presence_penalty=None)
+    found = resolve("synth.temperature=null", "synth.frequency_penalty=0.5")
+    penalties = {"repetition_penalty": 1.05, "presence_penalty": 0.0, "frequency_penalty": 0.5}
+    assert found == {"temperature": [1.0], **OFF, "min_p": 0.1, **penalties}
+    write_config(do_sample=False)
+    assert resolve("synth.temperature=null") == {"temperature": [0.0], **OFF, **NONE}
     with pytest.raises(UserError, match="all would be the same"):
         resolve("synth.temperature=0", "synth.num_samples=2")
     with pytest.raises(UserError, match="max_model_len"):
         resolve("synth.max_tokens=256")
+
+
+def test_every_sampling_parameter_is_sent_and_recorded_so_that_no_servers_default_counts(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server
+) -> None:
+    more = settings("synth.temperature=[0, 0.8]", "synth.min_p=0.05", "synth.repetition_penalty=1.2")
+    greedy, sampled = generate(recipe_path, tmp_path, [{"prompt": "q"}], server, *more)
+    penalties = {**NONE, "repetition_penalty": 1.2}  # they change the greedy choice, too
+    assert greedy.sampling == {"temperature": 0.0, **penalties, "max_tokens": 24}
+    seed = sampled.sampling["seed"]
+    assert sampled.sampling == {"temperature": 0.8, **OFF, "min_p": 0.05, **penalties, "max_tokens": 24, "seed": seed}
+    for body in server.requests:
+        record = greedy if body["temperature"] == 0 else sampled
+        assert {key: body[key] for key in record.sampling} == record.sampling
+
+
+def test_a_reply_that_the_server_broke_off_is_tried_again_then_failed_and_redone(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server
+) -> None:
+    rows = [{"prompt": f"finish {reason}"} for reason in ("abort", "error", "repetition")]
+    more = settings("synth.max_attempts=2", "synth.max_failed_fraction=1")
+    assert generate(recipe_path, tmp_path, rows, server, *more) == []
+    assert len(server.requests) == 6
+    lines = read_lines(tmp_path / "out/ledger.jsonl")
+    assert {line["status"] for line in lines} == {"failed"}
+    assert {line["reason"] for line in lines} == {
+        f"a reply that the server broke off (finish_reason {reason!r}) (2 tries)"
+        for reason in ("abort", "error", "repetition")
+    }
+    server.healthy = True
+    records = generate(recipe_path, tmp_path, rows, server, *more, "--retry-failed")
+    assert [record.finish_reason for record in records] == ["stop"] * 3
+
+
+def test_no_server_is_started_for_an_input_of_which_no_row_can_be_used(recipe_path: Path, tmp_path: Path) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", [{"text": "a"}, {"text": "b"}])
+    args = ("-r", recipe_path, "--prompts", prompts, "--output", tmp_path / "out")
+    result = run("synth", "generate", *args, check=False)
+    assert result.returncode == 2
+    assert "all 2 rows filtered" in result.stderr
+    assert "its keys are text" in result.stderr
+    assert len(read_lines(tmp_path / "out/rejects.jsonl")) == 2
+    assert not (tmp_path / "out/server.log").exists()
+
+
+def test_a_resume_compares_only_what_changes_the_conversations(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server
+) -> None:
+    rows = [{"prompt": "q"}]
+    generate(recipe_path, tmp_path, rows, server)
+    same = settings(
+        "serve.args.max-num-seqs=3",
+        "serve.args.gpu-memory-utilization=0.5",
+        "serve.purposes.production.args.max-model-len=64",
+        "serve.variants={other: {path: x, memory_gb: 1}}",
+        "serve.port=9000",
+        "serve.startup_timeout_s=5",
+        "synth.max_attempts=9",
+        "synth.concurrency=3",
+    )
+    generate(recipe_path, tmp_path, rows, server, *same)
+    args = ("-r", recipe_path, "--prompts", tmp_path / "prompts.jsonl", "--output", tmp_path / "out")
+    for changed, name in (
+        ("serve.args.dtype=bfloat16", "settings.serve.flags.dtype): found bfloat16, expected float32"),
+        ("synth.min_p=0.1", "settings.synth.min_p): found 0.1, expected 0.0"),
+        ("synth.max_tokens=20", "settings.synth.max_tokens): found 20, expected 24"),
+        ("target.thinking_mode_values={enabled: on, disabled: off, adaptive: null}", "settings.target.thinking_mode_v"),
+    ):
+        result = run_here("synth", "generate", *args, *settings(changed), check=False)
+        assert result.returncode == 2
+        assert name in result.stderr
 
 
 def test_the_end_of_turn_token_is_supervised_unless_left_out(
@@ -379,6 +464,37 @@ def test_a_shard_that_is_none_is_refused(recipe_path: Path, tmp_path: Path, shar
     assert "I/N" in result.stderr
 
 
+def test_more_shards_than_files_may_be_open_are_merged(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server
+) -> None:
+    rows = [{"prompt": f"q{i}"} for i in range(40)]
+    whole = generate(recipe_path, tmp_path, rows, server)
+    one = tmp_path / "out"
+    output, count = tmp_path / "sharded", 100
+    records = {record.id: record for record in whole}
+    entries = {line["id"]: line for line in read_lines(one / "ledger.jsonl")}
+    state = json.loads((one / "run.json").read_text())
+    for number in range(count):
+        folder = output / f"shards/{number:05d}-of-{count:05d}"
+        folder.mkdir(parents=True)
+        lines, end = [], 0
+        with (folder / FILE).open("wb") as file:
+            for id_ in (id_ for id_ in records if int(id_, 16) % count == number):
+                line = records[id_].model_dump_json(exclude={"conversations"}).encode() + b"\n"
+                file.write(line)
+                end += len(line)
+                lines.append({**entries[id_], "size": len(line), "end": end})
+        write(folder / "ledger.jsonl", lines)
+        state["settings"]["shard"] = f"{number}/{count}"
+        (folder / "run.json").write_text(json.dumps(state))
+        shutil.copy(one / "resolved.yaml", folder)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (110, 110)); "
+    code = f"{limit}from pathlib import Path; from synth.merge import merge; merge(Path({str(output)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list(read_conversations(output)) == whole
+
+
 def test_stats_count_and_plot_what_was_written(recipe_path: Path, tmp_path: Path, server: scripted.Server) -> None:
     rows = [{"turns": [f"q{i}", "and"]} for i in range(6)] + [
         {"prompt": "endless"},
@@ -413,7 +529,7 @@ def test_inspect_shows_the_supervised_tokens_in_the_terminal_and_as_html(
         assert "token ids: rendered, not the server's" in printed
     run("synth", "inspect", tmp_path / "out", "mine", "--html", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert page.count('class="supervised') > 5
+    assert page.count('class="marked') > 5
     assert "<b>" not in page.replace("&lt;b&gt;", "")
     (failed,) = [line["id"] for line in read_lines(tmp_path / "out/ledger.jsonl") if line["status"] == "failed"]
     for name, found in (("zzz", "0 conversations"), (failed, "a row that is failed (HTTP 400")):

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from written import write_store
 
 import train.log
+from common.errors import UserError
 from contracts.draft import DraftRun
-from contracts.errors import UserError
-from contracts.mask_token import choose_mask_token
-from contracts.recipe import TrainSection, load_recipe
 from contracts.store import Store
-from contracts.target import Target
+from recipe.load import load_recipe
+from recipe.train import TrainSection
+from target.mask_token import choose_mask_token
+from target.target import Target
 from train.data import Samples
 from train.schedule import learning_rate
 
@@ -139,7 +140,8 @@ def test_two_processes_follow_the_loss_of_one(
 ) -> None:
     store = write_store(tmp_path / "store", Target.read(target_folder))
     args = ["offline", "--recipe", recipe_path, "--store", store, "--set", "train.num_steps=50"]
-    args += ["--set", "train.threads=1", "--set", f"train.parallel={parallel}", "--set", "train.accumulate=2"]
+    sets = ("num_threads=1", f"parallel={parallel}", "global_batch_size=8", "gradient_accumulation_steps=2")
+    args += [word for one in sets for word in ("--set", f"train.{one}")]
     run("train", *args, "--output", tmp_path / "one")
     torchrun = ["torchrun", "--standalone", "--nproc-per-node=2", "--module", "train.cli"]
     run(*torchrun, *args, "--output", tmp_path / "two")
@@ -157,7 +159,8 @@ def test_two_processes_follow_the_loss_of_one(
 )
 def test_every_objective_learns(recipe_path: Path, target_folder: Path, tmp_path: Path, changes: list[str]) -> None:
     store = write_store(tmp_path / "store", Target.read(target_folder))
-    sets = [word for change in [*changes, "num_steps=60"] for word in ("--set", f"train.{change}")]
+    sets = [word for change in changes for word in ("--set", f"train.draft.{change}")]
+    sets += ["--set", "train.num_steps=60"]
     run_here("train", "offline", "--recipe", recipe_path, "--store", store, "--output", tmp_path / "draft", *sets)
     losses = [line["loss"] for line in read_lines(tmp_path / "draft/metrics.jsonl")]
     assert losses[-1] < losses[0]
@@ -165,10 +168,10 @@ def test_every_objective_learns(recipe_path: Path, target_folder: Path, tmp_path
 
 def test_schedules_start_with_the_warm_up_and_end_near_zero() -> None:
     for schedule in ("cosine", "linear", "wsd"):
-        section = TrainSection(
-            num_attention_heads=1, num_key_value_heads=1, intermediate_size=1, num_steps=100, warmup_steps=10,
-            learning_rate=1.0, schedule=schedule,  # type: ignore[arg-type]
-        )  # fmt: skip
+        draft = {"method": "dflash", "num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 1}
+        section = TrainSection.model_validate(
+            {"draft": draft, "num_steps": 100, "warmup_steps": 10, "learning_rate": 1.0, "lr_schedule": schedule}
+        )
         rates = [learning_rate(section, step) for step in range(100)]
         assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
         assert rates[99] < 0.06
@@ -239,6 +242,52 @@ def test_an_export_holds_what_vllm_reads_and_neither_embedding_nor_head(
     assert json.loads((tmp_path / "export/draftline.json").read_text())["sha256"] in card
 
 
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (["--set", "export.yarn=null"], "yarn_factor"),
+        (
+            [
+                "--set",
+                "export.yarn.original_max_position_embeddings=256",
+                "--set",
+                "export.max_position_embeddings=512",
+            ],
+            "max_position_embeddings",
+        ),
+        (["--eval"], "evaluation"),
+    ],
+)
+def test_an_export_with_other_settings_is_not_skipped(
+    recipe_path: Path, target_folder: Path, tmp_path: Path, change: list[str], key: str
+) -> None:
+    store = write_store(tmp_path / "store", Target.read(target_folder))
+    args = ["--recipe", recipe_path, "--run", tmp_path / "draft"]
+    plain = ["--set", "train.yarn=false"]
+    run_here("train", "offline", *args[:2], *plain, "--store", store, "--output", tmp_path / "draft")
+    run_here("train", "export", *args, *plain, "--output", tmp_path / "export")
+    if change == ["--eval"]:
+        run_here("train", "eval", *args, *plain, "--store", store, "--output", tmp_path / "eval.json")
+        change = ["--eval", str(tmp_path / "eval.json")]
+    result = run_here("train", "export", *args, *plain, *change, "--output", tmp_path / "export", check=False)
+    assert result.returncode == 2
+    assert f"found an export with {key} " in result.stderr
+    assert "is finished, skipped" in run_here("train", "export", *args, *plain, "--output", tmp_path / "export").stdout
+
+
+@pytest.mark.timeout(120)
+def test_the_first_process_decides_for_all_whether_a_checkpoint_is_the_best(
+    recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    store = write_store(tmp_path / "store", Target.read(target_folder))
+    sets = ("num_threads=1", "num_steps=3", "evaluate_every=1", "held_out_fraction=0.4", "checkpoint_every=100")
+    args = ["offline", "--recipe", recipe_path, *(word for one in sets for word in ("--set", f"train.{one}"))]
+    script = Path(__file__).with_name("ranks_disagree.py")
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node=2", script]
+    run(*torchrun, *args, "--store", store, "--output", tmp_path / "draft")
+    assert DraftRun(tmp_path / "draft").best_step() == 3
+
+
 @pytest.mark.long  # half a minute of C++ compilers
 @pytest.mark.timeout(600)
 def test_a_compiled_draft_learns_the_same(recipe_path: Path, target_folder: Path, tmp_path: Path) -> None:
@@ -255,18 +304,18 @@ def test_samples_of_which_a_cut_leaves_nothing_are_left_out_and_counted(
     recipe_path: Path, target_folder: Path, tmp_path: Path
 ) -> None:
     store = Store(write_store(tmp_path, Target.read(target_folder)))
-    section = load_recipe(recipe_path).train
+    section = load_recipe(recipe_path).training()
     short = store.sample_ids()[0]
     sample = store.read_sample(short)
     sample.loss_mask[:] = False
     sample.loss_mask[2:5] = True
     store.write_sample(short, sample)
-    samples = Samples(store, section, 11, None)  # the others' first span begins at 10
+    samples = Samples(store, section, 11)  # the others' first span begins at 10
     assert samples.ids == [short]
     assert len(samples.cut_away) == 9
     assert samples.read(short).num_tokens == 11
     with pytest.raises(UserError, match=r"no sample \(10 have nothing to draft within 3 tokens\)"):
-        Samples(store, section, 3, None)
+        Samples(store, section, 3)
 
 
 def test_a_yarn_window_that_is_not_the_context_length_is_refused_before_training(

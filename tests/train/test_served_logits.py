@@ -16,11 +16,13 @@ from written import write_store
 
 from contracts.draft import DraftRun
 from contracts.store import StoredSample
-from contracts.target import Target
-from contracts.target_weights import read_head
-from train.dflash import DFlash
-from train.drafts import make_draft
-from train.eagle3 import Eagle3
+from drafts import METHODS
+from drafts.dflash.model import DFlash
+from drafts.draft import Draft
+from drafts.eagle3.model import Eagle3
+from drafts.published import read_config
+from target.head import read_head
+from target.target import Target
 
 PROMPT = 150  # beyond the YaRN draft's original window of 128
 
@@ -32,6 +34,11 @@ def serve(engine: Warm, method: str, target_folder: Path, folder: Path) -> dict[
     return dict(torch.load(folder / "served.pt", weights_only=True))
 
 
+def build_draft(run: DraftRun) -> Draft:
+    config = read_config(run)
+    return METHODS[config.method].build(config)
+
+
 @pytest.mark.vllm
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
@@ -40,14 +47,14 @@ def serve(engine: Warm, method: str, target_folder: Path, folder: Path) -> dict[
 def test_logits_of_an_exported_eagle3_draft_are_the_trainers(
     engine: Warm, recipe_path: Path, target_folder: Path, tmp_path: Path, yarn: bool, known: int | None, layout: str
 ) -> None:
-    args = ["--recipe", recipe_path, "--set", "train.method=eagle3", "--set", "train.ttt_steps=3"]
-    args += ["--set", f"train.draft_vocab_size={known}"] if known else []
+    args = ["--recipe", recipe_path, "--set", "train.draft.method=eagle3", "--set", "train.draft.ttt_length=3"]
+    args += ["--set", f"train.draft.draft_vocab_size={known}"] if known else []
     args += [] if yarn else ["--set", "export.yarn=null"]
     store = write_store(tmp_path / "store", Target.read(target_folder))
     printed = run_here("train", "offline", *args, "--store", store, "--output", tmp_path / "draft").stdout
     assert bool(known) == ("the draft knows 300 of" in printed)
     draft_run = DraftRun(tmp_path / "draft")
-    draft = make_draft(draft_run.read_config())
+    draft = build_draft(draft_run)
     weights = load_file(draft_run.chosen_weights())
     weights = {name: 4 * tensor if tensor.dim() > 1 else tensor for name, tensor in weights.items()}
     save_file(weights, draft_run.chosen_weights())
@@ -86,7 +93,7 @@ def test_logits_of_an_exported_dflash_draft_are_the_trainers(
     store = write_store(tmp_path / "store", Target.read(target_folder))
     run_here("train", "offline", *args, "--store", store, "--output", tmp_path / "draft")
     draft_run = DraftRun(tmp_path / "draft")
-    draft = make_draft(draft_run.read_config())
+    draft = build_draft(draft_run)
     assert isinstance(draft, DFlash)
     weights = load_file(draft_run.chosen_weights())
     # Larger than training leaves them, so that no two logits are near.

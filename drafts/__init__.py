@@ -1,0 +1,13 @@
+"""The draft methods, the protocol they implement, and what they share.
+
+`METHODS` is the one list of methods: a new one is a folder beside `dflash/` and an entry here. Importing this package
+imports no torch.
+"""
+
+from __future__ import annotations
+
+from drafts.dflash.config import DFlashMethod
+from drafts.eagle3.config import Eagle3Method
+from drafts.method import DraftMethod
+
+METHODS: dict[str, DraftMethod] = {method.name: method for method in (DFlashMethod(), Eagle3Method())}

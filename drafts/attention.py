@@ -1,0 +1,330 @@
+"""Attention of a block's queries over the context before its anchor and over its own block, in both directions.
+
+On CPUs, blocks are sorted by anchor and computed in groups, each against the prefix of its last anchor, as matrix
+products with a hand-written gradient. Only the columns between the first and the last anchor of a group are masked. On
+GPUs FlexAttention computes the same from a block-sparse mask.
+
+Shapes: A blocks of B queries, T context tokens, KV key-value heads with R query heads each, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from drafts.threads import share_out
+
+QUERIES_A_GROUP = 128
+ALIGNMENT = 16
+"""Rows of scores are padded to a multiple of this: the elements of a vector register."""
+KEPT_BYTES = 256 << 20
+"""Attention weights of one layer up to this size are kept for the backward pass; larger ones are recomputed."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Blocks of one document that are computed together, and the context that they share.
+
+    `hidden` (n, w) is True where a block must not see one of the last w columns of the context; all blocks see the
+    columns before. The context may end beyond the last anchor, even in the next document, because of `ALIGNMENT`.
+    """
+
+    blocks: slice
+    context: slice
+    hidden: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which context each block of a batch sees: groups for CPUs, rows of the packed context (and masks) for GPUs.
+
+    Shapes: first_rows and anchor_rows (A,): block a sees the context rows first_rows[a] <= row < anchor_rows[a].
+    """
+
+    groups: list[Group]
+    first_rows: torch.Tensor
+    anchor_rows: torch.Tensor
+    num_context: int
+    block_size: int
+    masks: dict[int, BlockMask] = field(default_factory=dict)
+
+    def mask(self, num_queries: int) -> BlockMask:
+        """FlexAttention's mask for the last `num_queries` queries of each block."""
+        if num_queries not in self.masks:
+            num_context, block_size = self.num_context, self.block_size
+            first_rows, anchor_rows = self.first_rows, self.anchor_rows
+
+            def sees(_b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+                block = query // num_queries
+                in_context = (key < num_context) & (key >= first_rows[block]) & (key < anchor_rows[block])
+                return in_context | ((key >= num_context) & ((key - num_context) // block_size == block))
+
+            total = len(anchor_rows)
+            self.masks[num_queries] = create_block_mask(
+                sees, None, None, total * num_queries, num_context + total * block_size, device=anchor_rows.device
+            )
+        return self.masks[num_queries]
+
+
+def lay_out(
+    lengths: Sequence[int],
+    anchors: Sequence[torch.Tensor],
+    block_size: int,
+    device: torch.device,
+    num_queries: int | None = None,
+) -> Layout:
+    """Blocks at `anchors[i]`, ascending positions in document i, which is `lengths[i]` tokens long.
+
+    Blocks have `block_size` keys of their own, and as many queries unless `num_queries` says otherwise.
+    """
+    offsets = [0, *accumulate(lengths)]
+    first_rows = torch.cat([torch.full((len(p),), offset) for offset, p in zip(offsets, anchors, strict=False)])
+    anchor_rows = torch.cat([offset + positions for offset, positions in zip(offsets, anchors, strict=False)])
+    queries = num_queries or block_size
+    groups = plan_groups(lengths, anchors, block_size, queries) if device.type == "cpu" else []
+    return Layout(groups, first_rows.to(device), anchor_rows.to(device), offsets[-1], block_size)
+
+
+def plan_groups(
+    lengths: Sequence[int], anchors: Sequence[torch.Tensor], block_size: int, num_queries: int
+) -> list[Group]:
+    """Group the blocks at `anchors[i]`, ascending positions in document i, which is `lengths[i]` tokens long."""
+    groups, first = [], 0
+    size = max(1, QUERIES_A_GROUP // num_queries)
+    for offset, positions in zip([0, *accumulate(lengths)], anchors, strict=False):
+        for members in positions.split(size):
+            low, high = int(members[0]), int(members[-1])
+            high += -(high + block_size) % ALIGNMENT
+            hidden = torch.arange(low, high)[None] >= members[:, None]
+            groups.append(Group(slice(first, first + len(members)), slice(offset, offset + high), hidden))
+            first += len(members)
+    return groups
+
+
+def attend(
+    query: torch.Tensor,
+    context_key: torch.Tensor,
+    context_value: torch.Tensor,
+    block_key: torch.Tensor,
+    block_value: torch.Tensor,
+    layout: Layout,
+) -> torch.Tensor:
+    """Shapes: query (A, B', KV*R, D), context (T, KV, D), block (A, B, KV, D) -> (A, B', KV*R, D); B' <= B queries."""
+    tensors = query, context_key, context_value, block_key, block_value
+    if query.device.type != "cpu":
+        return attend_flex(*tensors, layout, _compiled_flex())
+    return _attend_on_cpu(*tensors, layout.groups)
+
+
+@torch.compiler.disable
+def _attend_on_cpu(*arguments: Any) -> torch.Tensor:
+    output: torch.Tensor = _BlockAttention.apply(*arguments)
+    return output
+
+
+def attend_flex(
+    query: torch.Tensor,
+    context_key: torch.Tensor,
+    context_value: torch.Tensor,
+    block_key: torch.Tensor,
+    block_value: torch.Tensor,
+    layout: Layout,
+    attention: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """`attend` with FlexAttention: keys are the packed context, then all blocks, under one mask."""
+    key = torch.cat([context_key, block_key.flatten(0, 1)]).transpose(0, 1)[None]
+    value = torch.cat([context_value, block_value.flatten(0, 1)]).transpose(0, 1)[None]
+    output = attention(
+        query.flatten(0, 1).transpose(0, 1)[None], key, value, block_mask=layout.mask(query.shape[1]), enable_gqa=True
+    )
+    return output[0].transpose(0, 1).unflatten(0, query.shape[:2])
+
+
+@cache
+def _compiled_flex() -> Callable[..., torch.Tensor]:
+    compiled: Callable[..., torch.Tensor] = torch.compile(flex_attention, dynamic=True)
+    return compiled
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Softmax over `[context | own block]`, group by group; threads share the groups.
+
+    The context's keys are padded so that one product fills a buffer with room for the block's own scores: its last B
+    columns are overwritten with them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        context_key: torch.Tensor,
+        context_value: torch.Tensor,
+        block_key: torch.Tensor,
+        block_value: torch.Tensor,
+        groups: list[Group],
+    ) -> torch.Tensor:
+        (_, num_queries, num_heads, size), kv_heads = query.shape, context_key.shape[1]
+        width, rows = block_key.shape[1], num_heads // kv_heads * num_queries
+        scale = size**-0.5
+        # Heads first: (KV, A, R*B', D); the scale goes into the queries once.
+        q = _heads_first(query, kv_heads).mul_(scale)
+        k, v = _pad(context_key, width), _pad(context_value, width)
+        bk, bv = block_key.permute(2, 0, 1, 3).contiguous(), block_value.permute(2, 0, 1, 3).contiguous()
+        output = torch.empty_like(q)
+        shapes = [(kv_heads, _count(g.blocks) * rows, _count(g.context) + width) for g in groups]
+        memory = _take_memory(q, shapes) if any(ctx.needs_input_grad) else None
+
+        def work(numbers: Sequence[int]) -> None:
+            scratch = _Scratch(q)
+            for number in numbers:
+                group = groups[number]
+                weights = scratch.view(shapes[number]) if memory is None else memory.view(number)
+                _weigh(weights, q, k, bk, group)
+                own = weights[:, :, -width:].unflatten(1, (-1, rows))
+                result = torch.bmm(weights[:, :, :-width], v[:, group.context]).unflatten(1, (-1, rows))
+                output[:, group.blocks] = result.add_(own @ bv[:, group.blocks])
+
+        share_out(work, range(len(groups)))
+        ctx.save_for_backward(q, k, v, bk, bv)
+        ctx.groups, ctx.scale, ctx.num_queries, ctx.shapes, ctx.memory = groups, scale, num_queries, shapes, memory
+        return _heads_last(output, num_queries)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, bk, bv = ctx.saved_tensors
+        groups: list[Group] = ctx.groups
+        memory: _Memory | None = ctx.memory
+        width, rows = bk.shape[2], q.shape[2]
+        grad = _heads_first(gradients[0], len(k))
+        grad_q, grad_bk, grad_bv = torch.empty_like(q), torch.empty_like(bk), torch.empty_like(bv)
+
+        def work(numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+            # Transposed, (KV, D, T): products of this form are twice as fast.
+            grad_k, grad_v = (x.new_zeros((x.shape[0], x.shape[2], x.shape[1])) for x in (k, v))
+            scratch, again = _Scratch(q), _Scratch(q)
+            for number in numbers:
+                group, shape = groups[number], ctx.shapes[number]
+                if memory is None:
+                    weights = again.view(shape)
+                    _weigh(weights, q, k, bk, group)
+                else:
+                    weights = memory.view(number)
+                g_own, q_own = grad[:, group.blocks], q[:, group.blocks]
+                g, queries = g_own.flatten(1, 2), q_own.flatten(1, 2)
+                own = weights[:, :, -width:].unflatten(1, (-1, rows))
+                grad_v[:, :, group.context] += torch.bmm(g.transpose(1, 2), weights[:, :, :-width])
+                grad_bv[:, group.blocks] = own.transpose(2, 3) @ g_own
+                d = torch.bmm(g, v[:, _padded(group, width)].transpose(1, 2), out=scratch.view(shape))
+                d[:, :, -width:].unflatten(1, (-1, rows)).copy_(g_own @ bv[:, group.blocks].transpose(2, 3))
+                torch._softmax_backward_data(d, weights, -1, d.dtype, grad_input=d)
+                d_own = d[:, :, -width:].unflatten(1, (-1, rows))
+                result = torch.bmm(d[:, :, :-width], k[:, group.context]).unflatten(1, (-1, rows))
+                grad_q[:, group.blocks] = result.add_(d_own @ bk[:, group.blocks])
+                grad_k[:, :, group.context] += torch.bmm(queries.transpose(1, 2), d[:, :, :-width])
+                grad_bk[:, group.blocks] = d_own.transpose(2, 3) @ q_own
+            return grad_k, grad_v
+
+        (grad_k, grad_v), *others = share_out(work, range(len(groups)))
+        for other_k, other_v in others:
+            grad_k += other_k
+            grad_v += other_v
+        if memory is not None:
+            memory.give_back()
+        length = k.shape[1] - width - ALIGNMENT
+        return (
+            _heads_last(grad_q.mul_(ctx.scale), ctx.num_queries),
+            grad_k[..., :length].permute(2, 0, 1),
+            grad_v[..., :length].permute(2, 0, 1),
+            grad_bk.permute(1, 2, 0, 3),
+            grad_bv.permute(1, 2, 0, 3),
+            None,
+        )
+
+
+class _Scratch:
+    """One buffer for the scores of all groups: touching fresh pages takes longer than the products."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self._flat = like.new_empty(0)
+
+    def view(self, shape: tuple[int, int, int]) -> torch.Tensor:
+        size = math.prod(shape)
+        if len(self._flat) < size:
+            self._flat = self._flat.new_empty(size * 5 // 4)
+        return self._flat[:size].view(shape)
+
+
+_unused: list[torch.Tensor] = []
+"""Buffers of layers whose backward pass is over, reused in the next step."""
+
+
+class _Memory:
+    """The kept weights of one layer's groups, in one buffer that the next step reuses."""
+
+    def __init__(self, flat: torch.Tensor, shapes: Sequence[tuple[int, int, int]]) -> None:
+        self._flat, self._shapes = flat, shapes
+        self._starts = [0, *accumulate(math.prod(shape) for shape in shapes)]
+
+    def view(self, number: int) -> torch.Tensor:
+        return self._flat[self._starts[number] : self._starts[number + 1]].view(self._shapes[number])
+
+    def give_back(self) -> None:
+        _unused.append(self._flat)
+
+
+def _take_memory(like: torch.Tensor, shapes: Sequence[tuple[int, int, int]]) -> _Memory | None:
+    """A buffer for the weights of all groups, or None if they exceed `KEPT_BYTES`."""
+    size = sum(math.prod(shape) for shape in shapes)
+    if size * like.itemsize > KEPT_BYTES:
+        return None
+    flat = _unused.pop() if _unused else like.new_empty(0)
+    if len(flat) < size or flat.dtype != like.dtype:
+        flat = like.new_empty(size * 5 // 4)
+    return _Memory(flat, shapes)
+
+
+def _count(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def _heads_first(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """`(A, B', KV*R, D)` as a new `(KV, A, R*B', D)`."""
+    split = x.unflatten(2, (kv_heads, -1)).permute(2, 0, 3, 1, 4)
+    return split.clone(memory_format=torch.contiguous_format).flatten(2, 3)
+
+
+def _heads_last(x: torch.Tensor, num_queries: int) -> torch.Tensor:
+    """`(KV, A, R*B', D)` as `(A, B', KV*R, D)`."""
+    return x.unflatten(2, (-1, num_queries)).permute(1, 3, 0, 2, 4).flatten(2, 3)
+
+
+def _pad(context: torch.Tensor, width: int) -> torch.Tensor:
+    """`(T, KV, D)` as `(KV, T + ALIGNMENT + width, D)`."""
+    length, heads, size = context.shape
+    padded = context.new_zeros((heads, length + ALIGNMENT + width, size))
+    padded[:, :length] = context.transpose(0, 1)
+    return padded
+
+
+def _padded(group: Group, width: int) -> slice:
+    return slice(group.context.start, group.context.stop + width)
+
+
+def _weigh(weights: torch.Tensor, q: torch.Tensor, k: torch.Tensor, bk: torch.Tensor, group: Group) -> None:
+    """Write a group's attention weights `(KV, n*R*B', m + B)`: over its context, then over each block's own keys."""
+    width = bk.shape[2]
+    queries = q[:, group.blocks]
+    torch.bmm(queries.flatten(1, 2), k[:, _padded(group, width)].transpose(1, 2), out=weights)
+    by_block = weights.unflatten(1, queries.shape[1:3])
+    by_block[..., -width:] = queries @ bk[:, group.blocks].transpose(2, 3)
+    masked = group.hidden.shape[1]
+    if masked:
+        by_block[..., -width - masked : -width].masked_fill_(group.hidden[:, None], -torch.inf)
+    torch.softmax(weights, -1, out=weights)

@@ -1,0 +1,32 @@
+"""One training batch: documents packed one after another, without attention between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Shapes: token_ids (T,) int64; loss_mask (T,) bool; aux_hidden_states (T, n*H); hidden_states (T, H), pre-norm.
+
+    `lengths` of the documents sum to T; `seeds`, one a document, seed what a draft draws at this step.
+    """
+
+    token_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    aux_hidden_states: torch.Tensor
+    hidden_states: torch.Tensor
+    lengths: list[int]
+    sample_ids: list[str]
+    seeds: list[int]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device."""
+        tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if _is_tensor(value)}
+        return Batch(**{**vars(self), **tensors})
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)

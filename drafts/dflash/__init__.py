@@ -1,0 +1,1 @@
+"""DFlash: block diffusion over the target's captured hidden states."""

@@ -1,0 +1,117 @@
+"""DFlash without torch: its recipe section, its config, its export layouts and how vLLM is told of it.
+
+Layouts: z-lab's (`DFlashDraftModel` with a `dflash_config`) and speculators' (`speculators_model_type: dflash`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from pydantic import Field
+
+from contracts.draft import Descriptor, DraftConfig
+from drafts.export import describe_transformer, native_config, speculators_config
+from drafts.method import (
+    NATIVE,
+    SPECULATORS,
+    DraftMethod,
+    DraftSection,
+    ExportFacts,
+    TransformerConfig,
+    TransformerSection,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from drafts.dflash.model import DFlash
+
+
+class DFlashSection(TransformerSection):
+    method: Literal["dflash"] = "dflash"
+    block_size: int = Field(default=8, ge=2, description="the anchor and the draft tokens: 8 drafts 7 tokens")
+    num_layers: int = Field(default=5, gt=0)
+    num_anchors: int = Field(default=512, gt=0, description="blocks drawn in each sample at a step, at most")
+    slot_weights: Literal["decay", "dpace"] = Field(default="dpace", description="D-PACE's, or static")
+    dpace_smoothing: float = Field(default=0.5, ge=0, le=1, description="D-PACE: a of q~ = (1-a)*q + a")
+    loss_decay: float = Field(default=4.0, gt=0, description="static: gamma; slot k weighs exp(-(k-1)/gamma)")
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return self.block_size - 1
+
+
+class DFlashConfig(TransformerConfig):
+    """`block_size` includes the anchor."""
+
+    method: Literal["dflash"] = "dflash"
+    block_size: int
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return self.block_size - 1
+
+
+class DFlashMethod(DraftMethod):
+    name = "dflash"
+    section = DFlashSection
+    config = DFlashConfig
+    layouts = (NATIVE, SPECULATORS)
+    uses_mask_token = True
+
+    def build(
+        self, config: DraftConfig, section: DraftSection | None = None, *, gradient_checkpointing: bool = False
+    ) -> DFlash:
+        from drafts.dflash.model import DFlash
+
+        return DFlash(
+            cast(DFlashConfig, config),
+            cast("DFlashSection | None", section),
+            gradient_checkpointing=gradient_checkpointing,
+        )
+
+    def export(
+        self, config: DraftConfig, weights: Mapping[str, Tensor], layout: str, facts: ExportFacts
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        assert isinstance(config, DFlashConfig)
+        own = {
+            "architectures": ["DFlashDraftModel"],
+            "model_type": "qwen3",
+            "use_sliding_window": False,
+            "layer_types": ["full_attention"] * config.num_layers,
+            "dflash_config": {"mask_token_id": config.mask_token_id, "target_layer_ids": config.layer_ids},
+        }
+        native = native_config(config, facts, own)
+        if layout == NATIVE:
+            return native, dict(weights)
+        own = {
+            "architectures": ["DFlashSpeculator"],
+            "block_size": config.block_size,
+            "aux_hidden_state_layer_ids": [layer_id + 1 for layer_id in config.layer_ids],
+            "mask_token_id": config.mask_token_id,
+            "sample_from_anchor": False,
+            "sliding_window_non_causal": True,
+        }
+        return speculators_config(config, native, facts, own), dict(weights)
+
+    def describe(self, config: Mapping[str, Any]) -> Descriptor | None:
+        inner = config.get("dflash_config") or {}
+        if config.get("speculators_model_type") == self.name:
+            layer_ids = [layer_id - 1 for layer_id in config.get("aux_hidden_state_layer_ids") or []]
+        elif config.get("architectures") == ["DFlashDraftModel"] or inner:
+            layer_ids = list(inner.get("target_layer_ids") or [])
+        else:
+            return None
+        block_size = config.get("block_size", inner.get("block_size"))
+        return describe_transformer(
+            config,
+            self.name,
+            layer_ids=layer_ids,
+            num_tokens=block_size - 1 if block_size else None,
+            mask_token_id=inner.get("mask_token_id", config.get("mask_token_id")),
+        )
+
+    def engine_taps(self, noted: Mapping[str, list[Tensor]], model: nn.Module) -> dict[str, Tensor]:  # noqa: ARG002
+        # Slot 0 is the anchor, slot 1 the first mask token.
+        return {"mask_token": noted["slots"][0][1].long(), "mask_embedding": noted["embeddings"][0][1]}

@@ -1,0 +1,80 @@
+"""The base class of all draft modules: what the trainer, `train eval` and `bench parity` call.
+
+A training step is `plan` on the CPU (anchors, labels, masks) and `forward` to a loss. Parameters are named as in the
+exported checkpoint; embedding and lm_head are the target's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from contracts.draft import DraftConfig
+from contracts.store import StoredSample
+from drafts.batch import Batch
+from drafts.objective import StepLoss
+from target.head import TargetHead
+
+
+class Plan(Protocol):
+    """What a draft has planned for a batch."""
+
+    @property
+    def num_slots(self) -> int:
+        """Supervised slots: the loss is a mean over them."""
+
+
+class Draft(nn.Module, ABC):
+    """A draft without embedding and lm_head. K is `config.num_draft_tokens`."""
+
+    config: DraftConfig
+
+    def initialize(self, seed: int, head: TargetHead, count_tokens: Callable[[], torch.Tensor]) -> str:  # noqa: ARG002
+        """Set the first weights, the same for a seed on every machine; return a line to print, or "".
+
+        `count_tokens()` walks the training samples and returns how often each token is supervised, `(V,)`.
+        """
+        init_weights(self, seed)
+        return ""
+
+    def layers_to_compile(self) -> list[nn.Module]:
+        """Layers that torch.compile takes one by one."""
+        return []
+
+    def layers_to_shard(self) -> list[nn.Module]:
+        """Layers that FSDP2 shards one by one: those that are only ever called through their forward."""
+        return []
+
+    @abstractmethod
+    def plan(self, batch: Batch) -> Any:
+        """Plan a training step of a batch. Raises UserError, with the sample's id, where nothing can be drafted."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, plan: Any, head: TargetHead) -> StepLoss:
+        """The training loss of a planned batch."""
+
+    @abstractmethod
+    def draft(self, sample: StoredSample, head: TargetHead) -> torch.Tensor:
+        """Greedy draft tokens after every position that serving can draft from: `(T, K)` on the CPU, -1 elsewhere."""
+
+    @abstractmethod
+    def taps(self, sample: StoredSample, head: TargetHead, start: int) -> dict[str, torch.Tensor]:
+        """What `bench parity` compares: draft_logits (K, V) after token `start`, and the method's own tensors.
+
+        -inf marks tokens that the draft does not know. Names: see `contracts.trace.Trace`.
+        """
+
+
+def init_weights(model: nn.Module, seed: int) -> None:
+    """Normal with standard deviation 0.02 for matrices, ones for norms; the same for a seed on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.02, generator=generator)
+            else:
+                parameter.fill_(1.0)

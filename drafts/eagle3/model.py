@@ -1,0 +1,340 @@
+"""The EAGLE3 draft: one Llama layer that drafts token by token, trained on its own outputs (training-time test).
+
+Source: EAGLE-3 (arXiv 2503.01840) as vLLM serves it (vllm/model_executor/models/llama_eagle3.py); parameter names are
+those of the exported checkpoint. At position t the layer takes the embedding of token t+1 and the feature of token t,
+and predicts token t+2. The features of tokens that the target has seen are fc(concat(captured layers)); those of
+drafted tokens are the layer's own output before its final norm.
+
+A *chain* starts at a place p, the last known token: step 0 is at position p-1, step i at p-1+i, where it takes token
+p+i and the output of step i-1. As in serving, it attends to the keys of all known positions before p-1 and to its own
+keys from p-1 on. Training unrolls `ttt_length` steps from every place at once, with the generated tokens as inputs.
+
+Shapes: T packed tokens, N chains, S steps, H hidden size, n captured layers, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from common.errors import UserError
+from contracts.store import StoredSample
+from drafts.attention import Layout, attend, lay_out
+from drafts.batch import Batch
+from drafts.draft import Draft
+from drafts.eagle3.config import Eagle3Config, Eagle3Section
+from drafts.eagle3.vocabulary import choose_vocabulary
+from drafts.norm import RMSNorm, gated
+from drafts.objective import StepLoss, Teacher, fused_cross_entropy, make_teacher
+from drafts.places import anchor_places
+from drafts.rope import Rope, Tables, rotate
+from target.head import TargetHead
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values, both (rows, KV heads, D)."""
+
+
+@dataclass(frozen=True)
+class Chains:
+    """The chains of one batch, and the attention layout of each of their steps.
+
+    Shapes: places (N,) rows of the last known tokens in the pack; positions (N,) of step 0, in the document; labels and
+    valid (N, S); context_rope at all T tokens.
+    """
+
+    places: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+    valid: torch.Tensor
+    context_rope: Tables
+    layouts: list[Layout]
+
+    @property
+    def num_slots(self) -> int:
+        """Supervised slots."""
+        return int(self.valid.sum())
+
+
+class Attention(nn.Module):
+    """A chain's query attends to the keys of known positions before step 0, and to the chain's own keys from there."""
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        hidden, size = config.hidden_size, config.head_dim
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(2 * hidden, self.heads * size, bias=False)
+        self.k_proj = nn.Linear(2 * hidden, self.kv_heads * size, bias=False)
+        self.v_proj = nn.Linear(2 * hidden, self.kv_heads * size, bias=False)
+        self.o_proj = nn.Linear(self.heads * size, hidden, bias=False)
+
+    def keys(self, x: torch.Tensor, rope: Tables) -> Pair:
+        """Keys and values of `x (rows, 2H)`."""
+        key = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, -1)), rope)
+        return key, self.v_proj(x).unflatten(-1, (self.kv_heads, -1))
+
+    def forward(self, x: torch.Tensor, rope: Tables, known: Pair, own: list[Pair], layout: Layout) -> torch.Tensor:
+        """Shapes: x (N, 2H), known (T, KV, D), own (N, KV, D) each -> (N, H)."""
+        query = rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)), rope)
+        key, value = (torch.stack(part, dim=1) for part in zip(*own, strict=True))
+        output = attend(query[:, None], *known, key, value, layout)
+        projected: torch.Tensor = self.o_proj(output.flatten(1))
+        return projected
+
+
+class Layer(nn.Module):
+    """The draft's only layer."""
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config)
+        self.mlp = nn.ModuleDict(
+            {
+                "gate_proj": nn.Linear(hidden, config.intermediate_size, bias=False),
+                "up_proj": nn.Linear(hidden, config.intermediate_size, bias=False),
+                "down_proj": nn.Linear(config.intermediate_size, hidden, bias=False),
+            }
+        )
+        self.input_layernorm = RMSNorm(hidden, eps=eps)
+        self.hidden_norm = RMSNorm(hidden, eps=eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
+
+    def input(self, embedded: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """The attention's input: `(rows, H)` both -> `(rows, 2H)`."""
+        return torch.cat([self.input_layernorm(embedded), self.hidden_norm(features)], dim=-1)
+
+    def forward(
+        self,
+        embedded: torch.Tensor,
+        features: torch.Tensor,
+        rope: Tables,
+        known: Pair,
+        earlier: tuple[Pair, ...],
+        layout: Layout,
+    ) -> tuple[torch.Tensor, Pair]:
+        """One step of all chains: outputs `(N, H)` before the final norm (the next step's features), and its keys."""
+        attention, x = self.self_attn, self.input(embedded, features)
+        pair = attention.keys(x, rope)
+        x = features + attention(x, rope, known, [*earlier, pair], layout)
+        y = self.post_attention_layernorm(x)
+        return x + self.mlp["down_proj"](gated(self.mlp["gate_proj"](y), self.mlp["up_proj"](y))), pair
+
+
+class Eagle3(Draft):
+    """The draft without embedding and lm_head, which are the target's; a reduced vocabulary has its own lm_head.
+
+    Its `lm_head` starts from the target's rows and is trained; d2t and t2d: see drafts/eagle3/vocabulary.py.
+    """
+
+    config: Eagle3Config
+    d2t: torch.Tensor
+    t2d: torch.Tensor
+
+    def __init__(
+        self, config: Eagle3Config, section: Eagle3Section | None = None, *, gradient_checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        self.config, self.section, self.gradient_checkpointing = config, section, gradient_checkpointing
+        hidden = config.hidden_size
+        self.fc = nn.Linear(len(config.layer_ids) * hidden, hidden, bias=False)
+        self.midlayer = Layer(config)
+        self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.rope = Rope(config)
+        self.lm_head = None
+        if config.draft_vocab_size is not None:
+            self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
+            self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+
+    def layers_to_compile(self) -> list[nn.Module]:
+        return [self.midlayer]
+
+    def initialize(self, seed: int, head: TargetHead, count_tokens: Callable[[], torch.Tensor]) -> str:
+        super().initialize(seed, head, count_tokens)
+        if self.lm_head is None:
+            return ""
+        vocabulary = choose_vocabulary(count_tokens(), self.lm_head.out_features)
+        self.set_vocabulary(vocabulary.kept.to(self.d2t.device), head)
+        return (
+            f"the draft knows {len(vocabulary.kept)} of {self.config.vocab_size} tokens, {vocabulary.coverage:.2%} of "
+            "the supervised ones"
+        )
+
+    def set_vocabulary(self, kept: torch.Tensor, head: TargetHead) -> None:
+        """Restrict the vocabulary to the tokens `kept (n,)`, ascending."""
+        assert self.lm_head is not None
+        with torch.no_grad():
+            self.lm_head.weight.copy_(head.lm_head[kept])
+        self.d2t.copy_(kept - torch.arange(len(kept), device=kept.device))
+        self.t2d.zero_()
+        self.t2d[kept] = True
+
+    def plan(self, batch: Batch) -> Chains:
+        """Start a chain at every place that serving can draft from.
+
+        Raises UserError, with the sample's id, for a document that has none.
+        """
+        places = []
+        for sample_id, mask in zip(batch.sample_ids, batch.loss_mask.cpu().split(batch.lengths), strict=True):
+            found = chain_places(mask)
+            if not len(found):
+                raise UserError(
+                    f"sample {sample_id}",
+                    found="no place to draft from",
+                    expected="two generated tokens in a row",
+                    fix="Dump again: `dump run` leaves such samples out.",
+                )
+            places.append(found)
+        return self.lay_out(batch.token_ids, batch.loss_mask, batch.lengths, places, self.config.ttt_length)
+
+    def lay_out(
+        self,
+        token_ids: torch.Tensor,
+        loss_mask: torch.Tensor,
+        lengths: Sequence[int],
+        places: Sequence[torch.Tensor],
+        steps: int,
+    ) -> Chains:
+        """Chains of so many steps from `places[i]`, ascending positions in document i of the pack.
+
+        A chain's labels end with its run of generated tokens: the next tokens are another turn's prompt. Documents need
+        no explicit boundary, as each begins with its prompt.
+        """
+        device = token_ids.device
+        firsts = [part - 1 for part in places]
+        layouts = [lay_out(lengths, firsts, step + 1, device, num_queries=1) for step in range(steps)]
+        rows = layouts[0].anchor_rows + 1
+        wanted = rows[:, None] + torch.arange(1, steps + 1, device=device)
+        inside = wanted < len(token_ids)
+        wanted = wanted.clamp(max=len(token_ids) - 1)
+        valid, labels = loss_mask[wanted] & inside, token_ids[wanted]
+        if self.lm_head is not None:  # a token outside the vocabulary ends the chain
+            valid = valid & self.t2d[labels]
+            labels = (self.t2d.long().cumsum(0) - 1)[labels]
+        return Chains(
+            places=rows,
+            positions=torch.cat(firsts).to(device),
+            labels=labels,
+            valid=valid.long().cumprod(dim=1).bool(),
+            context_rope=self.rope.at(torch.cat([torch.arange(length) for length in lengths]).to(device)),
+            layouts=layouts,
+        )
+
+    def forward(self, batch: Batch, chains: Chains, head: TargetHead) -> StepLoss:
+        """The training loss: cross-entropy of every step, step i weighing `ttt_step_loss_decay ** i`."""
+        assert self.section is not None
+        steps = chains.labels.shape[1]
+        outputs = list[torch.Tensor]()
+
+        def given(step: int) -> torch.Tensor:
+            # Steps beyond the last token have no label; any token will do.
+            return batch.token_ids[(chains.places + step).clamp(max=len(batch.token_ids) - 1)]
+
+        for hidden in self._unroll(batch.token_ids, batch.aux_hidden_states, chains, head.embedding, given):
+            outputs.append(hidden)
+        normed = self.norm(torch.stack(outputs, dim=1))  # (N, S, H)
+        valid = chains.valid
+        weights = (self.section.ttt_step_loss_decay ** torch.arange(steps, device=valid.device)).expand(valid.shape)[
+            valid
+        ]
+        teacher = None
+        if self.section.objective == "distill":
+            before = chains.places[:, None] + torch.arange(steps, device=valid.device)
+            teacher = make_teacher(head, batch.hidden_states, before[valid])
+            if self.lm_head is not None:
+                teacher = keep_known(teacher, self.t2d)
+        lm_head = head.lm_head if self.lm_head is None else self.lm_head.weight
+        loss_sum, hits, _ = fused_cross_entropy(normed[valid], lm_head, chains.labels[valid], weights.float(), teacher)
+        right = torch.zeros_like(valid).masked_scatter(valid, hits)
+        return StepLoss(
+            loss_sum=loss_sum,
+            num_slots=valid.sum(),
+            right=right.sum(0),
+            total=valid.sum(0),
+            accepted=right.long().cumprod(1).sum(),
+            num_blocks=torch.tensor(len(valid)),
+        )
+
+    def _unroll(
+        self,
+        token_ids: torch.Tensor,
+        aux_hidden_states: torch.Tensor,
+        chains: Chains,
+        embedding: torch.Tensor,
+        token_of_step: Callable[[int], torch.Tensor],
+    ) -> Iterator[torch.Tensor]:
+        """Yield the outputs `(N, H)` of all chains, step by step; `token_of_step(i)` gives the input tokens (N,)."""
+        layer, attention = self.midlayer, self.midlayer.self_attn
+        save_memory = self.training and self.gradient_checkpointing
+        features = self.fc(aux_hidden_states)
+        # Position t takes token t+1. The last position of a document has none, and no chain attends to it.
+        following = functional.embedding(token_ids.roll(-1), embedding)
+        known = attention.keys(layer.input(following, features), chains.context_rope)
+        hidden, own = features[chains.places - 1], list[Pair]()
+        for step, layout in enumerate(chains.layouts):
+            embedded = functional.embedding(token_of_step(step), embedding)
+            arguments = embedded, hidden, self.rope.at(chains.positions + step), known, tuple(own), layout
+            hidden, pair = checkpoint(layer, *arguments, use_reentrant=False) if save_memory else layer(*arguments)
+            own.append(pair)
+            yield hidden
+
+    @torch.inference_mode()
+    def draft(self, sample: StoredSample, head: TargetHead) -> torch.Tensor:
+        """The greedy chains from every position that serving could draft from: `(T, K)`, -1 elsewhere."""
+        return self.draft_logits(sample, head)[0]
+
+    @torch.inference_mode()
+    def draft_logits(self, sample: StoredSample, head: TargetHead) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """`draft`, and the logits `(N, V)` of each step of its N chains, over the draft's vocabulary."""
+        places = chain_places(sample.loss_mask)
+        num_tokens = self.config.num_draft_tokens
+        drafted, logits = torch.full((sample.num_tokens, num_tokens), -1), list[torch.Tensor]()
+        if not len(places):
+            return drafted, logits
+        device = head.lm_head.device
+        token_ids, aux = sample.input_ids.long().to(device), sample.aux_hidden_states.float().to(device)
+        lm_head = head.lm_head if self.lm_head is None else self.lm_head.weight
+        chains = self.lay_out(token_ids, sample.loss_mask.to(device), [sample.num_tokens], [places], num_tokens)
+
+        def latest(step: int) -> torch.Tensor:
+            return drafted[places, step - 1].to(device) if step else token_ids[chains.places]
+
+        for step, hidden in enumerate(self._unroll(token_ids, aux, chains, head.embedding, latest)):
+            logits.append(functional.linear(self.norm(hidden), lm_head))
+            tokens = logits[-1].argmax(-1)
+            if self.lm_head is not None:
+                tokens = tokens + self.d2t[tokens]
+            drafted[places, step] = tokens.cpu()
+        return drafted, logits
+
+    @torch.inference_mode()
+    def taps(self, sample: StoredSample, head: TargetHead, start: int) -> dict[str, torch.Tensor]:
+        places = chain_places(sample.loss_mask)
+        chain = int((places == start).nonzero()[0, 0])
+        logits = torch.stack([step[chain] for step in self.draft_logits(sample, head)[1]])
+        if self.lm_head is None:
+            return {"draft_logits": logits}
+        known = torch.arange(len(self.d2t)) + self.d2t
+        logits = logits.new_full((len(logits), head.lm_head.shape[0]), float("-inf")).index_copy(1, known, logits)
+        return {"vocabulary": known, "draft_logits": logits}
+
+
+def chain_places(loss_mask: torch.Tensor) -> torch.Tensor:
+    """`anchor_places`, without the very first token: a chain takes the feature of the one before."""
+    places = anchor_places(loss_mask)
+    return places[places > 0]
+
+
+def keep_known(teacher: Teacher, known: torch.Tensor) -> Teacher:
+    """A teacher's distribution over the tokens `known (V,)` alone, summing to 1."""
+
+    def restricted(rows: slice) -> torch.Tensor:
+        q = teacher(rows)[:, known]
+        return q / q.sum(-1, keepdim=True).clamp_min(1e-20)
+
+    return restricted

@@ -1,0 +1,144 @@
+"""The protocol of a draft method: what the recipe, the trainer, serving and `bench parity` ask of it.
+
+A method is a folder with `config.py` (light: no torch; its recipe section, its config and the `DraftMethod`) and its
+torch module, which is a `drafts.draft.Draft`. `drafts/__init__.py` lists the methods; no other code names one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from common.section import Section
+from contracts.draft import Descriptor, DraftConfig
+from target.target import Target
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from drafts.draft import Draft
+
+NATIVE = "native"
+SPECULATORS = "speculators"
+
+
+class DraftSection(Section):
+    """The recipe's `train.draft`: keys of the draft itself. Each method has its own."""
+
+    method: str
+    objective: Literal["tokens", "distill"] = Field(
+        default="tokens", description="cross-entropy on the generated tokens, or on the target's own distribution"
+    )
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Tokens that the draft proposes in one step, K."""
+        raise NotImplementedError
+
+
+class TransformerSection(DraftSection):
+    """Dimensions of a draft that is made of transformer layers."""
+
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    head_dim: int = Field(default=128, gt=0)
+    intermediate_size: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TransformerSection:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+        return self
+
+
+class TransformerConfig(DraftConfig):
+    """Dimensions of a draft that is made of transformer layers, in elements."""
+
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+
+
+class DraftMethod(ABC):
+    """A draft method. `name` stands in recipes, draft.json and draftline.json.
+
+    `layouts`: what `train export --format` takes, the default first. `uses_mask_token`: the target must have a token
+    that never occurs. `autoregressive`: each draft token is an input of the next one, so that one that differs between
+    trainer and engine changes all after it.
+    """
+
+    name: str
+    section: type[DraftSection]
+    config: type[DraftConfig]
+    layouts: tuple[str, ...] = (NATIVE,)
+    uses_mask_token: bool = False
+    autoregressive: bool = False
+
+    def check(self, section: DraftSection, target: Target) -> None:  # noqa: B027 (most methods have no more rules)
+        """Raise UserError for a section that does not fit the target."""
+
+    def make_config(self, section: DraftSection, shared: Mapping[str, Any]) -> DraftConfig:
+        """The config of a draft to be trained: the section's dimensions and the fields shared by all methods."""
+        own = {key: value for key, value in section.model_dump().items() if key in self.config.model_fields}
+        return self.config(**{**shared, **own})
+
+    @abstractmethod
+    def build(
+        self, config: DraftConfig, section: DraftSection | None = None, *, gradient_checkpointing: bool = False
+    ) -> Draft:
+        """The torch module. `section` says how it is trained; None where it only drafts."""
+
+    @abstractmethod
+    def export(
+        self, config: DraftConfig, weights: Mapping[str, Tensor], layout: str, facts: ExportFacts
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """config.json and tensors of an export in one of `layouts`, as vLLM loads them."""
+
+    @abstractmethod
+    def describe(self, config: Mapping[str, Any]) -> Descriptor | None:
+        """The descriptor of a draft with this config.json, ours or published; None if it is of another method."""
+
+    def describe_trained(self, config: DraftConfig) -> Descriptor:
+        """The descriptor of a draft of ours, without what its export adds."""
+        return Descriptor(
+            method=self.name,
+            speculative=self.speculative_config(config),
+            num_speculative_tokens=config.num_draft_tokens,
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            layer_ids=config.layer_ids,
+            num_target_layers=config.num_target_layers,
+            mask_token_id=config.mask_token_id,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_theta=config.rope_theta,
+            yarn_factor=config.yarn.factor if config.yarn else None,
+            max_position_embeddings=config.max_position_embeddings,
+            target_fingerprint=config.target_fingerprint,
+            store=config.store,
+        )
+
+    def speculative_config(self, config: DraftConfig) -> dict[str, Any]:  # noqa: ARG002 (a method may need it)
+        """vLLM's speculative config without model and number of draft tokens."""
+        return {"method": self.name}
+
+    def engine_taps(self, noted: Mapping[str, list[Tensor]], model: nn.Module) -> dict[str, Tensor]:  # noqa: ARG002
+        """What `bench parity` compares beside layers and logits, from what vLLM's draft model was given.
+
+        `noted`: the tensors of each call since the trace began: slots (input ids) and embeddings, of the first call.
+        """
+        return {}
+
+
+class ExportFacts(Section):
+    """What a config.json needs beside the draft's config: the dtype, and the target's names and end tokens."""
+
+    dtype: str
+    target: str
+    architectures: list[str]
+    bos_token_id: int | list[int] | None
+    eos_token_id: int | list[int] | None

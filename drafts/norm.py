@@ -1,0 +1,68 @@
+"""RMSNorm and the MLP's gate with hand-written gradients.
+
+On CPUs torch's own are chains of operations, each of which passes through memory and saves tensors for the backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension (arXiv 1910.07467), computed in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+        return normed
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With r = 1/sqrt(mean(x^2) + eps) and g the gradient: dx = r*(g*w - x*r^2*mean(g*w*x)), dw = sum(g*x*r)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(weight.shape[0]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        normed = x.float() * scale
+        gradient = gradients[0].float()
+        product = gradient * normed
+        grad_weight = product.flatten(0, -2).sum(0)
+        # mean(g*w*x*r) is a product with a vector: one pass through memory less.
+        mean = (product @ weight.float()).div_(weight.shape[0]).unsqueeze(-1)
+        grad_x = torch.addcmul(gradient * weight, normed, mean, value=-1).mul_(scale)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up`, of which only gate and up are kept."""
+    product: torch.Tensor = _Gated.apply(gate, up)
+    return product
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_up = functional.silu(gate).mul_(gradients[0])
+        grad_gate = torch.ops.aten.silu_backward(up * gradients[0], gate)
+        return grad_gate, grad_up

@@ -1,0 +1,166 @@
+"""Training objectives: cross-entropy with the generated tokens or with the target's own distribution.
+
+Logits are [rows, vocabulary]; with 200,000 tokens they would dominate the memory of a step. They are computed a chunk
+of rows at a time: forward, loss and gradient of a chunk while it is in cache; only the gradient of the rows is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from target.head import TargetHead
+
+CHUNK_ELEMENTS = 1 << 20
+MIN_CHUNK_ROWS = 64
+
+Weights = torch.Tensor | Callable[[slice, torch.Tensor], torch.Tensor]
+"""Weights (N,), or a function from a slice of rows and their losses to their weights."""
+Teacher = Callable[[slice], torch.Tensor]
+"""Gives the target's probabilities `(n, V)` at a slice of rows."""
+
+
+@dataclass
+class StepLoss:
+    """The result of one forward pass. `loss_sum / num_slots` is the loss; the rest is only logged.
+
+    Shapes: scalars, but right and total (K,): supervised slots whose argmax is the label, and all of them, by position.
+    `accepted`: draft tokens up to the first wrong one, summed over `num_blocks` blocks.
+    """
+
+    loss_sum: torch.Tensor
+    num_slots: torch.Tensor
+    right: torch.Tensor
+    total: torch.Tensor
+    accepted: torch.Tensor
+    num_blocks: torch.Tensor
+
+    def counts(self) -> torch.Tensor:
+        """All fields in one vector, to be summed over batches and processes: `(4 + 2K,)`."""
+        parts = [getattr(self, field.name).detach().reshape(-1) for field in fields(self)]
+        return torch.cat([part.to(self.loss_sum.device, torch.float64) for part in parts])
+
+
+@torch.compiler.disable  # loops over chunks of matrix products: nothing to fuse
+def fused_cross_entropy(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    labels: torch.Tensor,
+    weights: Weights,
+    teacher: Teacher | None = None,
+    bounds: Sequence[int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weighted sum of the rows' cross-entropies, whether each label is the argmax, and each loss `(sum, (N,), (N,))`.
+
+    Shapes: hidden (N, H), lm_head (V, H), labels (N,). With a teacher a row's loss is -sum_v q_v log p_v instead of
+    -log p_label. `bounds` are the rows at which a chunk may end (default: any); weights that need whole blocks pass
+    theirs.
+    """
+    total, hits, losses = _FusedCrossEntropy.apply(hidden, lm_head, labels, weights, teacher, bounds)
+    return total, hits, losses
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        lm_head: torch.Tensor,
+        labels: torch.Tensor,
+        weights: Weights,
+        teacher: Teacher | None,
+        bounds: Sequence[int] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        num_rows = len(hidden)
+        wants_hidden, wants_head = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_head = torch.zeros_like(lm_head, dtype=torch.float32) if wants_head else None
+        hits = torch.empty(num_rows, dtype=torch.bool, device=hidden.device)
+        losses = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for rows in chunks(num_rows, lm_head.shape[0], bounds):
+            log_p = functional.linear(hidden[rows], lm_head).float()
+            log_p = functional.log_softmax(log_p, dim=-1)
+            own = log_p.gather(1, labels[rows, None])[:, 0]
+            hits[rows] = own >= log_p.amax(-1)  # far cheaper than argmax
+            q = None if teacher is None else teacher(rows)
+            if q is None:
+                losses[rows] = -own
+            else:
+                losses[rows] = -(q * log_p).sum(-1)
+            weight = weights(rows, losses[rows]) if callable(weights) else weights[rows]
+            total += (losses[rows] * weight).sum()
+            if grad_hidden is None and grad_head is None:
+                continue
+            # d loss / d logits = p - q, with q one-hot at the label without a teacher.
+            gradient = log_p.exp_()
+            if q is None:
+                gradient.scatter_add_(1, labels[rows, None], gradient.new_full((len(weight), 1), -1.0))
+            else:
+                gradient -= q
+            gradient *= weight[:, None]
+            gradient = gradient.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(gradient, lm_head.to(hidden.dtype), out=grad_hidden[rows])
+            if grad_head is not None:
+                grad_head += gradient.t() @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(lm_head.dtype))
+        ctx.mark_non_differentiable(hits, losses)
+        return total, hits, losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, grad_head = ctx.saved_tensors
+        scale = gradients[0]
+        return (
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_head is None else grad_head * scale.to(grad_head.dtype),
+            *[None] * 4,
+        )
+
+
+def chunks(num_rows: int, vocab_size: int, bounds: Sequence[int] | None = None) -> list[slice]:
+    """Slices of rows whose logits fit into a cache; each ends at one of `bounds`, if these are given."""
+    size = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size)
+    ends = [*range(size, num_rows, size), num_rows] if bounds is None else []
+    start = 0
+    for bound in bounds or []:
+        if bound - start >= size or bound == num_rows:
+            ends.append(bound)
+            start = bound
+    return [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True) if b > a]
+
+
+def make_teacher(head: TargetHead, hidden_states: torch.Tensor, places: torch.Tensor) -> Teacher:
+    """The target's own distribution after each of `places`, from its final states `(T, H)` before the final norm."""
+    return lambda rows: head.logits(hidden_states[places[rows]]).softmax(-1)
+
+
+@torch.no_grad()
+def teacher_argmax(head: TargetHead, hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The target's own greedy token after each of `places (N,)`: `(N,)`. Each place is computed once."""
+    needed, inverse = places.unique(return_inverse=True)
+    found = [
+        head.logits(hidden_states[needed[rows]]).max(-1).indices for rows in chunks(len(needed), head.lm_head.shape[0])
+    ]
+    return torch.cat(found)[inverse]
+
+
+def slot_weights(block_size: int, decay: float) -> torch.Tensor:
+    """`w_k = exp(-(k-1)/gamma)` for slots k = 1..B-1; slot 0 is the anchor and has no loss. Shape (B-1,)."""
+    return torch.exp(-torch.arange(block_size - 1).float() / decay)
+
+
+def dpace_weights(losses: torch.Tensor, valid: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """D-PACE's weights (arXiv 2605.18810): slot j's contribution to the expected acceptance. Shapes (A, K).
+
+    With q_i = exp(-loss_i) and q~ = (1-a)*q + a: w_j = sum over m >= j of prod over i <= m of q~_i; slots that are not
+    valid have weight 0, and so do all after them.
+    """
+    q = (1.0 - smoothing) * torch.exp(-losses) + smoothing
+    reach = (q * valid).cumprod(dim=1)
+    return reach.flip(1).cumsum(dim=1).flip(1) * valid

@@ -1,0 +1,73 @@
+"""Rotary position embedding with or without YaRN, as transformers computes it (and vLLM serves it)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from drafts.method import TransformerConfig
+from drafts.rope_parameters import rope_parameters
+
+Tables = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines at some positions, (..., 1, D) both: the same for all heads."""
+
+
+class Rope(nn.Module):
+    """Tables for the positions of a step, computed once and used by every layer; any position has them."""
+
+    inverse_frequencies: torch.Tensor
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        parameters = rope_parameters(config)
+        kind = parameters["rope_type"]
+        if kind == "default":
+            exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+            inverse_frequencies, self.scale = config.rope_theta**-exponents, 1.0
+        else:
+            qwen = Qwen3Config(
+                head_dim=config.head_dim,
+                max_position_embeddings=config.max_position_embeddings,
+                rope_parameters=parameters,
+            )
+            inverse_frequencies, self.scale = ROPE_INIT_FUNCTIONS[kind](qwen, torch.device("cpu"))
+        self.register_buffer("inverse_frequencies", inverse_frequencies, persistent=False)
+
+    def at(self, positions: torch.Tensor) -> Tables:
+        """Tables at `positions (...)`: two of (..., 1, D)."""
+        angles = positions[..., None, None].float() * self.inverse_frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos() * self.scale, angles.sin() * self.scale
+
+
+def rotate(x: torch.Tensor, tables: Tables) -> torch.Tensor:
+    """Rotate `x (..., heads, D)` by tables for its positions."""
+    rotated: torch.Tensor = _Rotate.apply(x, *tables)
+    return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    """Halves (a, b) become (a*cos - b*sin, b*cos + a*sin). Written out: the gradient is the same with -sin."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turn(gradients[0], cos, sin, -1), None, None
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    result = x * cos.to(x.dtype)
+    sin = sin[..., :half].to(x.dtype)
+    result[..., :half].addcmul_(x[..., half:], sin, value=-sign)
+    result[..., half:].addcmul_(x[..., :half], sin, value=sign)
+    return result

@@ -1,0 +1,22 @@
+"""The capture backends by the name that `dump.backend` has in the recipe."""
+
+from __future__ import annotations
+
+from pkgutil import resolve_name
+
+from dump.capture import CaptureBackend, Staging
+from recipe.recipe import Recipe
+from target.target import Target
+
+BACKENDS = {
+    "vllm": "dump.vllm_offline:VllmOffline",
+    "server": "dump.server:Servers",
+    "hf": "dump.hf:Transformers",
+}
+"""Classes that implement `dump.capture.CaptureBackend`; imported when needed, since each imports an engine."""
+
+
+def make_backend(recipe: Recipe, target: Target, layer_ids: list[int], staging: Staging) -> CaptureBackend:
+    """Start the recipe's capture backend. `layer_ids` are captured in this order, then the final state."""
+    backend: CaptureBackend = resolve_name(BACKENDS[recipe.dump.backend])(recipe, target, layer_ids, staging)
+    return backend

@@ -1,0 +1,71 @@
+"""Compare a sample's final states with the tokens that the target generated from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from contracts.store import StoredSample
+from target.head import TargetHead
+from target.sampling import Context, kept_by, penalize
+
+TOKENS_PER_CHUNK = 2048
+
+
+def sampling_of(sample: StoredSample) -> dict[str, Any] | None:
+    """Return the sampling parameters that generated a sample, None if its temperature was not recorded."""
+    sampling = {
+        "temperature": sample.metadata.get("temperature"),
+        **json.loads(sample.metadata.get("sampling") or "{}"),
+    }
+    return None if sampling["temperature"] in (None, "") else sampling
+
+
+@torch.inference_mode()
+def logit_gaps(head: TargetHead, sample: StoredSample, sampling: dict[str, Any]) -> torch.Tensor:
+    """Return how far each generated token's logit is below the largest: `(number of them,)`, 0 = argmax."""
+    gaps = []
+    for logits, tokens in predict(head, sample, sampling):
+        gaps.append(logits.amax(-1) - logits.gather(1, tokens[:, None])[:, 0])
+    return torch.cat(gaps)
+
+
+@torch.inference_mode()
+def sampled_deviations(head: TargetHead, sample: StoredSample, sampling: dict[str, Any]) -> tuple[float, int]:
+    """Return by how many standard deviations the tokens' summed log-probability is off, and the number of tokens.
+
+    With q the distribution that was sampled, log q(token) is -H(q) on average; variances add up over the tokens.
+    A token that the filters (top_p, top_k, min_p) exclude, by more than rounding explains, gives infinity.
+    """
+    total = variance = 0.0
+    count = 0
+    filters = sampling.get("top_p"), sampling.get("top_k"), sampling.get("min_p")
+    for logits, tokens in predict(head, sample, sampling):
+        log_q = (logits / float(sampling["temperature"])).log_softmax(-1)
+        keep = kept_by(log_q.exp(), *filters)
+        own = log_q.gather(1, tokens[:, None])[:, 0]
+        outside = ~keep.gather(1, tokens[:, None])[:, 0]
+        if bool((outside & (own < -10.0)).any()):
+            return float("inf"), len(tokens)
+        keep.scatter_(1, tokens[:, None], True)  # at the edge of a filter, rounding decides
+        log_q = log_q.masked_fill(~keep, -torch.inf).log_softmax(-1)
+        q, finite = log_q.exp(), log_q.nan_to_num(neginf=0.0)
+        mean = (q * finite).sum(-1)
+        total += float((log_q.gather(1, tokens[:, None])[:, 0] - mean).sum())
+        variance += float(((q * finite**2).sum(-1) - mean**2).clamp_min(0).sum())
+        count += len(tokens)
+    return total / max(variance, 1e-6) ** 0.5 if count else 0.0, count
+
+
+def predict(
+    head: TargetHead, sample: StoredSample, sampling: dict[str, Any]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield penalized logits `(t, V)` at the places before generated tokens and these tokens `(t,)`, in chunks."""
+    context = Context.of_generated(sample.input_ids, sample.loss_mask)
+    for start in range(0, len(context.ends), TOKENS_PER_CHUNK):
+        rows = context.rows(start, start + TOKENS_PER_CHUNK)
+        logits = head.logits(sample.hidden_states[rows.ends - 1])
+        yield penalize(logits, sampling, rows), sample.input_ids[rows.ends].long()

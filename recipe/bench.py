@@ -1,0 +1,61 @@
+"""The recipe's `bench` section: concurrencies, and the search space of serving sweeps."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveInt, model_validator
+
+from common.section import Section, operational
+
+
+class LayoutSpace(Section):
+    """A layout of the target on its GPUs, and its concurrencies: doubled from conc_start to conc_end, inclusive."""
+
+    tp: int = Field(default=1, gt=0, description="tensor parallel size")
+    ep: int = Field(default=1, gt=0, description="expert parallel size: 1 or tp")
+    dp_attn: bool = Field(default=False, description="data-parallel attention in tp replicas, experts over all GPUs")
+    conc_start: int = Field(gt=0)
+    conc_end: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _layout_is_possible(self) -> LayoutSpace:
+        if self.ep not in (1, self.tp):
+            raise ValueError(f"ep is 1 or tp ({self.tp}): vLLM spreads experts over all GPUs or none")
+        if self.dp_attn and self.ep == 1:
+            raise ValueError("dp_attn needs ep = tp > 1: the experts go over all replicas")
+        if self.conc_end < self.conc_start:
+            raise ValueError("conc_end is below conc_start")
+        return self
+
+    @property
+    def concurrencies(self) -> list[int]:
+        """conc_start, its doubles below conc_end, and conc_end."""
+        doubles = [self.conc_start]
+        while doubles[-1] < self.conc_end:
+            doubles.append(min(2 * doubles[-1], self.conc_end))
+        return doubles
+
+
+class ScenarioSection(Section):
+    """Input and output lengths of requests, and the layouts to measure."""
+
+    isl: int = Field(gt=0, description="maximum input length, tokens")
+    osl: int = Field(gt=0, description="maximum output length, tokens")
+    search_space: list[LayoutSpace] = Field(min_length=1)
+
+
+class SweepSection(Section):
+    scenarios: list[ScenarioSection] = operational(default=[], description="finished points are kept if this changes")
+    range_ratio: float = Field(
+        default=0.8, gt=0, le=1, description="lengths are uniform between this share of isl and osl and the whole"
+    )
+    dataset: str = Field(
+        default="random", description="random tokens, or a JSONL of prompts (rows with prompt, turns or messages)"
+    )
+    ignore_eos: bool = Field(default=True, description="generate up to osl; false: stop at the end token")
+    seed: int = 0
+
+
+class BenchSection(Section):
+    concurrency: list[PositiveInt] = Field(default=[1, 8], min_length=1, description="requests in flight")
+    num_prompts: dict[int, PositiveInt] = Field(default={}, description="by concurrency: only the first n prompts")
+    sweep: SweepSection = operational(default=SweepSection(), description="for `bench plan` and `bench sweep`")

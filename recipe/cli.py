@@ -1,0 +1,60 @@
+"""`recipe`: check a recipe and show it resolved. Also the recipe options of all stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from common.cli import make_app
+from common.errors import run_app
+
+if TYPE_CHECKING:
+    from recipe.recipe import Recipe
+
+RecipeOption = Annotated[Path, typer.Option("--recipe", "-r", help="The pipeline's recipe (YAML).")]
+OverridesOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, as in train.num_steps=50. Repeatable."),
+]
+
+
+def load_checked(path: Path, overrides: list[str] | None, flags: dict[str, Any] | None = None) -> Recipe:
+    """Load a stage's recipe and check it as `recipe check` does. Raises UserError for the first mistake."""
+    from recipe.check import check_recipe
+    from recipe.load import load_recipe
+
+    recipe = load_recipe(path, overrides or [], flags)
+    check_recipe(recipe)
+    return recipe
+
+
+app = make_app("Check recipes and show them resolved.")
+
+
+@app.callback()
+def _callback() -> None:
+    """Check recipes and show them resolved."""
+
+
+@app.command(epilog="Example: recipe show --recipe recipes/Tiny-DFlash/recipe.yaml --set train.num_steps=50")
+def show(recipe: RecipeOption, set_: OverridesOption = None) -> None:
+    """Print every key of the recipe, defaults included, and the source of each value."""
+    from recipe.show import show_recipe
+
+    typer.echo(show_recipe(recipe, set_ or []), nl=False)
+
+
+@app.command(epilog="Example: recipe check --recipe recipes/Tiny-DFlash/recipe.yaml")
+def check(recipe: RecipeOption, set_: OverridesOption = None) -> None:
+    """Check the recipe: print ok, or the first mistake and exit with 2."""
+    from target.target import Target
+
+    loaded = load_checked(recipe, set_)
+    here = Target.of(loaded.target).is_here if loaded.target.facts or loaded.target.path.exists() else False
+    typer.echo(f"{recipe}: ok" + ("" if here else f" (as far as it goes without the files of {loaded.target.path})"))
+
+
+def main() -> None:
+    run_app(app)

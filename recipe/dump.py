@@ -1,0 +1,37 @@
+"""The recipe's `dump` section: capture backend, dtype of the stored states, filters, staging."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from common.section import operational
+from recipe.retries import Retries
+from recipe.serve import Args
+
+
+class DumpSection(Retries):
+    backend: Literal["vllm", "server", "hf"] = Field(
+        default="vllm", description="vLLM in this process, servers of it (dump.endpoints), or transformers"
+    )
+    dtype: Literal["bfloat16", "float32", "fp8_e4m3"] = Field(
+        default="bfloat16", description="of the stored states; fp8: one scale a token and layer"
+    )
+    include_truncated: bool = Field(default=False, description="whether conversations with a cut reply are dumped")
+    include_loops: bool = Field(default=False, description="whether conversations that fell into a loop are dumped")
+    truncate: bool = Field(default=False, description="cut over-length samples instead of leaving them out")
+    args: Args = Field(default={}, description="vLLM's engine arguments, over serve.args")
+    env: dict[str, str] = operational(default={}, description="environment of the engine, over serve.env")
+    endpoints: list[str] = operational(default=[], description="servers with extraction on (`serve command --extract`)")
+    concurrency: int = operational(default=64, gt=0, description="requests in flight to each server")
+    server_staging_dir: Path | None = operational(
+        default=None, description="folder that the servers write states to; default: staging_dir"
+    )
+    staging_dir: Path | None = operational(
+        default=None, description="where states wait to be stored; default: /dev/shm if it is there, else the store"
+    )
+    staging_gib: float = operational(default=8.0, gt=0, description="states that wait to be stored, at most")
+    writers: int = operational(default=2, gt=0, description="processes that store samples")
+    max_reject_fraction: float = operational(default=0.01, ge=0, le=1, description="above it the stage exits 1")

@@ -1,0 +1,51 @@
+"""The recipe: one YAML that says everything about a pipeline, checked before anything starts.
+
+Sections `target, serve, synth, dump, train, export, bench`; facts that several stages share live only in `target`.
+A stage needs `target` and its own section.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from common.errors import UserError
+from common.redact import redact
+from common.section import Section
+from recipe.bench import BenchSection
+from recipe.dump import DumpSection
+from recipe.serve import ServeSection
+from recipe.synth import SynthSection
+from recipe.train import ExportSection, TrainSection
+from target.section import TargetSection
+
+
+class Recipe(Section):
+    target: TargetSection
+    serve: ServeSection = ServeSection()
+    synth: SynthSection = SynthSection()
+    dump: DumpSection = DumpSection()
+    train: TrainSection | None = None
+    export: ExportSection = ExportSection()
+    bench: BenchSection = BenchSection()
+
+    def training(self) -> TrainSection:
+        """The `train` section. Raises UserError for a recipe without one."""
+        if self.train is None:
+            raise UserError(
+                "train",
+                found="no such section in the recipe",
+                expected="the draft, its optimizer and number of steps",
+                fix="Add a `train` section; recipes/Tiny-DFlash/recipe.yaml has one.",
+            )
+        return self.train
+
+    def redacted(self) -> dict[str, Any]:
+        """Return every field, defaults filled in, without secrets: what may be written to disk."""
+        values: dict[str, Any] = redact(self.model_dump(mode="json"))
+        return values
+
+    def to_yaml(self) -> str:
+        """Return the resolved recipe as YAML, without secrets."""
+        return yaml.safe_dump(self.redacted(), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,58 @@
+"""The recipe's `serve` section: the engine, its flags by variant, hardware and purpose, and published drafts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from common.section import Section, operational
+
+Purpose = Literal["synth", "dump", "bench", "production"]
+Args = dict[str, str | int | float | bool]
+"""vLLM's flags without the dashes."""
+
+
+class VariantSection(Section):
+    """The target in one precision."""
+
+    path: str = Field(description="folder or hub name of these weights")
+    memory_gb: float = Field(gt=0, description="GPU memory for weights and some KV cache, in GB of 1e9 bytes")
+    hardware: list[str] = Field(default=[], description="nodes that it runs on; []: any")
+    args: Args = Field(default={}, description="over serve.args")
+    env: dict[str, str] = operational(default={})
+    speculative: Args = Field(default={}, description="over serve.speculative")
+
+
+class PurposeSection(Section):
+    """Flags and environment of the servers of one purpose."""
+
+    args: Args = Field(default={})
+    env: dict[str, str] = operational(default={})
+
+
+class HeadSection(Section):
+    """A published draft, not trained by us."""
+
+    path: str = Field(description="folder or hub name")
+    method: str
+    num_speculative_tokens: int = Field(gt=0)
+
+
+class ServeSection(Section):
+    host: str = operational(default="127.0.0.1")
+    port: int | None = operational(default=None, ge=1, le=65535, description="default: a free one")
+    startup_timeout_s: float = operational(default=600.0, gt=0)
+    env: dict[str, str] = operational(default={}, description="environment of every vLLM process")
+    backend: Literal["vllm", "sglang"] = Field(default="vllm", description="sglang is for synthesis only")
+    args: Args = Field(default={}, description="vLLM's flags without the dashes")
+    sglang_args: Args = Field(default={}, description="SGLang's flags without the dashes")
+    speculative: Args = Field(default={}, description="added to the speculative config of every draft")
+    variant: str | None = Field(default=None, description="one of serve.variants; default: target.path itself")
+    hardware: str | None = Field(default=None, description="the node: h100, h200, b200, b300, gb200, gb300 or mi355x")
+    variants: dict[str, VariantSection] = Field(default={}, description="precisions of the target, by name")
+    purposes: dict[Purpose, PurposeSection] = Field(
+        default={}, description="over the variant's flags; those of a dump are dump.args"
+    )
+    heads: dict[str, HeadSection] = operational(default={}, description="published drafts, by the name for --draft")
+    image: str = operational(default="vllm/vllm-openai:v0.32.0", description="for `serve command --format docker`")

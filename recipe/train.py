@@ -1,0 +1,79 @@
+"""The recipe's `train` and `export` sections: the draft, the optimizer and the loop; what the export is served with.
+
+`train.draft` holds the keys of the draft method that `train.draft.method` names; each method defines its own
+(drafts/<method>/config.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
+from common.section import Section, operational
+from contracts.draft import Yarn
+from drafts import METHODS
+from drafts.method import DraftSection
+
+
+def parse_draft(value: Any) -> Any:
+    """Validate `train.draft` with the section of the method that it names (a union discriminated by `method`)."""
+    if not isinstance(value, Mapping):
+        return value
+    method = METHODS.get(str(value.get("method")))
+    if method is None:
+        raise ValueError(f"method is {value.get('method')!r}; known methods: {', '.join(METHODS)}")
+    return method.section.model_validate(value)  # its errors keep their place below train.draft
+
+
+class TrainSection(Section):
+    draft: Annotated[SerializeAsAny[DraftSection], BeforeValidator(parse_draft)] = Field(
+        description="method: dflash or eagle3, and that method's keys"
+    )
+    num_steps: int = Field(gt=0, description="optimizer steps")
+    global_batch_size: int = Field(
+        default=2, gt=0, description="samples of an optimizer step, over all processes and accumulated batches"
+    )
+    gradient_accumulation_steps: int = Field(default=1, gt=0, description="batches of an optimizer step")
+    learning_rate: float = Field(default=1.2e-3, gt=0)
+    lr_schedule: Literal["cosine", "linear", "wsd"] = Field(
+        default="cosine", description="after the warm-up; wsd: constant, then linear over the last fifth"
+    )
+    warmup_steps: int = Field(default=100, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    seed: int = 0
+    max_samples: int | None = Field(default=None, gt=0, description="only the store's first so many samples")
+    held_out_fraction: float = Field(
+        default=0.0, ge=0, lt=0.5, description="conversations kept from training, for the best checkpoint"
+    )
+    yarn: bool = Field(default=True, description="train with the rope scaling that export writes")
+    evaluate_every: int = operational(
+        default=0, ge=0, description="steps between evaluations on held-out rows; 0: never"
+    )
+    checkpoint_every: int = operational(default=100, gt=0, description="steps between checkpoints")
+    keep_checkpoints: int = operational(default=2, gt=0, description="the last so many, and the best")
+    gradient_checkpointing: bool = operational(default=False, description="recompute activations: slower, less memory")
+    compile: bool = operational(default=False, description="torch.compile, layer by layer; for GPUs")
+    parallel: Literal["ddp", "fsdp2"] = operational(default="ddp", description="under torchrun with several processes")
+    num_threads: int | None = operational(default=None, gt=0, description="CPU threads; default: all cores")
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TrainSection:
+        if self.global_batch_size % self.gradient_accumulation_steps:
+            raise ValueError("global_batch_size must be a multiple of gradient_accumulation_steps")
+        return self
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of one accumulated batch, over all processes."""
+        return self.global_batch_size // self.gradient_accumulation_steps
+
+
+class ExportSection(Section):
+    yarn: Yarn | None = None
+    max_position_embeddings: int | None = Field(
+        default=None, gt=0, description="the served context length, YaRN's whole window; default: target.max_model_len"
+    )
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"

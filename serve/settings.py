@@ -1,0 +1,107 @@
+"""The settings of a server that change what it computes, for stages that resume.
+
+A stage compares them with those its output was begun with. Flags of other purposes and variants, ports, names, logs,
+time-outs and sizes of memory may differ.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from recipe.recipe import Recipe
+from recipe.serve import Purpose, PurposeSection
+from serve.hardware import find_node
+from target.section import TargetSection
+from target.target import Target
+
+NEUTRAL_FLAGS = frozenset(
+    {
+        # Address, security and names.
+        "host", "port", "uds", "root-path", "served-model-name", "api-key", "grpc", "grpc-port",
+        "ssl-certfile", "ssl-keyfile", "ssl-ca-certs", "ssl-cert-reqs", "ssl-ciphers", "enable-ssl-refresh",
+        "allow-credentials", "allowed-headers", "allowed-methods", "allowed-origins", "middleware",
+        "allowed-local-media-path", "allowed-media-domains", "h11-max-header-count", "h11-max-incomplete-event-size",
+        "api-server-count", "renderer-num-workers", "headless", "master-addr", "master-port",
+        "data-parallel-address", "data-parallel-rpc-port", "data-parallel-backend", "data-parallel-rank",
+        "data-parallel-start-rank", "data-parallel-size-local", "data-parallel-external-lb",
+        "data-parallel-hybrid-lb", "data-parallel-multi-port-external-lb", "nnodes", "node-rank",
+        "distributed-executor-backend", "device-ids", "numa-bind", "numa-bind-cpus", "numa-bind-nodes",
+        # Logs, metrics and documentation.
+        "disable-log-stats", "disable-log-requests", "enable-log-requests", "enable-log-outputs", "enable-log-deltas",
+        "aggregate-engine-logging", "max-log-len", "log-level", "log-config-file", "log-error-stack", "logging-config",
+        "uvicorn-log-level", "disable-uvicorn-access-log", "disable-access-log-for-endpoints",
+        "otlp-traces-endpoint", "collect-detailed-traces", "show-hidden-metrics-for-version", "kv-cache-metrics",
+        "kv-cache-metrics-sample", "cudagraph-metrics", "enable-mfu-metrics", "custom-histogram-buckets",
+        "enable-logging-iteration-details", "enable-layerwise-nvtx-tracing", "enable-per-request-metrics",
+        "enable-server-load-tracking", "enable-prompt-tokens-details", "enable-request-id-headers",
+        "enable-force-include-usage", "enable-tokenizer-info-endpoint", "disable-fastapi-docs", "enable-offline-docs",
+        "profiler-config", "use-tqdm-on-load", "jit-monitor-mode", "jit-monitor-verbose",
+    }
+)  # fmt: skip
+"""vLLM's flags that change neither what the model computes nor how fast."""
+
+SPEED_FLAGS = frozenset(
+    {
+        # Time-outs, loading and memory.
+        "shutdown-timeout", "sse-keep-alive-interval", "distributed-timeout-seconds",
+        "cpu-distributed-timeout-seconds", "fail-on-environ-validation", "stream-interval", "hf-token", "download-dir",
+        "max-parallel-loading-workers", "safetensors-load-strategy", "safetensors-prefetch-num-threads",
+        "safetensors-prefetch-block-size", "gpu-memory-utilization", "device-memory-utilization",
+        "kv-cache-memory-bytes", "num-gpu-blocks-override", "cpu-offload-gb", "kv-offloading-size",
+        "kv-offloading-backend", "enable-sleep-mode", "enable-cumem-allocator",
+        # Scheduling: which requests run together.
+        "max-num-seqs", "max-num-batched-tokens", "max-num-scheduled-tokens", "max-num-active-seqs",
+        "max-num-queued-reqs", "max-num-queued-tokens", "max-num-partial-prefills", "max-long-partial-prefills",
+        "long-prefill-token-threshold", "async-scheduling", "scheduling-policy", "prefill-schedule-interval",
+        "enable-prefix-caching", "prefix-caching-hash-algo", "enable-chunked-prefill",
+        # Parsers: the stages that resume work on token ids.
+        "enable-auto-tool-choice", "tool-call-parser", "tool-parser-plugin",
+    }
+)  # fmt: skip
+"""vLLM's flags that may change how fast the model computes, but not what."""
+
+
+def measured_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return what a resumed measurement must find unchanged: `output_settings`, and what changes the speed."""
+    return {**output_settings(recipe, "bench", NEUTRAL_FLAGS), "speculative": recipe.serve.speculative}
+
+
+def output_settings(
+    recipe: Recipe, purpose: Purpose, ignored: frozenset[str] = NEUTRAL_FLAGS | SPEED_FLAGS
+) -> dict[str, Any]:
+    """Return what a resumed stage must find unchanged: backend, weights and the flags in force for `purpose`.
+
+    The layers are those of `serve.command.build_command`; the last one wins. A variant's weights are compared by their
+    fingerprint, or by name on the hub. The target's own are an input of the stage.
+    """
+    section = recipe.serve
+    variant = section.variants.get(section.variant) if section.variant else None
+    node = find_node(section.hardware) if section.hardware else None
+    num_gpus = {"tensor-parallel-size": node.num_gpus} if node else {}
+    if section.backend == "sglang":
+        layers: list[dict[str, Any]] = [num_gpus, dict(section.sglang_args)]
+    else:
+        of_purpose = section.purposes.get(purpose, PurposeSection())
+        layers = [section.args, num_gpus, variant.args if variant else {}, of_purpose.args]
+        layers += [recipe.dump.args] if purpose == "dump" else []
+    flags: dict[str, Any] = {}
+    for layer in layers:
+        flags |= dict(_normalize(name, value) for name, value in layer.items())
+    return {
+        "backend": section.backend,
+        "weights": _identify(variant.path) if variant else "the target's",
+        "flags": {name: value for name, value in sorted(flags.items()) if name not in ignored},
+    }
+
+
+def _identify(path: str) -> str:
+    return Target.here(TargetSection(path=Path(path))).fingerprint if Path(path).is_dir() else path
+
+
+def _normalize(name: str, value: Any) -> tuple[str, Any]:
+    """Return a flag as vLLM names it: dashes, and `no-x: true` as `x: false`."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool) and name.startswith("no-"):
+        return name.removeprefix("no-"), not value
+    return name, value

@@ -1,0 +1,64 @@
+"""One reply of the target: from the server's choice to a message with its thought and its tool calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import UserError
+from synth.tool_calls import ToolCallParser
+
+ENDED = ("stop", "tool_calls")
+"""Finish reasons of a reply that the target itself ended."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An assistant message and the text it was made of; `is_parsed`: whether its tool calls are known."""
+
+    message: dict[str, Any]
+    text: str
+    is_parsed: bool = True
+
+    @classmethod
+    def of_server(cls, choice: Mapping[str, Any], thinking_tags: tuple[str, str], *, is_parsed: bool) -> Reply:
+        """Read a choice of a chat completion, with the calls that the server parsed, if any.
+
+        Raises UserError when the server strips reasoning.
+        """
+        message = choice["message"]
+        if message.get("reasoning") or message.get("reasoning_content"):
+            raise UserError(
+                "the server's answer",
+                found="reasoning apart from the text: a reasoning parser is on",
+                expected="both in the generated tokens",
+                fix="Serve without --reasoning-parser.",
+            )
+        text = message.get("content") or ""
+        reply = make_reply(text, thinking_tags)
+        if calls := message.get("tool_calls"):
+            return cls({**reply, "tool_calls": calls}, text)
+        return cls(reply, text, is_parsed)
+
+
+def make_reply(text: str, thinking_tags: tuple[str, str]) -> dict[str, Any]:
+    """Return the assistant message of a reply's text, split at the end of its thought; nothing is stripped.
+
+    A thought that the prompt opened (mode enabled) has no opening tag in the reply. A thought that was cut has no
+    closing tag and stays in the content; it ends the conversation anyway.
+    """
+    opening, closing = thinking_tags
+    thought, separator, answer = text.partition(closing)
+    if not separator:
+        return {"role": "assistant", "content": text}
+    thought = thought.removeprefix(opening)
+    return {"role": "assistant", "content": answer, **({"reasoning_content": thought} if thought else {})}
+
+
+def add_calls(message: Mapping[str, Any], tools: list[dict[str, Any]], parser: ToolCallParser) -> dict[str, Any]:
+    """Return a message with the tool calls of its content parsed. Raises: see `ToolCallParser.parse`."""
+    parsed = parser.parse(message["content"], tools)
+    if not parsed.calls:
+        return dict(message)
+    return {**message, "content": parsed.content, "tool_calls": parsed.calls}

@@ -1,0 +1,55 @@
+"""The recipe's `target` section: the target's folder, thinking modes, captured layers, mask token, template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from common.section import Section
+from target.final_norm import FinalNorm
+
+
+class FactsSection(Section):
+    """Facts of a target. They are checked against its files, and replace them on machines without the files.
+
+    Names and meanings are those of transformers' configs.
+    """
+
+    architecture: str
+    hidden_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, description="rows of the embedding")
+    rope_theta: float = Field(gt=0)
+    final_norm: FinalNorm = "rms"
+    highest_token_id: int = Field(gt=0, description="of the tokenizer, added tokens included")
+    sparse_block_size: int | None = Field(default=None, gt=0, description="of the attention's blocks, if it is sparse")
+
+
+class TargetSection(Section):
+    path: Path = Field(description="folder of the target: config, safetensors, tokenizer, chat template")
+    max_model_len: int = Field(default=8192, gt=0, description="prompt and reply together in every stage, tokens")
+    thinking_mode_name: str = Field(default="thinking_mode", description="the chat template's variable for the mode")
+    thinking_mode_values: dict[str, str | int | bool | None] = Field(
+        default={}, description="what the template is told for each mode, if not its name; null: nothing"
+    )
+    thinking_tags: tuple[str, str] = Field(
+        default=("<mm:think>", "</mm:think>"), description="around a thought, in the text"
+    )
+    num_aux_layers: int = Field(default=5, gt=0, description="captured layers, spread over the depth")
+    aux_layers: list[int] | None = Field(default=None, description="captured layers, 0-based, instead of the rule's")
+    mask_token_id: int | None = Field(
+        default=None, description="default: the first row above the tokenizer's highest id"
+    )
+    training_template: Path | None = Field(
+        default=None, description="renders as the target's chat template does, with {% generation %} tags"
+    )
+    training_template_sha256: str | None = Field(default=None, description="of that file")
+    final_norm: FinalNorm | None = Field(
+        default=None,
+        description="rms: x * w, gemma: x * (1 + w), layer: LayerNorm, layer1p: LayerNorm with 1 + w; default: as the "
+        "target's config says",
+    )
+    facts: FactsSection | None = Field(
+        default=None, description="checked against the target's files, if these are here"
+    )

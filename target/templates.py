@@ -1,0 +1,113 @@
+"""Training templates: they render the same text as a target's chat template and tag the assistant's turns.
+
+Reads: the target's chat template, `target.training_template`. Loss masks of rendered rows come from `{% generation %}`
+tags. Few targets have a template with them, so a recipe may name one (chat_templates/).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from common.errors import UserError
+from target.section import TargetSection
+from target.target import Target
+from target.thinking import template_arguments
+
+TAG = re.compile(r"{%[-+]?\s*generation\s*-?%}")
+
+_TOOL = {
+    "type": "function",
+    "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}},
+}
+_CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": {"x": [1, True, "y"]}}}}
+_USER, _REPLY = {"role": "user", "content": "How many? ¿Sí?"}, {"role": "assistant", "content": "Four."}
+PROBES: list[dict[str, Any]] = [
+    {"messages": [_USER]},
+    {"messages": [_USER, _REPLY, _USER, _REPLY]},
+    {"messages": [{"role": "system", "content": "Be terse."}, _USER, _REPLY]},
+    {"messages": [_USER, {**_REPLY, "reasoning_content": "Two and two."}, _USER, _REPLY]},
+    {
+        "messages": [_USER, {**_REPLY, "tool_calls": [_CALL]}, {"role": "tool", "content": "5"}, _REPLY],
+        "tools": [_TOOL],
+    },
+]
+
+
+def tagged_template(section: TargetSection, target: Target) -> str | None:
+    """Return the template with generation tags, the target's own or the recipe's; None without one."""
+    own = target.find_chat_template()
+    if own and TAG.search(own):
+        return own
+    return section.training_template.read_text(encoding="utf-8") if section.training_template else None
+
+
+def rendering_template(section: TargetSection, target: Target) -> str:
+    """Return the template that renders rows: the target's own, or the recipe's if the target has none."""
+    own = target.find_chat_template()
+    if own is None and section.training_template:
+        return section.training_template.read_text(encoding="utf-8")
+    return own if own is not None else target.chat_template  # which says what is missing
+
+
+def check_training_template(section: TargetSection, target: Target) -> None:
+    """Raise UserError when the recipe's template renders another text than the target's, in any thinking mode.
+
+    Probes that the target's template cannot render are skipped: not every target has tools.
+    """
+    own = target.find_chat_template()
+    if section.training_template is None or own is None:
+        return
+    ours = section.training_template.read_text(encoding="utf-8")
+    for number, probe in enumerate(PROBES):
+        for mode in (None, "enabled", "disabled", "adaptive"):
+            kwargs = template_arguments(section, mode)
+            for end in (False, True):
+                expected, found = (_render(text, probe, end, kwargs) for text in (own, ours))
+                if expected is not None and found != expected:
+                    raise UserError(
+                        f"target.training_template ({section.training_template})",
+                        found=f"for probe {number}, mode {mode or 'unset'}: {_from_difference(found or '', expected)}",
+                        expected=f"{_from_difference(expected, found or '')}, as the template of {target.path} renders",
+                        fix="Bring the template up to date with the target's.",
+                    )
+
+
+def variables_of(template: str) -> set[str]:
+    """Return the names of a template's arguments."""
+    from jinja2 import Environment, meta, nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012 (as jinja2 wants it)
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = Environment(extensions=[Generation, "jinja2.ext.loopcontrols"])  # noqa: S701 (text, not HTML)
+    return meta.find_undeclared_variables(environment.parse(template))
+
+
+def _render(template: str, probe: dict[str, Any], add_generation_prompt: bool, kwargs: dict[str, Any]) -> str | None:
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        texts, _ = render_jinja_template(
+            conversations=[probe["messages"]],
+            tools=probe.get("tools"),
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            **kwargs,
+        )
+    except (TemplateError, TypeError):
+        return None
+    return str(texts[0])
+
+
+def _from_difference(text: str, other: str) -> str:
+    """Return the place where a text begins to differ from another, quoted."""
+    place = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    return repr(text[max(0, place - 20) : place + 20])

@@ -1,0 +1,81 @@
+"""The draft of a recipe or of a training run: its config, its module, and the config that it is served with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safetensors.torch import load_file
+
+from common.errors import UserError
+from contracts.draft import DraftConfig, DraftRun
+from contracts.store import Manifest
+from drafts import METHODS
+from drafts.draft import Draft
+from drafts.published import read_config
+from recipe.mask import mask_token_of
+from recipe.recipe import Recipe
+from target.target import Target
+
+
+def make_config(recipe: Recipe, target: Target, manifest: Manifest) -> DraftConfig:
+    """The config of the draft to train: the recipe's dimensions, and what must match target and store.
+
+    Raises UserError when the store holds other layers than the recipe names, or normed final states where un-normed
+    ones are needed.
+    """
+    section = recipe.training()
+    if recipe.target.aux_layers is not None and recipe.target.aux_layers != manifest.layer_ids:
+        raise UserError(
+            manifest.target,
+            found=f"a store of layers {manifest.layer_ids}",
+            expected=f"layers {recipe.target.aux_layers} as in the recipe",
+            fix="Correct target.aux_layers, or dump again.",
+        )
+    if section.draft.objective == "distill" and manifest.final_state != "pre-norm":
+        raise UserError(
+            manifest.target,
+            found=f"final states that are {manifest.final_state}",
+            expected="the states before the final norm, from which the target's distribution is computed",
+            fix="Dump them un-normed, or set train.draft.objective to tokens.",
+        )
+    method = METHODS[section.draft.method]
+    method.check(section.draft, target)
+    shared: dict[str, Any] = {
+        "hidden_size": target.hidden_size,
+        "vocab_size": target.vocab_size,
+        "num_target_layers": target.num_layers,
+        "layer_ids": manifest.layer_ids,
+        "mask_token_id": mask_token_of(recipe, target),
+        "rms_norm_eps": target.norm_eps,
+        "rope_theta": target.rope_theta,
+        "max_position_embeddings": recipe.target.max_model_len,
+        "yarn": recipe.export.yarn if section.yarn else None,
+        "target_fingerprint": target.fingerprint,
+        "store": manifest.conversations,
+    }
+    return method.make_config(section.draft, shared)
+
+
+def served_config(config: DraftConfig, recipe: Recipe) -> DraftConfig:
+    """The config that a draft is exported and evaluated with: its context length, and YaRN where it trained without.
+
+    Raises UserError when YaRN's window is not the context length.
+    """
+    yarn = config.yarn or recipe.export.yarn
+    length = recipe.export.max_position_embeddings or config.max_position_embeddings
+    if yarn and yarn.window != length:
+        raise UserError(
+            "export.yarn",
+            found=f"{yarn.original_max_position_embeddings} x {yarn.factor:g} = {yarn.window:g} positions",
+            expected=f"export.max_position_embeddings (default: target.max_model_len) = {length}",
+            fix="Choose a factor or a length that give it.",
+        )
+    return config.model_copy(update={"yarn": yarn, "max_position_embeddings": length})
+
+
+def load_served(run: DraftRun, recipe: Recipe) -> Draft:
+    """The chosen checkpoint of a run as it will be served: in evaluation mode, with the rope of its export."""
+    config = served_config(read_config(run), recipe)
+    draft = METHODS[config.method].build(config)
+    draft.load_state_dict(load_file(run.chosen_weights()))
+    return draft.eval()
