@@ -94,7 +94,6 @@ def write_recipe(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(
         f"target: {{path: {target}, num_aux_layers: 1}}\n"
         f"synth: {{temperature: 0, max_tokens: {MAX_TOKENS}, concurrency: {THREADS}}}\n"
-        "train: {num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 8, num_steps: 1}\n"
     )
 
 

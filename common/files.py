@@ -22,15 +22,19 @@ UNWRITABLE = {
 """Errors of a wrong output path. A full disk is none of them: it can happen to any path."""
 
 
+class UnwritableError(UserError):
+    """The user named an output that cannot be created or written."""
+
+
 @contextmanager
 def explain_unwritable(path: Path) -> Iterator[None]:
-    """Turn an OSError of creating or writing the output `path` into a UserError."""
+    """Turn an OSError of creating or writing the output `path` into an UnwritableError."""
     try:
         yield
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        raise UserError(
+        raise UnwritableError(
             path,
             found=f"a path that cannot be written ({(error.strerror or 'refused').lower()}: {error.filename or path})",
             expected="an output that can be created",
@@ -42,7 +46,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """Write `content` under a temporary name in the same folder, sync it and rename it to `path`.
 
     The temporary name is always the same, so that the next attempt overwrites what a killed process left.
-    Raises UserError when the path cannot be written.
+    Raises UnwritableError when the path cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     data = content.encode() if isinstance(content, str) else content

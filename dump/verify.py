@@ -13,7 +13,6 @@ entropy (see `sampled_deviations`).
 
 from __future__ import annotations
 
-import errno
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 from common.errors import IncompleteError
-from common.files import read_json, write_json
+from common.files import UnwritableError, read_json, write_json
 from common.progress import track
 from contracts.conversation import CONVERSATIONS_FILE, Sample, hash_conversations
 from contracts.ledger import Ledger
@@ -112,10 +111,8 @@ def _write_report(path: Path, report: dict[str, Any]) -> None:
     """Write the proof for `--once`, unless the store is read-only."""
     try:
         write_json(path, report)
-    except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        print(f"verify: the proof is not kept for --once: {path}: {error.strerror}")
+    except UnwritableError as error:
+        print(f"verify: the proof is not kept for --once: {error}")
 
 
 def _check_manifest(store: Store, manifest: Manifest, target: Target) -> None:

@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-sys.path.insert(0, str(ROOT / "recipes/Tiny-DFlash"))
-sys.path.insert(0, str(Path(__file__).parent))
+# The checkout, too: a process that finds tests/drafts/ but no checkout on its path takes it for our package `drafts`.
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "recipes/Tiny-DFlash"), str(ROOT)]
 
 RECIPE_TEXT = """
 target:
