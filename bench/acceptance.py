@@ -14,8 +14,6 @@ kept: the conversations row by row, the rest by group (a set, a mode and a tempe
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,19 +33,24 @@ from bench.requests import (
     ask_model,
     read_counters,
     read_turns,
+    refuse_min_p,
     score,
     send_all,
 )
+from bench.stages import run_stage
 from common.errors import IncompleteError, UserError
 from common.files import hash_file, hash_json, read_json, write_json
 from contracts.acceptance import Acceptance
 from contracts.conversation import read_conversations
 from contracts.run import Run
 from recipe.recipe import Recipe
-from serve.command import MODEL_NAME, build_command, fingerprint_draft, speculation_of
+from serve.command import MODEL_NAME, Serving, build_command, fingerprint_draft, speculation_of
 from serve.server import find_port, run_server
 from serve.settings import measured_settings
 from target.target import Target
+
+OVERRIDDEN = ("thinking_modes", "temperature", "num_samples", "supervise_end")
+"""Keys of `synth` that `write_conversations` sets itself."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def _open_run(recipe: Recipe, target: Target, draft: Path, matrix: Matrix, sets:
         "bench acceptance",
         settings={
             "serve": measured_settings(recipe),
-            "synth": recipe.synth.settings(),
+            "synth": {key: value for key, value in recipe.synth.settings().items() if key not in OVERRIDDEN},
             "modes": matrix.modes,
             "temperatures": matrix.temperatures,
             "endpoint": bool(matrix.endpoint),
@@ -186,12 +189,7 @@ def write_conversations(
                 "--endpoint", f"{server.url}/v1", "--set", f"synth.temperature={matrix.temperatures}",
                 "--set", "synth.supervise_end=true", "--set", "synth.num_samples=1",
             ]  # fmt: skip
-            result = subprocess.run([str(Path(sys.executable).with_name("synth")), *words], check=False)
-            if result.returncode:
-                raise IncompleteError(
-                    f"{folder}: found `synth generate` ended with exit code {result.returncode}, expected 0. "
-                    "Its message is above; run the same command again to go on."
-                )
+            run_stage("synth", *words)
 
 
 def read_groups(sets: Sequence[Path], matrix: Matrix, output: Path) -> list[Group]:
@@ -204,6 +202,7 @@ def read_groups(sets: Sequence[Path], matrix: Matrix, output: Path) -> list[Grou
             for temperature in matrix.temperatures:
                 members = [turn for turn in turns if turn.temperature == temperature]
                 if members:
+                    refuse_min_p(folder, members)
                     groups.append(Group(f"{path.stem}-{mode or 'plain'}-t{temperature:g}", members))
     if not groups:
         raise UserError(output, found="no reply in any set", expected="some", fix="Look at the conversations' rejects.")
@@ -298,13 +297,12 @@ def _serve(
     if num_draft_tokens is not None:
         speculative = {**recipe.serve.speculative, "num_speculative_tokens": num_draft_tokens}
         recipe = recipe.model_copy(update={"serve": recipe.serve.model_copy(update={"speculative": speculative})})
-    command = build_command(
-        recipe,
-        target,
-        port=find_port(recipe.serve.host, recipe.serve.port),
+    serving = Serving(
         draft=draft,
         purpose="bench" if draft else "synth",
         extra_args={"per-request-spec-decode-metrics": "detailed"} if draft else {},
     )
+    port = find_port(recipe.serve.host, recipe.serve.port)
+    command = build_command(recipe, target, port=port, serving=serving)
     with run_server(command, log_path=log_path, startup_timeout_s=recipe.serve.startup_timeout_s) as server:
         yield Served(server.url, MODEL_NAME)

@@ -145,9 +145,11 @@ def parity(
     samples: Annotated[int, typer.Option(min=1, help="Number of samples of the store to compare.")] = 4,
 ) -> None:
     """Compare trainer and engine, from the captured layers to the draft's logits. Name the first difference."""
+    from bench.parity import Compared
     from bench.parity import parity as compare_sides
+    from contracts.draft import DraftRun
 
-    compare_sides(options.load(), options.args, run, draft, store, output, samples)
+    compare_sides(options.load(), options.args, Compared(DraftRun(run), draft, store), output, samples)
 
 
 @app.command(epilog="Example: see the last command of recipes/Tiny-DFlash/run.sh")

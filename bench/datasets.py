@@ -17,7 +17,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import write_atomic
 from contracts.prompt_files import open_prompts
-from contracts.prompts import PROMPT_KEYS, read_category, read_id
+from contracts.prompts import PROMPT_KEYS, parse_list, read_category, read_id
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def write_prompts(text: str, folder: Path, limit: int | None) -> Path:
 
 def make_row(row: dict[str, Any], name: str, number: int, source: Source | None) -> dict[str, Any] | None:
     """Return a row as `synth generate` reads it; None for one that holds a placeholder instead of its text."""
-    prompt = {key: row[key] for key in PROMPT_KEYS if row.get(key)}
+    prompt = {key: parse_list(row[key]) for key in PROMPT_KEYS if row.get(key)}
     if source and not ({"turns", "messages"} & set(prompt)):
         prompt = {"turns": row.get(source.column)}
     if isinstance(prompt.get("turns"), str):

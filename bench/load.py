@@ -27,13 +27,15 @@ from typing import Any
 from bench.plan import Point
 from common.errors import IncompleteError, UserError
 from common.files import read_json, write_atomic
+from common.progress import wait_for
 from contracts.acceptance import Acceptance
 from contracts.prompt_files import Row, open_prompts
 from contracts.prompts import read_opening
 from recipe.bench import SweepSection
 from recipe.recipe import Recipe
-from serve.command import MODEL_NAME, to_flags
+from serve.command import MODEL_NAME
 from serve.engine import engine_env
+from serve.flags import to_flags
 from serve.server import find_error
 from serve.vllm_main import PARENT_ENV
 from target.target import Target
@@ -55,16 +57,17 @@ def run_load(
     result.unlink(missing_ok=True)
     args = ["bench", "serve", *to_flags(load_flags(recipe.bench.sweep, target, point, url, prompts, result))]
     with log.open("wb") as file:
-        ended = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-m", "serve.vllm_main", *args],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **engine_env(recipe.serve.env), PARENT_ENV: str(os.getpid())},
-            check=False,
         )
-    if ended.returncode or not result.exists():
-        raise IncompleteError(f"{log}: the load ended with code {ended.returncode}: {find_error(log)}")
+        load = f"{point.scenario} {point.layout.name}, {point.concurrency} at a time, {point.num_prompts} requests"
+        code = wait_for(process, f"bench: {load}")
+    if code or not result.exists():
+        raise IncompleteError(f"{log}: the load ended with code {code}: {find_error(log)}")
     raw = read_json(result, "a result of vLLM's load generator")
     result.unlink()
     per_request = ("latencies", "queue_times")

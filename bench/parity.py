@@ -9,14 +9,13 @@ norm and lm_head); the mask token and its embedding; the vocabulary map; the dra
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.explain import explain_config
+from bench.stages import run_stage
 from common.errors import IncompleteError
 from common.files import write_json
 from contracts.draft import DraftRun
@@ -43,31 +42,32 @@ class Finding:
     text: str
 
 
+@dataclass(frozen=True)
+class Compared:
+    """A training run, its export, and a store of greedy conversations."""
+
+    run: DraftRun
+    export: Path
+    store: Path
+
+
 def parity(
-    recipe: Recipe,
-    recipe_args: Sequence[str],
-    run_folder: Path,
-    draft: Path,
-    store_folder: Path,
-    output: Path,
-    num: int,
+    recipe: Recipe, recipe_args: Sequence[str], compared: Compared, output: Path, num_samples: int
 ) -> dict[str, Any]:
-    """Compare; the report. `recipe_args` are the flags that gave `recipe`.
+    """Compare trainer and engine; return the report. `recipe_args` are the flags that gave `recipe`.
 
     Raises IncompleteError that names the first difference and its likely cause.
     """
     target = Target.here(recipe.target)
-    store, manifest = open_store(store_folder, target)
+    store, manifest = open_store(compared.store, target)
     path = output / "trainer.safetensors"
-    words = ["--run", str(run_folder), "--store", str(store_folder), "--output", str(path), "--samples", str(num)]
-    result = subprocess.run([str(Path(sys.executable).with_name("train")), "trace", *recipe_args, *words], check=False)
-    if result.returncode:
-        raise IncompleteError(f"`train trace` ended with exit code {result.returncode}: its message is above.")
+    places = ("--run", compared.run.folder, "--store", store.folder, "--output", path)
+    run_stage("train", "trace", *recipe_args, *places, "--samples", num_samples)
     trainer = read_traces(path)
     samples = [(trace.sample_id, trace.start, trace.tensors["token_ids"].tolist()) for trace in trainer]
-    engine = trace_engine(recipe, target, draft, samples, len(trainer[0].tensors["teacher"]))
+    engine = trace_engine(recipe, target, compared.export, samples, len(trainer[0].tensors["teacher"]))
     limit = LIMITS.get(str(recipe.serve.args.get("dtype", "bfloat16")), LIMITS["bfloat16"])
-    method = METHODS[read_config(DraftRun(run_folder)).method]
+    method = METHODS[read_config(compared.run).method]
     findings = compare(trainer, engine, manifest.layer_ids, limit, autoregressive=method.autoregressive)
     worst = worst_of(findings)
     report = {"samples": len(trainer), "limit": limit, "stages": [vars(found) for found in worst]}
@@ -78,9 +78,10 @@ def parity(
     if first is None:
         print(f"parity: trainer and engine agree on {len(trainer)} samples -> {output}")
         return report
-    cause = explain_config(draft, DraftRun(run_folder), store, target) or CAUSES[first.stage.split(" ")[0].rstrip("s")]
+    cause = explain_config(compared.export, compared.run, store, target)
+    cause = cause or CAUSES[first.stage.split(" ")[0].rstrip("s")]
     raise IncompleteError(
-        f"{draft}: found {first.stage} of sample {first.sample_id} to differ between trainer and engine "
+        f"{compared.export}: found {first.stage} of sample {first.sample_id} to differ between trainer and engine "
         f"({first.text}), expected the same. {cause}"
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 from common.errors import UserError
 from recipe.bench import LayoutSpace
 from recipe.recipe import Recipe
-from serve.command import Sizes, size_flags
+from serve.flags import Sizes, size_flags
 
 PROMPTS_PER_SLOT = 10
 WARMUPS_PER_SLOT = 2

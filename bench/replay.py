@@ -24,6 +24,7 @@ from bench.requests import (
     answers_to_json,
     read_counters,
     read_turns,
+    refuse_min_p,
     score,
     send_all,
 )
@@ -33,7 +34,7 @@ from contracts.acceptance import Acceptance
 from contracts.conversation import CONVERSATIONS_FILE, check_written_by, read_conversations
 from contracts.run import Run
 from recipe.recipe import Recipe
-from serve.command import MODEL_NAME, build_command, fingerprint_draft, speculation_of
+from serve.command import MODEL_NAME, Serving, build_command, fingerprint_draft, speculation_of
 from serve.server import find_port, run_server
 from serve.settings import measured_settings
 from target.target import Target
@@ -60,6 +61,7 @@ def measure(recipe: Recipe, conversations: Path, draft: Path, output: Path) -> d
     state = check_written_by(conversations, target)
     num_draft_tokens = int(speculation_of(recipe, target, draft)["num_speculative_tokens"])
     turns = read_turns(read_conversations(conversations))
+    refuse_min_p(conversations, turns)
     if not turns:
         raise UserError(conversations, found="no finished conversation", expected="some", fix="Raise synth.max_tokens.")
     run = Run.open(
@@ -111,10 +113,7 @@ def serve_and_send(
         print(f"bench: {path} is there already")
         return dict(read_json(path, "a server's answers"))
     recipe = replay.recipe
-    command = build_command(
-        recipe,
-        replay.target,
-        port=find_port(recipe.serve.host, recipe.serve.port),
+    serving = Serving(
         draft=draft,
         purpose="bench",
         extra_args={
@@ -122,6 +121,8 @@ def serve_and_send(
             **({"per-request-spec-decode-metrics": "detailed"} if draft else {}),
         },
     )
+    port = find_port(recipe.serve.host, recipe.serve.port)
+    command = build_command(recipe, replay.target, port=port, serving=serving)
     points: dict[str, Any] = {}
     with run_server(
         command, log_path=path.with_suffix(".log"), startup_timeout_s=recipe.serve.startup_timeout_s

@@ -13,10 +13,11 @@ from typing import Any
 
 from common.errors import IncompleteError, UserError, raise_known
 from common.progress import Progress
-from contracts.conversation import Conversation
+from contracts.conversation import NO_FILTERS, NO_PENALTIES, Conversation
 from serve.client import AnswerError, Client, ask
 
 REQUEST_TIMEOUT_S = 600.0
+SAMPLING_KEYS = ("temperature", *NO_FILTERS, *NO_PENALTIES)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Served:
 class Turn:
     """One reply to generate again: the `prompt` token ids, and the `reply` of the target without a draft.
 
-    `sampling` has the recorded parameters (temperature, top_p, top_k); empty means greedy. `max_tokens` is the length
+    `sampling` has the recorded parameters (`SAMPLING_KEYS`); empty means greedy. `max_tokens` is the length
     at which this reply was cut, if it was. `dataset` is the name of the prompt set, if there are several.
     """
 
@@ -92,15 +93,27 @@ def read_turns(conversations: Iterable[Conversation], *, include_cut: bool = Fal
                         prompt=sample.token_ids[:start],
                         reply=sample.token_ids[start:end],
                         sampling={
-                            key: value
-                            for key in ("temperature", "top_p", "top_k")
-                            if (value := conversation.sampling.get(key)) is not None
+                            key: value for key in SAMPLING_KEYS if (value := conversation.sampling.get(key)) is not None
                         },
                         max_tokens=end - start if cut and last else None,
                         dataset=dataset,
                     )
                 )
     return turns
+
+
+def refuse_min_p(where: object, turns: Sequence[Turn]) -> None:
+    """Raise UserError for turns that were sampled with min_p.
+
+    vLLM refuses such requests from a server that drafts (vllm/sampling_params.py, `_validate_spec_decode`, 0.32).
+    """
+    if any(turn.sampling.get("min_p") for turn in turns):
+        raise UserError(
+            where,
+            found="replies sampled with min_p",
+            expected="none: vLLM has no min_p with speculative decoding",
+            fix="Generate the conversations with synth.min_p=0.",
+        )
 
 
 async def send_all(

@@ -21,9 +21,11 @@ from bench.load import read_figures, run_load, write_prompts
 from bench.plan import Layout, Point
 from common.errors import IncompleteError, UserError
 from common.files import hash_file, read_json, write_atomic, write_json
+from common.redact import redact_words
 from contracts.run import Run
 from recipe.recipe import Recipe
-from serve.command import ServeCommand, Sizes, build_command, fingerprint_draft, speculation_of
+from serve.command import ServeCommand, Serving, build_command, fingerprint_draft, speculation_of
+from serve.flags import Sizes
 from serve.server import find_port, run_server
 from serve.settings import measured_settings
 from target.target import Target
@@ -149,16 +151,14 @@ def _measure(state: Sweep, jobs: Sequence[Job], run: Run) -> None:
 
 def _command(state: Sweep, jobs: Sequence[Job], port: int) -> ServeCommand:
     first = jobs[0].point
-    return build_command(
-        state.recipe,
-        state.target,
-        port=port,
+    serving = Serving(
         draft=state.draft if jobs[0].kind == "draft" else None,
         purpose="bench",
         sizes=Sizes(first.isl, first.osl, max(job.point.concurrency for job in jobs)),
         # Repeated prompts must cost what they cost the first time.
         extra_args={**first.layout.flags, "enable-prefix-caching": False},
     )
+    return build_command(state.recipe, state.target, port=port, serving=serving)
 
 
 def make_record(
@@ -182,7 +182,7 @@ def make_record(
         "temperature": 0.0,
         "evaluated": point.is_evaluated,
         **({} if reason or raw is None else read_figures(raw, point)),
-        "server": server_args,
+        "server": redact_words(server_args) if server_args else None,
         "vllm": raw,
     }
 

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +65,14 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def make_folder(path: Path) -> None:
+    """Create an output folder, and try whether files can be written into it. Raises UnwritableError."""
+    with explain_unwritable(path):
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+
+
 def read_json(path: Path, what: str) -> Any:
     """Return the value of a JSON file. Raises UserError for a missing or broken one, which it calls `what`."""
     try:
@@ -72,6 +81,8 @@ def read_json(path: Path, what: str) -> Any:
         raise UserError(
             path, found="no such file", expected=what, fix="Run the stage before this one, or correct the path."
         ) from None
+    except OSError as error:
+        raise UserError(path, found=(error.strerror or "no file").lower(), expected=what, fix="Correct it.") from None
     except ValueError as error:
         raise UserError(
             path, found=f"broken JSON ({error})", expected=what, fix="Delete it and run its stage again."

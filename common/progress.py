@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -23,11 +24,11 @@ class Progress:
     """
 
     def __init__(
-        self, total: int | None, desc: str, unit: str, initial: int = 0, line_interval_s: float = LINE_INTERVAL_S
+        self, total: int | None, desc: str, unit: str, initial: int = 0, line_interval_s: float | None = None
     ) -> None:
         self.done = initial
         self._total, self._desc, self._unit, self._initial = total, desc, unit, initial
-        self._interval_s = line_interval_s
+        self._interval_s = LINE_INTERVAL_S if line_interval_s is None else line_interval_s
         self._note = ""
         self._num_lines = 0
 
@@ -77,7 +78,7 @@ class Progress:
 
 
 def track(
-    iterable: Iterable[Item], desc: str, unit: str, total: int | None = None, line_interval_s: float = LINE_INTERVAL_S
+    iterable: Iterable[Item], desc: str, unit: str, total: int | None = None, line_interval_s: float | None = None
 ) -> Iterator[Item]:
     """Yield the items of `iterable` and show the progress through them. `total` defaults to its length, if it has one.
 
@@ -89,3 +90,20 @@ def track(
         for item in iterable:
             yield item
             progress.update()
+
+
+def wait_for(process: subprocess.Popen[bytes], what: str) -> int:
+    """Wait for a process that shows no progress itself, and return its exit code; kill it if this is interrupted.
+
+    Prints `what` and the seconds so far about once a minute.
+    """
+    started = time.monotonic()
+    try:
+        while True:
+            try:
+                return process.wait(LINE_INTERVAL_S)
+            except subprocess.TimeoutExpired:
+                print(f"{what}: {time.monotonic() - started:.0f} s so far", file=sys.stderr, flush=True)
+    finally:
+        process.kill()
+        process.wait()

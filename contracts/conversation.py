@@ -26,6 +26,10 @@ from contracts.target_identity import TargetIdentity
 CONVERSATIONS_FILE = "conversations.jsonl"
 WHAT = "conversations written by `synth generate`"
 LEADING_ID = re.compile(rb'\{"id":"([0-9a-f]{32})"')
+NO_PENALTIES: dict[str, float] = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+NO_FILTERS: dict[str, float | int] = {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
+"""Sampling parameters of a record beside the temperature, with the values that leave the distribution as it is. -1
+turns top_k off in vLLM and in SGLang; 0 only in vLLM."""
 
 
 class Sample(BaseModel):

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import fcntl
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -119,7 +120,8 @@ class Store:
             if not self.manifest_path.exists():
                 return self.write_manifest(manifest)
         found = self.read_manifest()
-        ignored = {"target", "conversations_folder"}
+        # The states are those before the final norm: its kind is a note for readers.
+        ignored = {"target", "conversations_folder", "final_norm"}
         if not (manifest.conversations and found.conversations):
             ignored.add("conversations")
         for key, value in manifest.model_dump(exclude=ignored).items():
@@ -206,17 +208,11 @@ def open_store(folder: Path, target: TargetIdentity) -> tuple[Store, Manifest]:
 class TokenSource(Protocol):
     """What `find_token` reads: a `Store` or a `contracts.modelopt.ModelOptStore`."""
 
-    def sample_ids(self) -> list[str]: ...
-
     def read_token_ids(self, sample_id: str) -> torch.Tensor: ...
 
 
-def find_token(store: TokenSource, token_id: int) -> str | None:
-    """Return the first sample, in order of ids, that holds `token_id`; None if no sample does.
-
-    Reads the token ids of every sample and nothing else.
-    """
-    ids = store.sample_ids()
+def find_token(store: TokenSource, token_id: int, ids: Sequence[str]) -> str | None:
+    """Return the first of the samples `ids` that holds `token_id`; None if none does. Reads their token ids alone."""
 
     def holds(sample_id: str) -> bool:
         return bool((store.read_token_ids(sample_id) == token_id).any())

@@ -96,9 +96,13 @@ describe='
 import json, sys
 words = json.load(sys.stdin)["command"]
 backend = "sglang" if "sglang.launch_server" in words else "vllm"
-flags = {"sglang": ["--tp"], "vllm": [f"--{kind}-parallel-size" for kind in ("tensor", "pipeline", "data")]}
+flags = ["--tp", "--pp-size"] if backend == "sglang" else ["--tensor-parallel-size", "--pipeline-parallel-size"]
+if backend == "vllm":
+    flags += ["--data-parallel-size"]
+elif "--enable-dp-attention" not in words:  # with it, the replicas share the GPUs of --tp
+    flags += ["--dp-size"]
 gpus = 1
-for flag in flags[backend]:
+for flag in flags:
     gpus *= int(words[words.index(flag) + 1]) if flag in words else 1
 print(backend, gpus)'
 describe_server() { serve command "${with[@]}" --for synth --format json -- "$@" | python -c "$describe"; }

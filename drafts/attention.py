@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -108,19 +108,23 @@ def plan_groups(
     return groups
 
 
-def attend(
-    query: torch.Tensor,
-    context_key: torch.Tensor,
-    context_value: torch.Tensor,
-    block_key: torch.Tensor,
-    block_value: torch.Tensor,
-    layout: Layout,
-) -> torch.Tensor:
-    """Shapes: query (A, B', KV*R, D), context (T, KV, D), block (A, B, KV, D) -> (A, B', KV*R, D); B' <= B queries."""
-    tensors = query, context_key, context_value, block_key, block_value
+class KeyValues(NamedTuple):
+    """Keys and values of the packed context (T, KV, D) and of the blocks (A, B, KV, D)."""
+
+    context_key: torch.Tensor
+    context_value: torch.Tensor
+    block_key: torch.Tensor
+    block_value: torch.Tensor
+
+
+def attend(query: torch.Tensor, pairs: KeyValues, layout: Layout) -> torch.Tensor:
+    """Return the attention of each block's queries, with the kernel for the query's device.
+
+    Shapes: query (A, B', KV*R, D) -> (A, B', KV*R, D); B' <= B queries a block.
+    """
     if query.device.type != "cpu":
-        return attend_flex(*tensors, layout, _compiled_flex())
-    return _attend_on_cpu(*tensors, layout.groups)
+        return attend_flex(query, pairs, layout, _compiled_flex())
+    return _attend_on_cpu(query, *pairs, layout.groups)
 
 
 @torch.compiler.disable
@@ -130,17 +134,11 @@ def _attend_on_cpu(*arguments: Any) -> torch.Tensor:
 
 
 def attend_flex(
-    query: torch.Tensor,
-    context_key: torch.Tensor,
-    context_value: torch.Tensor,
-    block_key: torch.Tensor,
-    block_value: torch.Tensor,
-    layout: Layout,
-    attention: Callable[..., torch.Tensor],
+    query: torch.Tensor, pairs: KeyValues, layout: Layout, attention: Callable[..., torch.Tensor]
 ) -> torch.Tensor:
-    """`attend` with FlexAttention: keys are the packed context, then all blocks, under one mask."""
-    key = torch.cat([context_key, block_key.flatten(0, 1)]).transpose(0, 1)[None]
-    value = torch.cat([context_value, block_value.flatten(0, 1)]).transpose(0, 1)[None]
+    """Return what `attend` does, by FlexAttention: keys are the packed context, then all blocks, under one mask."""
+    key = torch.cat([pairs.context_key, pairs.block_key.flatten(0, 1)]).transpose(0, 1)[None]
+    value = torch.cat([pairs.context_value, pairs.block_value.flatten(0, 1)]).transpose(0, 1)[None]
     output = attention(
         query.flatten(0, 1).transpose(0, 1)[None], key, value, block_mask=layout.mask(query.shape[1]), enable_gqa=True
     )

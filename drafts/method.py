@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -69,7 +70,8 @@ class DraftMethod(ABC):
 
     `layouts`: what `train export --format` takes, the default first. `uses_mask_token`: the target must have a token
     that never occurs. `autoregressive`: each draft token is an input of the next one, so that one that differs between
-    trainer and engine changes all after it.
+    trainer and engine changes all after it. `renamed`: keys of `train` in earlier recipes that this method now has
+    under another name in its section, with that name.
     """
 
     name: str
@@ -78,6 +80,7 @@ class DraftMethod(ABC):
     layouts: tuple[str, ...] = (NATIVE,)
     uses_mask_token: bool = False
     autoregressive: bool = False
+    renamed: Mapping[str, str] = MappingProxyType({})
 
     def check(self, section: DraftSection, target: Target) -> None:  # noqa: B027 (most methods have no more rules)
         """Raise UserError for a section that does not fit the target."""

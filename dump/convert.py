@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from common.errors import UserError
-from common.files import explain_unwritable, write_json
+from common.files import make_folder, write_json
 from common.progress import track
 from contracts.modelopt import write_modelopt
 from contracts.run import read_run
@@ -40,8 +41,7 @@ def convert(folder: Path, output: Path, layout: str) -> int:
         raise UserError(
             folder, found="no sample", expected="at least one", fix="Dump conversations that were finished."
         )
-    with explain_unwritable(output):
-        output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     samples = ((id_, store.read_sample(id_)) for id_ in track(ids, "convert", "sample"))
     if layout == "modelopt":
         for sample_id, sample in samples:
@@ -82,9 +82,11 @@ def _features() -> Any:
 
 
 def _write_states(path: Path, sample: StoredSample) -> None:
-    """Write one sample's states and token ids, unless they are there."""
+    """Write one sample's states and token ids, unless they are there. A retried dump may have moved its row."""
     if path.exists():
-        return
+        with safe_open(path, framework="pt") as file:
+            if torch.equal(file.get_tensor("token_ids"), sample.input_ids.long()):
+                return
     layers = sample.aux_hidden_states.unflatten(1, (sample.num_layers, -1))
     states = torch.cat([layers, sample.hidden_states[:, None]], dim=1).contiguous()
     temporary = path.with_suffix(".tmp")

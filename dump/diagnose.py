@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import torch
 
 from contracts.store import Manifest, StoredSample
+from target.final_norm import FinalNorm
 from target.head import TargetHead
 
 ENOUGH = 0.9
@@ -42,7 +44,7 @@ def name_defect(head: TargetHead, sample: StoredSample, manifest: Manifest) -> s
     def explains(logits: torch.Tensor, wanted: torch.Tensor) -> bool:
         return float((logits.argmax(-1) == wanted).float().mean()) >= ENOUGH
 
-    for other in {"rms", "gemma", "layer"} - {head.norm_kind}:
+    for other in set(get_args(FinalNorm)) - {head.norm_kind}:
         if explains(replace(head, norm_kind=other).logits(states[places - 1]), tokens[places]):
             return f"the states fit a {other} norm, the target is read as having a {head.norm_kind} norm"
     for shift, words in ((1, "later"), (-1, "earlier")):

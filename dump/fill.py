@@ -29,13 +29,19 @@ MIN_FAILURES = 20
 
 @contextmanager
 def open_filler(recipe: Recipe, target: Target, store: Store, ledger: DumpLedger) -> Iterator[Filler]:
-    """Start the capture backend, its staging folder and the writer processes; stop them at the end."""
+    """Start the capture backend, its staging folder and the writer processes; stop them at the end.
+
+    The writers end first: closing a backend may delete the files that they are reading.
+    """
     layer_ids = captured_layers(recipe.target, target)
     job = StoreJob(store, recipe.dump.dtype, len(layer_ids), target.hidden_size)
-    with open_staging(recipe.dump, store.folder) as staging, make_pool(recipe.dump.writers) as pool:
+    with (
+        open_staging(recipe.dump, store.folder) as staging,
+        make_pool(recipe.dump.writers) as pool,
+        closing(make_backend(recipe, target, layer_ids, staging)) as backend,
+    ):
         try:
-            with closing(make_backend(recipe, target, layer_ids, staging)) as backend:
-                yield Filler(backend, staging, pool, job, ledger)
+            yield Filler(backend, staging, pool, job, ledger)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -14,6 +14,7 @@ from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from common.files import hash_file
 from contracts.conversation import check_written_by, find_part, hash_conversations
 from contracts.ledger import check_counts
 from contracts.run import Run
@@ -24,10 +25,11 @@ from dump.plan import Plan, make_plan, refuse_full_disk
 from dump.rendered import TemplateMasks
 from dump.samples import Filter, Row, read_rows
 from dump.shards import ids_elsewhere, join_shards
+from recipe.mask import mask_token_of
 from recipe.recipe import Recipe
 from serve.engine import engine_name
 from serve.extraction import longest_sample
-from serve.settings import output_settings
+from serve.settings import engine_settings, output_settings
 from target.layers import captured_layers
 from target.target import Target
 
@@ -124,11 +126,14 @@ def _settings(recipe: Recipe, target: Target, shard: tuple[int, int] | None) -> 
     """Return what changes the output; a resume refuses other values."""
     section = recipe.dump.settings()
     del section["args"]  # among the flags of "serve", without those that do not change the states
+    template = recipe.target.training_template
     return {
         "dump": section,
         "layer_ids": captured_layers(recipe.target, target),
         "max_tokens": longest_sample(recipe, target),
-        "serve": output_settings(recipe, "dump"),
+        "mask_token": mask_token_of(recipe, target),
+        "training_template": hash_file(template) if template else None,
+        "serve": output_settings(recipe, "dump") if recipe.dump.backend == "server" else engine_settings(recipe),
         **({} if shard is None else {"shard": f"{shard[0]}/{shard[1]}"}),
     }
 

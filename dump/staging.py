@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.files import make_folder
 from dump.capture import Staging
 from recipe.dump import DumpSection
 
@@ -32,7 +33,7 @@ def open_staging(section: DumpSection, store_folder: Path) -> Iterator[Staging]:
     """
     in_memory = os.access(LOCAL_MEMORY, os.W_OK)
     parent = section.staging_dir or (LOCAL_MEMORY if in_memory else store_folder / "staging")
-    parent.mkdir(parents=True, exist_ok=True)
+    make_folder(parent)
     prefix = f"draftline-dump-{socket.gethostname()}-"
     _delete_abandoned(parent, prefix)
     folder, lock = _make_locked_folder(parent, prefix)
@@ -59,7 +60,8 @@ def _delete_abandoned(parent: Path, prefix: str) -> None:
     """Delete the staging folders of this host that no process holds."""
     name = re.compile(re.escape(prefix) + r"\w+-\d+")
     for folder in parent.iterdir():
-        if name.fullmatch(folder.name) and (folder / LOCK_FILE).exists():
+        if name.fullmatch(folder.name):
+            # Errors: a folder of another user or without a lock file, a lock that is held.
             with contextlib.suppress(OSError), (folder / LOCK_FILE).open("r+b") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)

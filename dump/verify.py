@@ -116,12 +116,17 @@ def _write_report(path: Path, report: dict[str, Any]) -> None:
 
 
 def _check_manifest(store: Store, manifest: Manifest, target: Target) -> None:
+    fixes = {
+        "final_norm": "Correct target.final_norm in the recipe, or this key: the states are those before the norm.",
+        "final_state": "Dump again.",
+        "num_layers": "Dump again.",
+    }
     expected = {"final_norm": target.final_norm, "final_state": "pre-norm", "num_layers": target.num_layers}
     for key, value in expected.items():
         if getattr(manifest, key) != value:
             raise IncompleteError(
                 f"{store.manifest_path} ({key}): found {getattr(manifest, key)!r}, expected {value!r} as the target "
-                "has it: every sample would be read wrongly. Dump again."
+                f"has it: every sample would be read wrongly. {fixes[key]}"
             )
 
 

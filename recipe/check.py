@@ -119,13 +119,16 @@ def _check_facts(recipe: Recipe, target: Target) -> Iterator[UserError]:
         "sparse_block_size": target.sparse_block_size,
         "highest_token_id": max(used_token_ids(target)),
     }
+    if facts.final_norm is None:
+        del found["final_norm"]
     for name, value in found.items():
         if getattr(facts, name) != value:
+            override = ", or set target.final_norm where its config is read wrongly" if name == "final_norm" else ""
             yield UserError(
                 f"target.facts.{name}",
                 found=str(getattr(facts, name)),
                 expected=f"{value} as {target.path} has it",
-                fix="Correct the recipe, or target.path.",
+                fix=f"Correct the recipe, or target.path{override}.",
             )
 
 

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from common.errors import UserError
+from common.redact import REDACTED
 from drafts import METHODS
 from recipe.recipe import Recipe
 from recipe.renamed import dotted_keys, refuse_renamed
@@ -40,7 +41,7 @@ def read_values(
     """The recipe's values as `load_recipe` takes them, unchecked; and the dotted keys that --set or a flag gave."""
     values: dict[str, Any] = {}
     for file, above in reversed(read_files(path)):
-        refuse_renamed(str(file), dotted_keys(above))
+        refuse_renamed(str(file), dotted_keys(above), _method_of(above))
         values = _lay_over(values, above)
     given = set()
     for override in overrides:
@@ -53,14 +54,29 @@ def read_values(
             raise UserError(
                 f"--set {override}", found=f"broken YAML {text!r}", expected="a YAML value", fix="Mend or quote it."
             ) from None
-        refuse_renamed(f"--set {override}", {key.strip()})
+        refuse_renamed(f"--set {override}", _given(key.strip(), value), _method_of(values))
         _put(values, key.strip(), value, f"--set {override}")
         given.add(key.strip())
     for key, value in (flags or {}).items():
         if value is not None:
             _put(values, key, value, key)
             given.add(key)
+    _refuse_redacted(path, values)
     return values, given
+
+
+def _given(key: str, value: Any) -> set[str]:
+    """The dotted keys that one --set gives: its own, or those of the section that it replaces."""
+    return dotted_keys({key: value}) or {key}
+
+
+def _method_of(values: Mapping[str, Any]) -> str | None:
+    """The draft method that a recipe names, in the form of today or of an earlier version."""
+    train = values.get("train")
+    train = train if isinstance(train, Mapping) else {}
+    draft = train.get("draft")
+    method = draft.get("method") if isinstance(draft, Mapping) else train.get("method")
+    return str(method) if method in METHODS else None
 
 
 def read_files(path: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -119,6 +135,21 @@ def _put(values: dict[str, Any], dotted: str, value: Any, where: str) -> None:
     if dotted == "train.draft.method":
         values["train"]["draft"] = place = _keep_shared(place, value)
     place[last] = value
+
+
+def _refuse_redacted(path: Path, values: Mapping[str, Any], place: str = "") -> None:
+    """Raise UserError for a value that was removed when a recipe was written to disk (common/redact.py)."""
+    for key, value in values.items():
+        where = f"{place}{key}"
+        if isinstance(value, Mapping):
+            _refuse_redacted(path, value, f"{where}.")
+        elif value == REDACTED:
+            raise UserError(
+                f"{path} ({where})",
+                found=REDACTED,
+                expected="a value: a resolved recipe holds no secrets",
+                fix=f"Remove the key (an environment variable is then the shell's), or give --set {where}=VALUE.",
+            )
 
 
 def _explain(path: Path, error: ValidationError, values: Mapping[str, Any]) -> UserError:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.errors import UserError
+from drafts import METHODS
 
 _DRAFT = (
     "method", "block_size", "objective", "slot_weights", "dpace_smoothing", "loss_decay", "num_layers", "num_anchors",
@@ -25,15 +26,26 @@ RENAMED: Mapping[str, str] = {
 }
 
 
-def refuse_renamed(where: str, keys: set[str]) -> None:
-    """Raise one UserError that lists every dotted key of an earlier version among `keys`, with its new name."""
+def refuse_renamed(where: str, keys: set[str], method: str | None) -> None:
+    """Raise one UserError that lists every dotted key of an earlier version among `keys`, with its new name.
+
+    `method` is the recipe's draft method, if it names one: not every method has every key.
+    """
     if old := sorted(keys & RENAMED.keys()):
         raise UserError(
             where,
             found=f"keys of an earlier version: {', '.join(old)}",
             expected="their new names",
-            fix="Rename " + ", ".join(f"{key} to {RENAMED[key]}" for key in old) + ".",
+            fix="; ".join(_advise(key, method) for key in old) + ".",
         )
+
+
+def _advise(key: str, method: str | None) -> str:
+    new, name = RENAMED[key], key.removeprefix("train.")
+    if method is None or name not in _DRAFT or name in METHODS[method].section.model_fields:
+        return f"rename {key} to {new}"
+    own = METHODS[method].renamed.get(name)
+    return f"rename {key} to train.draft.{own}" if own else f"remove {key}, which {method} has not"
 
 
 def dotted_keys(values: Mapping[str, Any]) -> set[str]:

@@ -67,7 +67,8 @@ class ServerOptions:
     def build(self, recipe: Recipe, port: int) -> ServeCommand:
         """Build the command. Raises UserError for an unknown purpose or flags that contradict each other."""
         from recipe.serve import Purpose
-        from serve.command import Sizes, build_command, parse_flags
+        from serve.command import Serving, build_command
+        from serve.flags import Sizes, parse_flags
         from target.target import Target
 
         known = get_args(Purpose)
@@ -81,15 +82,13 @@ class ServerOptions:
 
             layer_ids = captured_layers(recipe.target, target)
             extraction = to_server_args(extraction_args(recipe, target, layer_ids, self.extract.absolute()))
-        return build_command(
-            recipe,
-            target,
-            port=port,
+        serving = Serving(
             draft=None if self.draft == "none" else self.draft,
             purpose=cast("Purpose | None", self.purpose),
             sizes=Sizes(self.isl, self.osl, self.concurrency),
             extra_args={**extraction, **parse_flags(self.extra or [])},
         )
+        return build_command(recipe, target, port=port, serving=serving)
 
 
 @app.command(

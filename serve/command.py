@@ -6,11 +6,10 @@ Reads: the recipe's `target` and `serve` sections; of a draft, its `config.json`
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,24 @@ from common.errors import UserError
 from common.files import hash_file, hash_json
 from contracts.draft import DESCRIPTOR_FILE, Descriptor
 from drafts.published import num_speculative_tokens, read_descriptor
-from recipe.check import check_block_size, check_kv_dtype
 from recipe.recipe import Recipe
-from recipe.serve import HeadSection, Purpose, PurposeSection, VariantSection
+from recipe.serve import HeadSection, Purpose, ServeSection
 from serve.engine import engine_env, is_cpu_engine
+from serve.flags import (
+    Sizes,
+    check_flags,
+    check_parsers,
+    count_gpus,
+    find_purpose,
+    find_variant,
+    layer_flags,
+    normalize,
+    normalize_sglang,
+    size_flags,
+    speculative_overrides,
+    to_flags,
+    uses_sglang,
+)
 from serve.hardware import check_fit, find_node
 from target.target import Target
 
@@ -79,168 +92,90 @@ class ServeCommand:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Tokens in and out of a request, and requests at a time, for which a server is sized."""
+class Serving:
+    """What a server is for: its draft, the purpose and the load that choose flags, and flags that override all others.
 
-    isl: int | None = None
-    osl: int | None = None
-    concurrency: int | None = None
+    `draft` is the folder of an export, or the name of one of serve.heads.
+    """
+
+    draft: Path | str | None = None
+    purpose: Purpose | None = None
+    sizes: Sizes = field(default_factory=Sizes)
+    extra_args: Mapping[str, Any] = field(default_factory=dict)
 
 
-def build_command(
-    recipe: Recipe,
-    target: Target,
-    *,
-    port: int,
-    draft: Path | str | None = None,
-    purpose: Purpose | None = None,
-    sizes: Sizes = Sizes(),
-    extra_args: Mapping[str, Any] | None = None,
-) -> ServeCommand:
-    """The command that serves `target` on `port`, drafting with `draft`: an export's folder, or one of serve.heads.
+def build_command(recipe: Recipe, target: Target, *, port: int, serving: Serving | None = None) -> ServeCommand:
+    """Return the command that serves `target` on `port`.
 
-    Layers of flags, of which the last one wins: the recipe's `serve.args`; the node's GPUs; `serve.variants`;
-    `serve.purposes` (and `dump.args` for the dump); `sizes`; `extra_args`.
-
+    Layers of flags, of which the last one wins: those of `layer_flags`, the sizes, `extra_args`.
     Raises UserError when the draft was not made for this target, or when the flags contradict target, purpose or node.
     """
-    section = recipe.serve
-    if section.backend == "sglang":
-        return build_sglang_command(recipe, target, port=port, draft=draft, extra_args=extra_args)
-    variant = _find(section.variants, section.variant, "--variant")
-    node = find_node(section.hardware) if section.hardware else None
-    of_purpose = section.purposes.get(purpose, PurposeSection()) if purpose else PurposeSection()
+    serving = serving or Serving()
+    section, purpose = recipe.serve, serving.purpose
+    if uses_sglang(section, purpose):
+        return _build_sglang_command(recipe, target, port, serving)
+    variant = find_variant(section)
     speculative: dict[str, Any] = {}
-    if draft is not None:
-        speculative = speculation_of(recipe, target, draft)
-        speculative |= {**section.speculative, **(variant.speculative if variant else {})}
+    if serving.draft is not None:
+        speculative = speculation_of(recipe, target, serving.draft)
+        speculative |= speculative_overrides(section)
     flags: dict[str, Any] = {
         "served-model-name": MODEL_NAME,
         "host": section.host,
         "port": port,
         "max-model-len": recipe.target.max_model_len,
-        **section.args,
-        **({"tensor-parallel-size": node.num_gpus} if node else {}),
-        **(variant.args if variant else {}),
-        **of_purpose.args,
-        **(recipe.dump.args if purpose == "dump" else {}),
-        **size_flags(sizes, int(speculative.get("num_speculative_tokens", 0))),
-        **(extra_args or {}),
+        **layer_flags(recipe, purpose),
+        **size_flags(serving.sizes, int(speculative.get("num_speculative_tokens", 0))),
+        **normalize(serving.extra_args),
     }
     if speculative:
         flags["speculative-config"] = json.dumps(speculative)
-    env = {**section.env, **(variant.env if variant else {}), **of_purpose.env}
-    env |= recipe.dump.env if purpose == "dump" else {}
     check_flags(flags, target, purpose)
-    if node and variant and section.hardware:
-        if variant.hardware and section.hardware not in variant.hardware:
-            raise UserError(
-                f"--variant {section.variant} --hardware {section.hardware}",
-                found=f"{section.hardware}, which cannot run {section.variant}",
-                expected=f"one of {', '.join(variant.hardware)}",
-                fix="Choose another variant for this hardware.",
-            )
-        check_fit(str(section.variant), variant.memory_gb, section.hardware, node, _count_gpus(flags))
+    _check_node(section, flags)
+    env = {**section.env, **(variant.env if variant else {}), **find_purpose(section, purpose).env}
+    env |= recipe.dump.env if purpose == "dump" else {}
     model = variant.path if variant else str(target.path)
-    on_cpu = node is None and is_cpu_engine()
+    on_cpu = section.hardware is None and is_cpu_engine()
     environment = engine_env(env, on_cpu=on_cpu)
     if not Path(model).exists():
         environment.pop("HF_HUB_OFFLINE")  # a hub name may have to be fetched
     return ServeCommand(["serve", model, *to_flags(flags)], environment, section.host, port, on_cpu=on_cpu)
 
 
-def build_sglang_command(
-    recipe: Recipe,
-    target: Target,
-    *,
-    port: int,
-    draft: Path | str | None = None,
-    extra_args: Mapping[str, Any] | None = None,
-) -> ServeCommand:
-    """SGLang's command for the target: flags of `serve.sglang_args`, and the node's GPUs.
+def _check_node(section: ServeSection, flags: Mapping[str, Any]) -> None:
+    """Raise UserError when the recipe's variant does not run, or does not fit, on the recipe's hardware."""
+    variant, hardware = find_variant(section), section.hardware
+    if variant is None or hardware is None:
+        return
+    if variant.hardware and hardware not in variant.hardware:
+        raise UserError(
+            f"--variant {section.variant} --hardware {hardware}",
+            found=f"{hardware}, which cannot run {section.variant}",
+            expected=f"one of {', '.join(variant.hardware)}",
+            fix="Choose another variant for this hardware.",
+        )
+    check_fit(str(section.variant), variant.memory_gb, hardware, find_node(hardware), count_gpus(flags))
+
+
+def _build_sglang_command(recipe: Recipe, target: Target, port: int, serving: Serving) -> ServeCommand:
+    """Return SGLang's command for the target: flags of `serve.sglang_args`, and the node's GPUs.
 
     Raises UserError with a draft: drafts are served, and measured, by vLLM.
     """
     section = recipe.serve
-    if draft is not None:
+    if serving.draft is not None:
         raise UserError("serve.backend", found="sglang with a draft", expected="vllm", fix="Serve drafts with vLLM.")
-    node = find_node(section.hardware) if section.hardware else None
     flags = {
         "model-path": str(target.path),
         "served-model-name": MODEL_NAME,
         "host": section.host,
         "port": port,
         "context-length": recipe.target.max_model_len,
-        "tp": node.num_gpus if node else section.args.get("tensor-parallel-size", 1),
-        **section.sglang_args,
-        **(extra_args or {}),
+        **layer_flags(recipe, serving.purpose),
+        **normalize_sglang(serving.extra_args),
     }
+    check_parsers(flags, serving.purpose)
     return ServeCommand(to_flags(flags), dict(section.env), section.host, port, module="sglang.launch_server")
-
-
-def size_flags(sizes: Sizes, num_draft_tokens: int) -> dict[str, int]:
-    """Flags for a load: a context of ISL + OSL + 256, 2 * ISL batched tokens, CUDA graphs for all that run at a time.
-
-    The capture size is the next power of two from concurrency * (1 + draft tokens) on, from 4 to 2048.
-    """
-    flags = {}
-    if sizes.isl is not None and sizes.osl is not None:
-        flags["max-model-len"] = sizes.isl + sizes.osl + 256
-        flags["max-num-batched-tokens"] = 2 * sizes.isl
-    if sizes.concurrency is not None:
-        wanted = sizes.concurrency * (1 + num_draft_tokens)
-        flags["max-cudagraph-capture-size"] = min(2048, max(4, 1 << (wanted - 1).bit_length()))
-    return flags
-
-
-def check_flags(flags: Mapping[str, Any], target: Target, purpose: str | None) -> None:
-    """Raise UserError for flags that would spoil what comes out."""
-    check_block_size("", flags, target)
-    if purpose == "dump":
-        check_kv_dtype(str(flags.get("kv-cache-dtype", "auto")))
-    if purpose in ("synth", "dump"):
-        for flag in ("reasoning-parser", "tool-call-parser"):
-            if flag in flags:
-                raise UserError(
-                    flag,
-                    found=str(flags[flag]),
-                    expected=f"none for {purpose}: it takes tokens out of the reply's text",
-                    fix="Set it in serve.purposes.production.args.",
-                )
-    if purpose == "synth" and flags.get("exclude-tools-when-tool-choice-none") is True:
-        raise UserError(
-            "exclude-tools-when-tool-choice-none",
-            found="true",
-            expected="false for synth: prompts would lack their tools",
-            fix="Set it in serve.purposes.production.args.",
-        )
-
-
-def parse_flags(words: Sequence[str]) -> dict[str, str | bool]:
-    """vLLM's own words (`--name value`, `--name=value`, `--name`) as flags. Raises UserError for a word of no flag."""
-    flags: dict[str, str | bool] = {}
-    name = None
-    for word in words:
-        if word.startswith("--"):
-            name, separator, value = word[2:].partition("=")
-            flags[name] = value if separator else True
-            name = None if separator else name
-        elif name is None:
-            raise UserError("vLLM's flags", found=repr(word), expected="--name value", fix="Quote values with spaces.")
-        else:
-            flags[name], name = word, None
-    return flags
-
-
-def to_flags(values: Mapping[str, Any]) -> list[str]:
-    """vLLM flags: true becomes `--name`, false `--no-name`, anything else `--name value`."""
-    flags: list[str] = []
-    for name, value in values.items():
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            flags += [f"--{name}", str(value)]
-    return flags
 
 
 def speculation_of(recipe: Recipe, target: Target, draft: Path | str) -> dict[str, Any]:
@@ -312,20 +247,6 @@ def check_draft(draft: Path, descriptor: Descriptor, target: Target) -> None:
             expected=f"one for {target.fingerprint[:12]} ({target.path})",
             fix="Train a draft for this target, or serve the other one.",
         )
-
-
-def _find(variants: Mapping[str, VariantSection], name: str | None, where: str) -> VariantSection | None:
-    if name is None:
-        return None
-    if name not in variants:
-        known = ", ".join(variants) or "none: the recipe has no serve.variants"
-        raise UserError(where, found=name, expected=f"one of {known}", fix="Correct it.")
-    return variants[name]
-
-
-def _count_gpus(flags: Mapping[str, Any]) -> int:
-    names = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
-    return math.prod(int(flags.get(name, 1)) for name in names)
 
 
 def _indent(args: Sequence[str], by: str = "  ") -> list[str]:

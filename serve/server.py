@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from common.errors import UserError
+from common.files import explain_unwritable
 from serve.client import ask
 from serve.command import ServeCommand
 from serve.vllm_main import PARENT_ENV
@@ -72,9 +74,8 @@ def run_server(command: ServeCommand, *, log_path: Path, startup_timeout_s: floa
     within `startup_timeout_s`.
     """
     find_port(command.host, command.port)
-    log_path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    with log_path.open("wb") as log:
+    with _open_log(log_path) as log:
         process = subprocess.Popen(
             command.argv,
             stdin=subprocess.DEVNULL,
@@ -91,6 +92,12 @@ def run_server(command: ServeCommand, *, log_path: Path, startup_timeout_s: floa
         yield Server(url, log_path, startup_s, process)
     finally:
         _stop(process)
+
+
+def _open_log(path: Path) -> IO[bytes]:
+    with explain_unwritable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("wb")
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log_path: Path, deadline: float) -> None:

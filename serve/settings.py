@@ -6,12 +6,13 @@ time-outs and sizes of memory may differ.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from recipe.recipe import Recipe
-from recipe.serve import Purpose, PurposeSection
-from serve.hardware import find_node
+from recipe.serve import Purpose
+from serve.flags import find_variant, layer_flags, normalize, speculative_overrides, uses_sglang
 from target.section import TargetSection
 from target.target import Target
 
@@ -55,16 +56,23 @@ SPEED_FLAGS = frozenset(
         "max-num-queued-reqs", "max-num-queued-tokens", "max-num-partial-prefills", "max-long-partial-prefills",
         "long-prefill-token-threshold", "async-scheduling", "scheduling-policy", "prefill-schedule-interval",
         "enable-prefix-caching", "prefix-caching-hash-algo", "enable-chunked-prefill",
+        # Parallelism and graphs: other rounding, as with other batches.
+        "tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size", "enable-expert-parallel", "tp",
+        "pp-size", "dp-size", "enforce-eager", "cudagraph-capture-sizes", "max-cudagraph-capture-size",
         # Parsers: the stages that resume work on token ids.
         "enable-auto-tool-choice", "tool-call-parser", "tool-parser-plugin",
     }
 )  # fmt: skip
-"""vLLM's flags that may change how fast the model computes, but not what."""
+"""Flags that may change how fast the model computes, and how it rounds, but not what."""
 
 
 def measured_settings(recipe: Recipe) -> dict[str, Any]:
     """Return what a resumed measurement must find unchanged: `output_settings`, and what changes the speed."""
-    return {**output_settings(recipe, "bench", NEUTRAL_FLAGS), "speculative": recipe.serve.speculative}
+    return {
+        **output_settings(recipe, "bench", NEUTRAL_FLAGS),
+        "speculative": speculative_overrides(recipe.serve),
+        "max_model_len": recipe.target.max_model_len,
+    }
 
 
 def output_settings(
@@ -72,36 +80,27 @@ def output_settings(
 ) -> dict[str, Any]:
     """Return what a resumed stage must find unchanged: backend, weights and the flags in force for `purpose`.
 
-    The layers are those of `serve.command.build_command`; the last one wins. A variant's weights are compared by their
-    fingerprint, or by name on the hub. The target's own are an input of the stage.
+    A variant's weights are compared by their fingerprint, or by name on the hub. The target's own are an input of the
+    stage.
     """
     section = recipe.serve
-    variant = section.variants.get(section.variant) if section.variant else None
-    node = find_node(section.hardware) if section.hardware else None
-    num_gpus = {"tensor-parallel-size": node.num_gpus} if node else {}
-    if section.backend == "sglang":
-        layers: list[dict[str, Any]] = [num_gpus, dict(section.sglang_args)]
-    else:
-        of_purpose = section.purposes.get(purpose, PurposeSection())
-        layers = [section.args, num_gpus, variant.args if variant else {}, of_purpose.args]
-        layers += [recipe.dump.args] if purpose == "dump" else []
-    flags: dict[str, Any] = {}
-    for layer in layers:
-        flags |= dict(_normalize(name, value) for name, value in layer.items())
+    variant = find_variant(section)
     return {
-        "backend": section.backend,
+        "backend": "sglang" if uses_sglang(section, purpose) else "vllm",
         "weights": _identify(variant.path) if variant else "the target's",
-        "flags": {name: value for name, value in sorted(flags.items()) if name not in ignored},
+        "flags": _select(layer_flags(recipe, purpose), ignored),
     }
+
+
+def engine_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return what a dump that runs its own engine must find unchanged: flags. Variants and nodes are for servers."""
+    flags = {**normalize(recipe.serve.args), **normalize(recipe.dump.args)}
+    return {"flags": _select(flags, NEUTRAL_FLAGS | SPEED_FLAGS)}
+
+
+def _select(flags: Mapping[str, Any], ignored: frozenset[str]) -> dict[str, Any]:
+    return {name: value for name, value in sorted(flags.items()) if name not in ignored}
 
 
 def _identify(path: str) -> str:
     return Target.here(TargetSection(path=Path(path))).fingerprint if Path(path).is_dir() else path
-
-
-def _normalize(name: str, value: Any) -> tuple[str, Any]:
-    """Return a flag as vLLM names it: dashes, and `no-x: true` as `x: false`."""
-    name = name.replace("_", "-")
-    if isinstance(value, bool) and name.startswith("no-"):
-        return name.removeprefix("no-"), not value
-    return name, value

@@ -114,6 +114,7 @@ async def write_conversation(writer: Writer, prompt: Prompt) -> Conversation:
         prompt_ids: Any = answer.get("prompt_token_ids")
         reply_ids: Any = choice.get("token_ids")
         if not prompt_ids or reply_ids is None:
+            _refuse_parsed_calls(choice)
             progress.rendered = True
             prompt_ids, reply_ids = await asyncio.to_thread(writer.renderer.render, body, choice)
         reply = await _read_reply(writer, prompt, choice)
@@ -183,6 +184,17 @@ def _make_request(
         # Some targets mark calls by special tokens, which the text lacks otherwise.
         body |= {"tools": prompt.tools, "skip_special_tokens": False, **writer.tool_choice}
     return body
+
+
+def _refuse_parsed_calls(choice: Mapping[str, Any]) -> None:
+    """Raise UserError for a reply without token ids whose calls were taken out of its text: nothing has its tokens."""
+    if choice["message"].get("tool_calls"):
+        raise UserError(
+            "the server's answer",
+            found="tool calls, and no token ids: a tool call parser took their tokens out of the text",
+            expected="the whole text, or its token ids",
+            fix="Serve without a tool call parser, or with vLLM, which returns token ids.",
+        )
 
 
 async def _read_reply(writer: Writer, prompt: Prompt, choice: Mapping[str, Any]) -> Reply:

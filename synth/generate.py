@@ -11,6 +11,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from contracts.prompt_files import open_prompts
 from contracts.run import Run
 from contracts.shards import folders_by_count, folders_of_others, shard_folder
 from recipe.recipe import Recipe
-from serve.command import build_command
+from serve.command import Serving, build_command
 from serve.server import find_port, run_server
 from serve.settings import output_settings
 from synth.conversation import check_modes
@@ -127,11 +128,12 @@ def _find_parser(recipe: Recipe, target: Target, todo: Todo) -> ToolCallParser |
     if not todo.num_with_tools:
         return None
     parser = find_parser(recipe, target)
-    what = (
-        f"tool calls are parsed with vLLM's {parser.name} parser"
-        if parser
-        else "the format of the target's tool calls is not known: they stay in the text (synth.tool_call_parser)"
-    )
+    if parser:
+        what = f"tool calls are parsed with vLLM's {parser.name} parser"
+    elif not find_spec("vllm"):
+        what = "tool calls stay in the text: vLLM, whose parsers read them, is not installed here"
+    else:
+        what = "the format of the target's tool calls is not known: they stay in the text (synth.tool_call_parser)"
     print(f"synth: {todo.num_with_tools} conversations have tools; {what}")
     return parser
 
@@ -175,7 +177,8 @@ def serve_target(recipe: Recipe, target: Target, folder: Path) -> Iterator[tuple
     if recipe.synth.endpoints:
         yield recipe.synth.endpoints, lambda: False
         return
-    command = build_command(recipe, target, port=find_port(recipe.serve.host, recipe.serve.port), purpose="synth")
+    port = find_port(recipe.serve.host, recipe.serve.port)
+    command = build_command(recipe, target, port=port, serving=Serving(purpose="synth"))
     timeout_s = recipe.serve.startup_timeout_s
     with run_server(command, log_path=folder / "server.log", startup_timeout_s=timeout_s) as server:
         yield [f"{server.url}/v1"], lambda: server.process.poll() is not None

@@ -12,9 +12,9 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import hash_bytes, read_json
+from contracts.conversation import NO_FILTERS, NO_PENALTIES
 from recipe.recipe import Recipe
 from synth.prompts import Prompt
-from target.sampling import NO_FILTERS, NO_PENALTIES
 from target.target import find_folder
 
 

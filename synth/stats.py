@@ -14,6 +14,7 @@ import numpy as np
 import orjson
 
 from common.errors import UserError
+from common.files import explain_unwritable
 from contracts.conversation import CONVERSATIONS_FILE
 from contracts.ledger import STATUSES, read_entries
 from synth.output import FLAGS, LEDGER_FILE
@@ -63,7 +64,9 @@ def show_stats(folder: Path, plot: Path) -> None:
             + f"{sum(lengths.replies):>12}"
         )
     if by_mode:
-        _draw(by_mode, plot)
+        with explain_unwritable(plot):
+            plot.parent.mkdir(parents=True, exist_ok=True)
+            _draw(by_mode, plot)
         print(f"plot: {plot}")
 
 

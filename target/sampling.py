@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-NO_PENALTIES: dict[str, float] = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-NO_FILTERS: dict[str, float | int] = {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
-"""Values that leave the distribution as it is. -1 turns top_k off in vLLM and in SGLang; 0 only in vLLM."""
+from contracts.conversation import NO_FILTERS, NO_PENALTIES
 
 
 @dataclass(frozen=True)

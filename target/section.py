@@ -21,7 +21,7 @@ class FactsSection(Section):
     num_hidden_layers: int = Field(gt=0)
     vocab_size: int = Field(gt=0, description="rows of the embedding")
     rope_theta: float = Field(gt=0)
-    final_norm: FinalNorm = "rms"
+    final_norm: FinalNorm | None = Field(default=None, description="default: rms, or as the config says")
     highest_token_id: int = Field(gt=0, description="of the tokenizer, added tokens included")
     sparse_block_size: int | None = Field(default=None, gt=0, description="of the attention's blocks, if it is sparse")
 

@@ -48,7 +48,7 @@ class Target:
         config = facts.model_dump(exclude={"architecture", "final_norm", "sparse_block_size"})
         config["architectures"] = [facts.architecture]
         config["sparse_attention_config"] = {"sparse_block_size": facts.sparse_block_size}
-        return cls(section.path, config, facts, section.final_norm or facts.final_norm)
+        return cls(section.path, config, facts, section.final_norm or facts.final_norm or "rms")
 
     @property
     def is_here(self) -> bool:

@@ -35,12 +35,14 @@ def open_states(recipe: Recipe, folder: Path, target: Target) -> tuple[AnyStore,
     return open_store(folder, target)
 
 
-def refuse_mask_token(store: AnyStore, mask_token_id: int | None) -> None:
+def refuse_mask_token(samples: Samples, mask_token_id: int | None, processes: Processes) -> None:
     """Raise UserError when a sample holds the mask token, which must mean "unknown" and nothing else.
 
     `dump run` filters such samples; a store of another tool, or of a recipe with another mask token, may hold some.
+    Each process reads its share of the samples that will be used.
     """
-    if mask_token_id is not None and (sample_id := find_token(store, mask_token_id)) is not None:
+    store, ids = samples.store, [*samples.ids, *samples.held_out][processes.rank :: processes.world]
+    if mask_token_id is not None and (sample_id := find_token(store, mask_token_id, ids)) is not None:
         raise UserError(
             store.sample_path(sample_id),
             found=f"the mask token {mask_token_id} among its tokens",

@@ -77,6 +77,7 @@ def evaluate(
         "yarn": config.yarn.model_dump() if config.yarn else None,
         "store": store.checksum,
         "samples": num_samples,
+        "final_norm": target.final_norm,  # of the expected acceptance
     }
     if output.exists():
         report = read_json(output, "an evaluation")

@@ -47,6 +47,7 @@ def export(
     if layout not in method.layouts:
         raise UserError("--format", found=layout, expected=f"one of {', '.join(method.layouts)}", fix="Correct it.")
     weights = run.chosen_weights()
+    figures = read_json(evaluation, "a report of `train eval`") if evaluation else None
     descriptor = method.describe_trained(config).model_copy(
         update={
             "weights": f"{weights.parent.name}/{weights.name}",
@@ -61,7 +62,6 @@ def export(
         _refuse_changes(output, descriptor)
         print(f"export: {output} is finished, skipped")
         return
-    figures = read_json(evaluation, "a report of `train eval`") if evaluation else None
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with explain_unwritable(output):

@@ -62,7 +62,7 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path) -> dict[str,
             run = Run.open(
                 output,
                 "train offline",
-                settings={"train": section.settings(), "draft": config.model_dump(mode="json")},
+                settings=_settings(section, config, target),
                 inputs={"target": target.fingerprint, "store": store.checksum},
                 recipe_yaml=recipe.to_yaml(),
             )
@@ -71,15 +71,20 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path) -> dict[str,
                 return {}
             print(f"train: {output} is finished, skipped ({_describe(run.state['summary'])})")
             return dict(run.state["summary"])
-        if processes.is_first:
-            refuse_mask_token(store, config.mask_token_id)
         samples = Samples(store, section, config.max_position_embeddings)
+        refuse_mask_token(samples, config.mask_token_id, processes)
         training = _prepare(recipe, config, read_head(target), samples, DraftRun(output), processes)
         summary = _train(training, run)
         if run is not None:
             run.finish(summary)
             print(f"train: {_describe(summary)} in {run.seconds:.0f} s -> {output}")
         return summary
+
+
+def _settings(section: TrainSection, config: DraftConfig, target: Target) -> dict[str, Any]:
+    """Return what changes the weights. The target's own distribution depends on its final norm."""
+    norm = {"final_norm": target.final_norm} if section.draft.objective == "distill" else {}
+    return {"train": section.settings(), "draft": config.model_dump(mode="json"), **norm}
 
 
 @dataclass

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from contracts.store import StoredSample
-from drafts.attention import Layout, attend, lay_out
+from drafts.attention import KeyValues, Layout, attend, lay_out
 from drafts.batch import Batch
 from drafts.dflash.config import DFlashConfig, DFlashSection
 from drafts.draft import Draft
@@ -77,7 +77,8 @@ class Attention(nn.Module):
         block_key = rotate(self.k_norm(self._split(self.k_proj(x), self.kv_heads)), blocks.query_rope)
         context_key = rotate(self.k_norm(self._split(self.k_proj(context), self.kv_heads)), blocks.context_rope)
         block_value, context_value = (self._split(self.v_proj(y), self.kv_heads) for y in (x, context))
-        output = attend(query, context_key, context_value, block_key, block_value, blocks.layout)
+        pairs = KeyValues(context_key, context_value, block_key, block_value)
+        output = attend(query, pairs, blocks.layout)
         projected: torch.Tensor = self.o_proj(output.flatten(2))
         return projected
 

@@ -7,6 +7,7 @@ layers as vLLM does: `i + 1` for the output of layer i.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
@@ -67,6 +68,7 @@ class Eagle3Method(DraftMethod):
     config = Eagle3Config
     layouts = (NATIVE, SPECULATORS)
     autoregressive = True
+    renamed = MappingProxyType({"block_size": "num_speculative_tokens (block_size - 1)"})
 
     def check(self, section: DraftSection, target: Target) -> None:
         assert isinstance(section, Eagle3Section)

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from contracts.store import StoredSample
-from drafts.attention import Layout, attend, lay_out
+from drafts.attention import KeyValues, Layout, attend, lay_out
 from drafts.batch import Batch
 from drafts.draft import Draft
 from drafts.eagle3.config import Eagle3Config, Eagle3Section
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         """Shapes: x (N, 2H), known (T, KV, D), own (N, KV, D) each -> (N, H)."""
         query = rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)), rope)
         key, value = (torch.stack(part, dim=1) for part in zip(*own, strict=True))
-        output = attend(query[:, None], *known, key, value, layout)
+        output = attend(query[:, None], KeyValues(*known, key, value), layout)
         projected: torch.Tensor = self.o_proj(output.flatten(1))
         return projected
 

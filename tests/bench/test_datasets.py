@@ -71,3 +71,11 @@ def test_an_unknown_set_or_a_name_that_is_a_path_is_refused(text: str, tmp_path:
 def test_a_set_that_is_not_in_the_cache_names_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Give a local copy: --prompts aime=FILE\.jsonl"):
         write_prompts("aime", tmp_path, None)
+
+
+def test_turns_that_are_json_in_a_string_are_those_that_synth_reads() -> None:
+    row = {"turns": '["a", "b"]', "category": "qa"}
+    made = make_row(row, "speed_bench", 0, SOURCES["speed_bench"])
+    assert made is not None
+    assert made["turns"] == ["a", "b"]
+    assert read_prompt_row(made).messages == read_prompt_row(row).messages

@@ -12,8 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 import bench.requests
-from bench.requests import Served, Turn, send_all
+from bench.requests import Served, Turn, read_turns, refuse_min_p, send_all
+from common.errors import UserError
 from common.progress import Progress
+from contracts.conversation import Conversation, Sample
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -53,3 +55,16 @@ def test_progress_is_plain_lines_without_a_terminal(
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("K = 3, gsm8k: 1/3 [")
     assert lines[-1].startswith("K = 3, gsm8k: 3/3 [")
+
+
+def test_a_turn_is_sampled_as_it_was_recorded() -> None:
+    sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1,
+                "presence_penalty": 0.5, "frequency_penalty": 0.2}  # fmt: skip
+    record = Conversation(
+        id="a" * 32, source_id="s", index=0, samples=[Sample(token_ids=[1, 2, 3], loss_spans=[(1, 3)])],
+        finish_reason="stop", sampling={**sampling, "seed": 7, "max_tokens": 9}, target={}, template="", usage={},
+    )  # fmt: skip
+    (turn,) = read_turns([record])
+    assert turn.sampling == sampling
+    with pytest.raises(UserError, match="runs/synth: found replies sampled with min_p"):
+        refuse_min_p("runs/synth", [turn])

@@ -23,7 +23,7 @@ from common.errors import IncompleteError, UserError
 from contracts.prompt_files import Row
 from recipe.load import load_recipe
 from recipe.recipe import Recipe
-from serve.command import parse_flags
+from serve.flags import parse_flags
 from target.target import Target
 
 SPACE = "bench.sweep.scenarios=[{isl: 16, osl: 16, search_space: [{conc_start: 1, conc_end: 2}]}]"
@@ -222,3 +222,9 @@ def test_the_tiny_recipes_prompts_are_those_that_its_script_writes() -> None:
     script = (ROOT / "recipes/Tiny-DFlash/run.sh").read_text()
     assert "run=${1:-runs/tiny-dflash}" in script
     assert recipe.bench.sweep.dataset == "runs/tiny-dflash/prompts/held_out.jsonl"
+
+
+def test_a_points_file_has_no_key(recipe: Recipe) -> None:
+    job = Job(plan_points(recipe, [], [], [])[0], "draft")
+    record = make_record(job, None, ["serve", "--api-key", "sk-hidden", "--port", "1"], "it did not start")
+    assert record["server"] == ["serve", "--api-key", "<redacted>", "--port", "1"]

@@ -97,3 +97,13 @@ def test_every_kind_of_output_is_told_in_one_line(
         result = run_here(*words, check=False)
         assert (result.returncode, "Traceback" in result.stderr) == (2, False), (words, result.stderr)
         assert "cannot be written" in result.stderr
+    for words, told in (
+        (("train", "eval", *recipe, "--run", draft, "--store", store, "--output", tmp_path), "is a directory"),
+        (("train", "export", *recipe, "--run", draft, "--output", file), "not a directory"),
+        (("train", "export", *recipe, "--run", draft, "--output", tmp_path / "export", "--eval", tmp_path / "none"),
+         "found no such file, expected a report of `train eval`"),
+        (("dump", "convert", store, "--to", "speculators", "--output", "/proc/self"), "cannot be written"),
+    ):  # fmt: skip
+        result = run_here(*words, check=False)
+        assert (result.returncode, "Traceback" in result.stderr) == (2, False), (words, result.stderr)
+        assert told in result.stderr

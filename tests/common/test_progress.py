@@ -7,11 +7,14 @@ import pty
 import subprocess
 import sys
 import termios
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_here
+from written import write_conversations
 
-from common.progress import Progress, track
+import common.progress
+from common.progress import Progress, track, wait_for
 
 
 def test_without_a_terminal_each_interval_is_a_plain_line_with_counts_rate_and_note(
@@ -49,3 +52,25 @@ def test_on_a_terminal_there_is_a_bar_and_no_line() -> None:
     os.close(ours)
     assert "100%|" in printed
     assert "eval: 3/3 [" not in printed
+
+
+def test_a_process_without_progress_of_its_own_is_waited_for_with_a_line_an_interval(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common.progress, "LINE_INTERVAL_S", 0.05)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5); raise SystemExit(3)"])
+    assert wait_for(process, "bench: 1k1k") == 3
+    assert capsys.readouterr().err.startswith("bench: 1k1k: 0 s so far\n")
+
+
+def test_a_dump_and_a_training_print_lines_where_there_is_no_terminal(
+    recipe_path: Path, target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common.progress, "LINE_INTERVAL_S", 0.0)
+    rows, store = write_conversations(target_folder, tmp_path / "rows", 9), tmp_path / "store"
+    more = ("--recipe", recipe_path, "--set", "dump.backend=hf", "--set", "train.num_steps=2")
+    told = run_here("dump", "run", *more, "--conversations", rows, "--output", store).stderr
+    assert "dump: 9/9 [" in told
+    assert "tok/s, " in told
+    told = run_here("train", "offline", *more, "--store", store, "--output", tmp_path / "draft").stderr
+    assert "train: 2/2 [" in told

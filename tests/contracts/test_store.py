@@ -68,9 +68,11 @@ def test_a_token_is_found_in_the_first_sample_that_holds_it_in_our_layout_and_in
         sample.input_ids[1] = 100 if number in (23, 31) else number
         ledger.append([{"id": sample_id, "status": "done", "tokens": 3, **store.write_sample(sample_id, sample)}])
         write_modelopt(foreign.sample_path(sample_id), sample_id, sample)
+    ids = store.sample_ids()
     for opened in (store, foreign):
-        assert find_token(opened, 100) == f"{23:032x}-0"
-        assert find_token(opened, 101) is None
+        assert find_token(opened, 100, ids) == f"{23:032x}-0"
+        assert find_token(opened, 101, ids) is None
+        assert find_token(opened, 100, ids[:23]) is None
     store.sample_path(f"{5:032x}-0").write_bytes(b"torn")
     with pytest.raises(UserError, match="unreadable sample"):
-        find_token(store, 101)
+        find_token(store, 101, ids)

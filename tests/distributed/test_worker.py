@@ -123,3 +123,17 @@ def test_a_dump_gets_the_recipe_as_it_is(worker: Worker) -> None:
         ["2,3", "run", "--recipe", str(worker.recipe), "--set", "serve.backend=sglang", "--conversations",
          "prompts.jsonl", "--output", str(worker.folder / "out"), "--shard", "1/4"]
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("args", "groups"),
+    [
+        ("{tp-size: 2, dp: 2}", ["0,1,2,3", "4,5,6,7"]),
+        ("{tensor-parallel-size: 4, dp-size: 4, enable-dp-attention: true}", ["0,1,2,3", "4,5,6,7"]),
+        ("{tp: 2, pp-size: 4}", ["0,1,2,3,4,5,6,7"]),
+    ],
+)
+def test_sglangs_gpus_are_counted_under_all_names_of_its_flags(worker: Worker, args: str, groups: list[str]) -> None:
+    result = worker.run("serve.backend=sglang", f"serve.sglang_args={args}", gpus=8)
+    assert result.returncode == 0, result.stderr
+    assert [words[0] for words in worker.calls("serve")] == groups

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from common.errors import UserError
 from contracts.draft import Yarn
 from contracts.store import StoredSample
-from drafts.attention import attend, attend_flex, lay_out
+from drafts.attention import KeyValues, attend, attend_flex, lay_out
 from drafts.batch import Batch
 from drafts.dflash.config import DFlashConfig, DFlashSection
 from drafts.dflash.model import DFlash
@@ -198,10 +198,10 @@ def test_flex_attention_gives_the_same_as_the_grouped_products() -> None:
     layout = lay_out([40, 25], anchors, BLOCK, torch.device("cpu"))
     for num_queries in (BLOCK, BLOCK - 1):  # the last layer asks nothing for the anchor
         query = torch.randn(blocks, num_queries, 4, 8, generator=generator)
-        context = [torch.randn(total, 2, 8, generator=generator) for _ in range(2)]
-        own = [torch.randn(blocks, BLOCK, 2, 8, generator=generator) for _ in range(2)]
-        expected = attend(query, *context, *own, layout)
-        torch.testing.assert_close(attend_flex(query, *context, *own, layout, flex_attention), expected)
+        shapes = [(total, 2, 8)] * 2 + [(blocks, BLOCK, 2, 8)] * 2
+        pairs = KeyValues(*(torch.randn(shape, generator=generator) for shape in shapes))
+        expected = attend(query, pairs, layout)
+        torch.testing.assert_close(attend_flex(query, pairs, layout, flex_attention), expected)
 
 
 def test_gradient_checkpointing_changes_no_gradient(model: DFlash) -> None:

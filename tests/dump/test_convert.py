@@ -131,3 +131,14 @@ def test_the_rows_of_a_dataset_go_to_disk_as_they_come(tmp_path: Path) -> None:
         assert len(datasets.load_from_disk(str(output))) == count
         assert not list(output.glob(".rows-*"))
     assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_states_of_another_row_are_written_anew(store: Store, tmp_path: Path) -> None:
+    ids = store.sample_ids()[:3]
+    first, second, third = ((id_, store.read_sample(id_)) for id_ in ids)
+    _write_speculators(tmp_path, [first, third])
+    _write_speculators(tmp_path, [first, second, third])  # a retry has captured the second one
+    for number, (_, sample) in enumerate((first, second, third)):
+        found = load_file(tmp_path / f"hidden_states/hs_{number}.safetensors")
+        assert torch.equal(found["token_ids"], sample.input_ids.long())
+        assert torch.equal(found["hidden_states"][:, -1], sample.hidden_states)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from contracts.ledger import Ledger
 from contracts.store import Store, find_token
 from distributed.plan import StagePlan
 from distributed.status import task_status
+from dump.capture import Staged, Staging
 from dump.hf import Transformers
 from dump.run import dump
 from recipe.load import load_recipe
@@ -31,6 +33,9 @@ HARMLESS = [
     "serve.args.port=9000",
     "serve.purposes.production.args.max-model-len=4096",
     "serve.variants={other: {path: /w/other, memory_gb: 1}}",
+    "serve.variant=other",
+    "serve.hardware=h100",
+    "serve.backend=sglang",
     "dump.args.max-num-seqs=4",
     "dump.concurrency=3",
     "train.num_steps=7",
@@ -161,8 +166,34 @@ def test_a_sample_with_the_mask_token_is_filtered_and_counted_where_the_draft_ha
     assert ledger.ids("filtered") == [f"{records[number]['id']}-0" for number in (3, 20)]
     assert all(f"the mask token {mask_token}" in ledger.entries[id_]["reason"] for id_ in ledger.ids("filtered"))
     assert json.loads((tmp_path / "store/run.json").read_text())["summary"]["filtered"] == 2
-    assert find_token(Store(tmp_path / "store"), mask_token) is None
+    assert find_token(Store(tmp_path / "store"), mask_token, Store(tmp_path / "store").sample_ids()) is None
     plan = ("-r", recipe_path, "--conversations", rows)
     assert f"samples      {COUNT - 2} (left out: 2 filtered)" in run_here("dump", "plan", *plan).stdout
     without = run_here("dump", "plan", *plan, "--set", "train=null").stdout
     assert f"samples      {COUNT} (left out: none)" in without
+
+
+class Interrupted(Transformers):
+    """Is interrupted after 20 samples; deletes its files when it is closed, as the backend of servers does."""
+
+    def capture(self, samples: Iterator[tuple[str, list[int]]], staging: Staging) -> Iterator[Staged]:
+        self.folder = staging.folder
+        yield from islice(super().capture(samples, staging), 20)
+        raise KeyboardInterrupt
+
+    def close(self) -> None:
+        for path in self.folder.iterdir():
+            path.unlink()
+
+
+def test_a_stop_while_samples_wait_for_their_writers_fails_none_of_them(
+    recipe: Recipe, recipe_path: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("dump.fill.make_backend", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            dump(recipe, rows, tmp_path)
+    assert 0 < Ledger(tmp_path / "ledger.jsonl").counts()["done"] < COUNT
+    assert failed(tmp_path) == 0
+    dump(recipe, rows, tmp_path)
+    check_whole(Store(tmp_path), recipe_path)

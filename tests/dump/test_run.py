@@ -22,7 +22,7 @@ from dump.backends import make_backend
 from dump.capture import Staging
 from dump.run import dump as dump_in_process
 from recipe.load import load_recipe
-from serve.command import build_command
+from serve.command import Serving, build_command
 from serve.extraction import extraction_args, to_server_args
 from serve.server import find_port, run_server
 from target.layers import captured_layers
@@ -51,7 +51,8 @@ def test_vllm_its_server_and_transformers_agree_layer_by_layer(
     recipe = load_recipe(recipe_path)
     target = Target.read(recipe.target.path)
     args = extraction_args(recipe, target, captured_layers(recipe.target, target), tmp_path / "staged")
-    command = build_command(recipe, target, port=find_port("127.0.0.1", None), extra_args=to_server_args(args))
+    serving = Serving(extra_args=to_server_args(args))
+    command = build_command(recipe, target, port=find_port("127.0.0.1", None), serving=serving)
     dump(recipe_path, conversations, tmp_path / "vllm")
     dump(recipe_path, conversations, tmp_path / "hf", *HF)
     with run_server(command, log_path=tmp_path / "server.log", startup_timeout_s=300) as server:

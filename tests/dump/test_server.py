@@ -19,7 +19,7 @@ from common.errors import IncompleteError, UserError
 from dump.run import dump
 from recipe.load import load_recipe
 from recipe.recipe import Recipe
-from serve.command import build_command
+from serve.command import Serving, build_command
 from serve.extraction import extraction_args, to_server_args
 from serve.server import find_port, run_server
 from target.layers import captured_layers
@@ -77,7 +77,8 @@ def test_a_vllm_server_that_is_killed_and_started_again_costs_no_sample(
     recipe = load_recipe(recipe_path)
     target = Target.read(recipe.target.path)
     args = extraction_args(recipe, target, captured_layers(recipe.target, target), tmp_path / "staged")
-    serve = build_command(recipe, target, port=find_port("127.0.0.1", None), extra_args=to_server_args(args))
+    serving = Serving(extra_args=to_server_args(args))
+    serve = build_command(recipe, target, port=find_port("127.0.0.1", None), serving=serving)
     url = f"http://127.0.0.1:{serve.port}/v1"
     slow = ("concurrency=4", "staging_gib=0.0002")  # captured samples wait for the ledger: the kill comes midway
     (tmp_path / "recipe.yaml").write_text(load(recipe_path, url, tmp_path / "staged", *slow).to_yaml())

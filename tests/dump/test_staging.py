@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from dump.staging import LOCK_FILE
+
+NOBODY = 65534
 
 CODE = """
 import sys
@@ -72,3 +78,16 @@ def test_the_folder_of_a_killed_run_is_deleted_by_the_next_one_and_no_other_fold
     assert alive.folder.exists()
     Stager(tmp_path).end()
     assert [path.name for path in tmp_path.iterdir()] == ["draftline-dump-elsewhere-abc_1-17"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
+def test_a_folder_of_another_user_is_left_alone() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        parent = Path(folder)
+        parent.chmod(0o777)
+        foreign = parent / f"draftline-dump-{socket.gethostname()}-abc_1-17"
+        foreign.mkdir(mode=0o700)
+        (foreign / LOCK_FILE).touch()
+        code = f"import dump.staging, os\nos.seteuid({NOBODY})\n{CODE}"
+        subprocess.run([sys.executable, "-c", code, folder], stdin=subprocess.DEVNULL, cwd=ROOT, check=True)
+        assert [path.name for path in parent.iterdir()] == [foreign.name]

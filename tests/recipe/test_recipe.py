@@ -65,7 +65,7 @@ def test_a_recipe_of_an_earlier_version_gets_one_message_that_names_every_new_ke
         "train.accumulate to train.gradient_accumulation_steps", "dump.requests_in_flight to dump.concurrency",
     ):  # fmt: skip
         assert renamed in result.stderr
-    with pytest.raises(UserError, match=r"--set train.method=eagle3.*train.method to train.draft.method"):
+    with pytest.raises(UserError, match=r"--set train.method=eagle3.*rename train.method to train.draft.method"):
         load_recipe(TINY, ["train.method=eagle3"])
 
 
@@ -123,3 +123,28 @@ def test_a_wrong_recipe_costs_one_line_and_exit_code_2(args: list[str], telling:
     assert telling in result.stderr
     assert result.stderr.count("\n") == 1
     assert "Traceback" not in result.stderr
+
+
+def test_a_resolved_recipe_whose_secrets_were_removed_is_refused_until_they_are_given(tmp_path: Path) -> None:
+    secret = "serve.env.HF_TOKEN=hf_abc"
+    path = tmp_path / "resolved.yaml"
+    path.write_text(load_recipe(TINY, [secret]).to_yaml())
+    with pytest.raises(UserError, match=r"\(serve.env.HF_TOKEN\): found <redacted>.*--set serve.env.HF_TOKEN"):
+        load_recipe(path)
+    assert load_recipe(path, [secret]) == load_recipe(TINY, [secret])
+
+
+def test_old_keys_of_eagle3_are_named_as_eagle3_has_them_and_a_whole_old_section_is_refused(tmp_path: Path) -> None:
+    old = "{method: eagle3, block_size: 4, num_anchors: 3, num_attention_heads: 2, ttt_steps: 5, num_steps: 1}"
+    (tmp_path / "old.yaml").write_text(f"target: {{path: here}}\ntrain: {old}\n")
+    with pytest.raises(UserError) as raised:
+        load_recipe(tmp_path / "old.yaml")
+    for advice in (
+        "rename train.block_size to train.draft.num_speculative_tokens (block_size - 1)",
+        "remove train.num_anchors, which eagle3 has not",
+        "rename train.num_attention_heads to train.draft.num_attention_heads",
+        "rename train.ttt_steps to train.draft.ttt_length",
+    ):
+        assert advice in str(raised.value)
+    with pytest.raises(UserError, match=r"rename train.method to train.draft.method"):
+        load_recipe(TINY, [f"train={old}"])

@@ -11,7 +11,8 @@ from conftest import run
 
 from common.errors import UserError
 from recipe.load import load_recipe
-from serve.command import build_command, to_flags
+from serve.command import Serving, build_command
+from serve.flags import to_flags
 from target.target import Target
 
 
@@ -32,7 +33,7 @@ def write_draft(folder: Path, target: Target, **changes: object) -> Path:
 def test_a_draft_is_served_with_one_token_less_than_its_block(recipe_path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(recipe_path)
     target = Target.read(recipe.target.path)
-    command = build_command(recipe, target, port=8123, draft=write_draft(tmp_path / "draft", target))
+    command = build_command(recipe, target, port=8123, serving=Serving(write_draft(tmp_path / "draft", target)))
     config = json.loads(command.args[command.args.index("--speculative-config") + 1])
     assert config == {"method": "dflash", "model": str(tmp_path / "draft"), "num_speculative_tokens": 7}
     assert command.args[command.args.index("--host") + 1] == "127.0.0.1"
@@ -45,7 +46,7 @@ def test_a_draft_that_does_not_match_the_target_is_refused(recipe_path: Path, tm
     target = Target.read(recipe.target.path)
     draft = write_draft(tmp_path / "draft", target, **{key: 1})
     with pytest.raises(UserError, match=rf"{key} = 1, expected"):
-        build_command(recipe, target, port=8123, draft=draft)
+        build_command(recipe, target, port=8123, serving=Serving(draft))
 
 
 def test_a_draft_trained_for_other_weights_is_refused(recipe_path: Path, tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_a_draft_trained_for_other_weights_is_refused(recipe_path: Path, tmp_pat
     draft = write_draft(tmp_path / "draft", target)
     (draft / "draftline.json").write_text(json.dumps({"target_fingerprint": "0" * 64}))
     with pytest.raises(UserError, match="a draft for target 000000000000"):
-        build_command(recipe, target, port=8123, draft=draft)
+        build_command(recipe, target, port=8123, serving=Serving(draft))
 
 
 def test_booleans_become_flags_and_their_negations() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from recipe.load import load_recipe
-from serve.settings import measured_settings, output_settings
+from serve.settings import engine_settings, measured_settings, output_settings
 
 BASE = (
     "serve.variants={small: {path: /w/small, memory_gb: 1, args: {kv-cache-dtype: fp8}}, "
@@ -39,6 +39,9 @@ def settings(recipe_path: Path, *overrides: str, purpose: Any = "synth") -> dict
         "serve.speculative.attention_backend=FLASH_ATTN",
         "serve.image=vllm:other",
         "dump.args.enforce-eager=true",
+        "serve.hardware=h100",
+        "serve.args.no-enforce-eager=true",
+        "serve.args.tensor-parallel-size=4",
     ],
 )
 def test_what_does_not_change_the_output_is_left_out(recipe_path: Path, override: str) -> None:
@@ -52,9 +55,8 @@ def test_what_does_not_change_the_output_is_left_out(recipe_path: Path, override
         "serve.args.quantization=fp8",
         "serve.purposes.synth.args.kv-cache-dtype=fp8",
         "serve.variant=small",
-        "serve.hardware=h100",
         "serve.backend=sglang",
-        "serve.args.no-enforce-eager=true",
+        "serve.args.no-async-engine=true",
     ],
 )
 def test_what_changes_the_output_is_compared(recipe_path: Path, override: str) -> None:
@@ -67,7 +69,7 @@ def test_the_last_layer_of_flags_wins(recipe_path: Path) -> None:
     assert found == {
         "backend": "vllm",
         "weights": "/w/small",
-        "flags": {"dtype": "float32", "enforce-eager": True, "kv-cache-dtype": "auto"},
+        "flags": {"dtype": "float32", "kv-cache-dtype": "auto"},
     }
     dump = settings(recipe_path, "dump.args.kv-cache-dtype=bfloat16", purpose="dump")
     assert dump["flags"]["kv-cache-dtype"] == "bfloat16"
@@ -93,8 +95,26 @@ def test_a_variants_folder_may_move_and_its_weights_may_not_change(
         ("serve.args.max-num-seqs=64", True),
         ("serve.args.gpu-memory-utilization=0.5", True),
         ("serve.speculative.attention_backend=FLASH_ATTN", True),
+        ("serve.variants.small.speculative.attention_backend=FLASH_ATTN", True),
+        ("serve.variants.other.speculative.attention_backend=FLASH_ATTN", False),
+        ("target.max_model_len=128", True),
+        ("serve.args.tensor-parallel-size=4", True),
     ],
 )
 def test_a_measurement_also_compares_what_changes_the_speed(recipe_path: Path, override: str, compared: bool) -> None:
-    plain, changed = (measured_settings(load_recipe(recipe_path, [BASE, *more])) for more in ([], [override]))
+    base = [BASE, "serve.variant=small"]
+    plain, changed = (measured_settings(load_recipe(recipe_path, [*base, *more])) for more in ([], [override]))
     assert (plain != changed) == compared
+
+
+def test_sglang_serves_synthesis_alone_and_a_dump_of_its_own_engine_has_neither_variant_nor_node(
+    recipe_path: Path,
+) -> None:
+    sglang = ["serve.backend=sglang", "serve.sglang_args.quantization=fp8"]
+    assert settings(recipe_path, *sglang) != settings(recipe_path)
+    for purpose in ("dump", "bench"):
+        assert settings(recipe_path, *sglang, purpose=purpose) == settings(recipe_path, purpose=purpose)
+    plain = engine_settings(load_recipe(recipe_path, [BASE]))
+    same = [*sglang, "serve.variant=small", "serve.hardware=h100", "dump.args.max_num_seqs=2"]
+    assert engine_settings(load_recipe(recipe_path, [BASE, *same])) == plain
+    assert engine_settings(load_recipe(recipe_path, [BASE, "dump.args.kv-cache-dtype=fp8"])) != plain

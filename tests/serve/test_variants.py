@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 from common.errors import UserError
 from recipe.load import load_recipe
 from serve.cli import app
-from serve.command import Sizes, build_command, parse_flags, size_flags
+from serve.command import build_command
+from serve.flags import Sizes, parse_flags, size_flags
 from target.target import Target
 
 GOLDEN = Path(__file__).parent / "golden"

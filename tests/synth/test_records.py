@@ -536,3 +536,13 @@ def test_inspect_shows_the_supervised_tokens_in_the_terminal_and_as_html(
         result = run("synth", "inspect", tmp_path / "out", name, check=False)
         assert result.returncode == 2
         assert found in result.stderr
+
+
+def test_calls_that_a_server_without_token_ids_took_out_of_the_text_are_refused(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server
+) -> None:
+    row = {"turns": ["call look, no ids"], "tools": [{"type": "function", "function": {"name": "look"}}]}
+    args = ("-r", recipe_path, "--prompts", write(tmp_path / "p.jsonl", [row]), "--output", tmp_path / "out")
+    result = run("synth", "generate", *args, "--endpoint", server.url, check=False)
+    assert result.returncode == 2
+    assert "found tool calls, and no token ids" in result.stderr

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from contracts.conversation import Conversation, read_conversations
 from recipe.load import load_recipe
-from serve.command import build_command
+from serve.command import Serving, build_command
 from serve.server import find_port, run_server
 from target.target import Target
 
@@ -95,8 +95,8 @@ def written(args: tuple[Any, ...], prompts: Path, tmp_path_factory: pytest.TempP
 def parsing_server(recipe_path: Path, target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server that somebody else started, with a tool call parser."""
     recipe = load_recipe(recipe_path, [f"target.path={target}"])
-    flags = {"enable-auto-tool-choice": True, "tool-call-parser": "hermes"}
-    command = build_command(recipe, Target.read(target), port=find_port("127.0.0.1", None), extra_args=flags)
+    serving = Serving(extra_args={"enable-auto-tool-choice": True, "tool-call-parser": "hermes"})
+    command = build_command(recipe, Target.read(target), port=find_port("127.0.0.1", None), serving=serving)
     log = tmp_path_factory.mktemp("server") / "server.log"
     with run_server(command, log_path=log, startup_timeout_s=300) as server:
         yield f"{server.url}/v1"

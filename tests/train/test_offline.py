@@ -179,16 +179,27 @@ def test_schedules_start_with_the_warm_up_and_end_near_zero() -> None:
         assert (rates[79] == 1.0) == (schedule == "wsd")
 
 
-def test_data_that_holds_the_mask_token_is_refused(recipe_path: Path, target_folder: Path, tmp_path: Path) -> None:
+def test_a_mask_token_in_a_sample_that_only_the_last_step_takes_is_refused_before_the_first(
+    recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
     target = Target.read(target_folder)
     store = Store(write_store(tmp_path / "store", target))
-    sample = store.read_sample(store.sample_ids()[0])
+    recipe = load_recipe(recipe_path, ["train.global_batch_size=1", "train.num_steps=10"])
+    samples = Samples(store, recipe.training(), 256)
+    last = samples.batch(9).sample_ids[0]
+    assert all(last not in samples.batch(step).sample_ids for step in range(9))
+    sample = store.read_sample(last)
     sample.input_ids[20] = choose_mask_token(target, None)
-    store.write_sample(store.sample_ids()[0], sample)
-    args = ["--recipe", recipe_path, "--store", store.folder, "--output", tmp_path / "draft"]
-    result = run_here("train", "offline", *args, check=False)
+    store.write_sample(last, sample)
+    args = ["train", "offline", "--recipe", recipe_path, "--store", store.folder, "--output", tmp_path / "draft"]
+    sets = ["--set", "train.global_batch_size=1", "--set", "train.num_steps=10", "--set", "train.checkpoint_every=1"]
+    result = run_here(*args, *sets, check=False)
     assert result.returncode == 2
-    assert "among its tokens" in result.stderr
+    assert f"{last}.safetensors: found the mask token" in result.stderr
+    assert not list((tmp_path / "draft").glob("step-*"))
+    few = store.sample_ids().index(last)
+    assert few
+    run_here(*args[:-1], tmp_path / "few", *sets, "--set", f"train.max_samples={few}")
 
 
 def test_a_store_of_another_target_is_refused_in_one_line(
