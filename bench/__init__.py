@@ -1,1 +1,1 @@
-"""What a served draft is worth."""
+"""Measure a served draft: acceptance, speed, agreement with the trainer."""

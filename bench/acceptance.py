@@ -5,10 +5,10 @@ Writes: OUTPUT/prompts (the rows), OUTPUT/conversations/<set>-<mode> (`synth gen
         OUTPUT/k<K>/<group>.json (all replies with the draft, and vLLM's counters for the group),
         OUTPUT/acceptance.json (the figures), acceptance.md (the tables), golden_al.yaml, acceptance_by_k.png.
 
-The target first writes all conversations without a draft. Then each reply is generated again with the draft, from the
-recorded context as token ids. So every number of draft tokens gets the same prompts, and greedy replies can be compared
-with those without a draft. With --endpoint there is nothing to compare: that server always drafts. Finished work is
-kept: the conversations row by row, the rest by group (a set, a mode and a temperature).
+The target first generates all conversations without a draft. Then each reply is generated again with the draft, from
+the recorded context as token ids. So every number of draft tokens has the same prompts, and greedy replies can be
+compared with those without a draft. With --endpoint nothing is compared, since that server always drafts. Finished work
+is kept: conversations by row, the rest by group (a set, a mode and a temperature).
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ from serve.settings import measured_settings
 from target.target import Target
 
 OVERRIDDEN = ("thinking_modes", "temperature", "num_samples", "supervise_end")
-"""Keys of `synth` that `write_conversations` sets itself."""
+"""Keys of `synth` that `write_conversations` overrides."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """What to measure: prompt sets by name or file, modes, temperatures, draft tokens (None: the draft's)."""
+    """The measurements: prompt sets by name or file, modes, temperatures, draft tokens (None: the draft's)."""
 
     prompts: list[str]
     modes: list[str]
@@ -63,7 +63,7 @@ class Matrix:
     draft_tokens: list[int] | None = None
     limit: int | None = None
     endpoint: str | None = None
-    """URL of a running server with the draft, which answers everything. None: servers are started."""
+    """URL of a running server with the draft, used for all requests. None: servers are started."""
 
 
 @dataclass
@@ -75,10 +75,10 @@ class Group:
 
 
 def measure(recipe: Recipe, recipe_args: Sequence[str], draft: Path, matrix: Matrix, output: Path) -> dict[str, Any]:
-    """Measure the matrix and return the report. `recipe_args` are the flags that gave `recipe`.
+    """Measure the matrix and return the report. `recipe_args`: the flags that `recipe` was loaded from.
 
-    Raises UserError for prompts or a draft that do not fit, IncompleteError when a stage fails or when vLLM's counters
-    and the sum of the requests' counts differ.
+    Raises UserError for wrong prompts or a draft of another target, IncompleteError if a stage fails or vLLM's counters
+    differ from the sum over the requests.
     """
     target = Target.here(recipe.target)
     draft_tokens = _choose_draft_tokens(recipe, target, draft, matrix)
@@ -89,7 +89,7 @@ def measure(recipe: Recipe, recipe_args: Sequence[str], draft: Path, matrix: Mat
     write_conversations(recipe, recipe_args, target, sets, matrix, output)
     groups = read_groups(sets, matrix, output)
     if run.complete:
-        run.reopen()  # other numbers of draft tokens may follow
+        run.reopen()  # this call may measure other numbers of draft tokens
     results = {}
     for k in draft_tokens:
         folder = output / f"k{k}"
@@ -115,7 +115,7 @@ def measure(recipe: Recipe, recipe_args: Sequence[str], draft: Path, matrix: Mat
 
 
 def _choose_draft_tokens(recipe: Recipe, target: Target, draft: Path, matrix: Matrix) -> list[int]:
-    """Return the numbers of draft tokens in ascending order. Raises UserError for some that cannot be served."""
+    """Return the numbers of draft tokens, ascending. Raises UserError for a number that cannot be served."""
     own = int(speculation_of(recipe, target, draft)["num_speculative_tokens"])
     chosen = sorted(set(matrix.draft_tokens or [own]))
     if matrix.endpoint and matrix.draft_tokens and len(chosen) > 1:
@@ -170,7 +170,7 @@ def parse_draft_tokens(text: str | None) -> list[int] | None:
 def write_conversations(
     recipe: Recipe, recipe_args: Sequence[str], target: Target, sets: Sequence[Path], matrix: Matrix, output: Path
 ) -> None:
-    """Generate conversations for each set and mode, all on one server; without a draft unless --endpoint names it."""
+    """Generate conversations for each set and mode, without a draft unless --endpoint has one."""
     todo = []
     for path in sets:
         for mode in matrix.modes:
@@ -193,7 +193,7 @@ def write_conversations(
 
 
 def read_groups(sets: Sequence[Path], matrix: Matrix, output: Path) -> list[Group]:
-    """Read the recorded turns by set, mode and temperature. Raises UserError when there are none."""
+    """Read the recorded turns by set, mode and temperature. Raises UserError if there are none."""
     groups = []
     for path in sets:
         for mode in matrix.modes:
@@ -212,10 +212,10 @@ def read_groups(sets: Sequence[Path], matrix: Matrix, output: Path) -> list[Grou
 def serve_group(
     recipe: Recipe, server: Served, group: Group, num_draft_tokens: int, *, compare: bool
 ) -> dict[str, Any]:
-    """Send one group; return its answers, the change of vLLM's counters, and where greedy replies differ.
+    """Send one group; return its answers, the change of vLLM's counters, and differing greedy replies.
 
-    Greedy replies are compared only if `compare`. Raises UserError when the server drafts another number of tokens,
-    IncompleteError when the counters are not the sum of the requests' counts, if the server returns these.
+    Greedy replies are compared only if `compare`. Raises UserError if the server drafts another number of tokens,
+    IncompleteError if it returns counts per request and the counters are not their sum.
     """
     before = read_counters(server.url)
     at_once = max(recipe.bench.concurrency)
@@ -253,7 +253,7 @@ def serve_group(
 
 
 def check_counters(counted: Acceptance, counters: dict[str, float], where: str) -> None:
-    """Raise IncompleteError when vLLM's counters, also by position, are not the sum of the requests' counts."""
+    """Raise IncompleteError if a counter of vLLM, also by position, is not the sum over the requests."""
     found = {key: int(value) for key, value in counters.items() if value}
     at = [sum(counted.histogram[i + 1 :]) for i in range(len(counted.histogram) - 1)]
     expected = {
@@ -264,7 +264,7 @@ def check_counters(counted: Acceptance, counters: dict[str, float], where: str) 
     for key, value in expected.items():
         if found.get(key, 0) != value:
             raise IncompleteError(
-                f"{where}: found {found.get(key, 0)} as {key} in vLLM's metrics, expected {value} as the requests say. "
+                f"{where}: found {found.get(key, 0)} as {key} in vLLM's metrics, expected {value}, the requests' sum. "
                 "Something else used the server: run again."
             )
 

@@ -4,7 +4,8 @@ Writes: acceptance.json; acceptance.md, a table for each thinking mode and tempe
         length by thinking mode and number of draft tokens, for simulated serving; acceptance_by_k.png.
 
 The micro average sums counters before dividing; the macro average is the mean of the rows' acceptance lengths. Replies
-that fell into a loop are easy to draft and not typical: they are counted on a line of their own and nowhere else.
+that fell into a loop are easy to draft and not typical: they have a line of their own and count nowhere else, except in
+rows of servers that report no counts per request.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ def summarize(
     end_token_ids: Collection[int],
     loop_tokens: int,
 ) -> dict[str, Any]:
-    """Compute the figures of each K. `results` holds its groups as bench/acceptance.py writes them.
+    """Compute the figures of each K from its groups `results[K]`, as bench/acceptance.py writes them.
 
-    `rows` has an entry for each set, category, mode, temperature and K; `by_mode` and `pooled` sum them up.
+    `rows` has an entry per set, category, mode, temperature and K; `by_mode` and `pooled` aggregate them.
     """
     report: dict[str, Any] = {"rows": [], "by_mode": [], "pooled": {}, "greedy": {}, "overruns": {}}
     for k, groups in results.items():
@@ -71,7 +72,7 @@ def summarize(
 def make_rows(
     turns: Sequence[Turn], answers: Mapping[str, Answer], loops: Collection[str], num_draft_tokens: int
 ) -> list[dict[str, Any]]:
-    """Make a row for each set, category, mode and temperature. Replies in `loops` are counted, but not measured."""
+    """Make a row per set, category, mode and temperature. Replies in `loops` are only counted."""
     groups: dict[tuple[str, str, str, float], list[Turn]] = defaultdict(list)
     for turn in turns:
         groups[turn.dataset, turn.category, turn.thinking_mode, turn.temperature].append(turn)
@@ -100,7 +101,7 @@ def make_rows(
 def row_of_counters(
     turns: Sequence[Turn], loops: Collection[str], group: Mapping[str, Any], num_draft_tokens: int
 ) -> dict[str, Any]:
-    """Make the row of a group whose server does not report accepted tokens by request: all categories, with loops."""
+    """Make the row of a group whose server reports no counts per request: all categories, loops included."""
     members = [turn for turn in turns if turn.group == _key(group)]
     counters = group["counters"]
     total = Acceptance.from_counters(
@@ -122,7 +123,7 @@ def row_of_counters(
 
 
 def pool_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the micro average of rows, from the sum of their counters, and the macro average of rows with steps."""
+    """Return the micro average of rows, from summed counters, and the macro average of rows with steps."""
     total = Acceptance.pool(Acceptance(tuple(row["histogram"])) for row in rows)
     lengths = [row["acceptance_length"] for row in rows if row["steps"]]
     return {
@@ -133,7 +134,7 @@ def pool_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def make_tables(report: Mapping[str, Any]) -> str:
-    """Format the tables as Markdown: one for each mode and temperature at the largest K, then lengths by K."""
+    """Format the tables as Markdown: one per mode and temperature at the largest K, then lengths by K."""
     largest = max(entry["num_draft_tokens"] for entry in report["by_mode"])
     lines = []
     for entry in report["by_mode"]:
@@ -196,7 +197,7 @@ def _key(group: Mapping[str, Any]) -> tuple[str, str, float]:
 
 
 def _by_conversation(turns: Sequence[Turn], answers: Mapping[str, Answer], num_draft_tokens: int) -> list[Acceptance]:
-    """Return the acceptance of each conversation, the unit that bootstrapping resamples."""
+    """Return the acceptance of each conversation, the unit that the bootstrap resamples."""
     steps: dict[str, list[int]] = defaultdict(list)
     for turn in turns:
         steps[turn.conversation] += kept_steps(answers[turn.id])
@@ -254,7 +255,7 @@ def _describe(greedy: Mapping[str, Any]) -> str:
 
 
 def _plot(report: Mapping[str, Any], path: Path) -> None:
-    """Draw acceptance length by K, a line for each mode and temperature."""
+    """Draw acceptance length by K, one line per mode and temperature."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -264,7 +265,7 @@ def _plot(report: Mapping[str, Any], path: Path) -> None:
     for (mode, temperature), lengths in _lengths(report).items():
         axes.plot(list(lengths), list(lengths.values()), marker="o", label=f"{mode or 'default'}, T = {temperature:g}")
     axes.set_xlabel("draft tokens")
-    axes.set_ylabel("acceptance length (tokens a step)")
+    axes.set_ylabel("acceptance length (tokens per step)")
     axes.set_ylim(bottom=1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

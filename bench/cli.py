@@ -1,4 +1,4 @@
-"""`bench`: measure a served draft: acceptance, speed, agreement with the trainer."""
+"""`bench`: measure a served draft's acceptance, speed and agreement with the trainer."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class RecipeOptions:
 
     @property
     def args(self) -> list[str]:
-        """The same options, for a command that runs another stage."""
+        """The same options, for the command of another stage."""
         return ["--recipe", str(self.recipe), *(word for value in self.set_ or [] for word in ("--set", value))]
 
 
 @dataclass(frozen=True)
 class PointOptions:
-    """Which points of the recipe's sweep."""
+    """Filters of the recipe's sweep points."""
 
     layout: Annotated[list[str] | None, typer.Option(help="Only this layout, for example tp8-ep8-dp. Repeatable.")] = (
         None
@@ -53,7 +53,7 @@ class PointOptions:
     ] = None
 
     def plan(self, recipe: Recipe) -> list[Point]:
-        """List the points. Raises UserError for a name that the recipe does not have."""
+        """List the points. Raises UserError for a name that is not in the recipe."""
         from bench.plan import plan_points
 
         return plan_points(recipe, self.layout or [], self.scenario or [], self.concurrency or [])
@@ -97,7 +97,7 @@ def acceptance(
         typer.Option(help="URL of a running server with this draft, ending in /v1.", show_default="start servers"),
     ] = None,
 ) -> None:
-    """Measure acceptance: on prompt sets, by category, mode and draft tokens; or on held-out conversations."""
+    """Measure acceptance on prompt sets (by category, mode and draft tokens) or held-out conversations."""
     from bench.acceptance import Matrix, measure, parse_draft_tokens
     from bench.replay import measure as replay
 
@@ -144,7 +144,7 @@ def parity(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the traces and the report.")],
     samples: Annotated[int, typer.Option(min=1, help="Number of samples of the store to compare.")] = 4,
 ) -> None:
-    """Compare trainer and engine, from the captured layers to the draft's logits. Name the first difference."""
+    """Compare trainer and engine, from captured layers to the draft's logits. Name the first difference."""
     from bench.parity import Compared
     from bench.parity import parity as compare_sides
     from contracts.draft import DraftRun
@@ -178,11 +178,11 @@ def plan(
     options: RecipeOptions,
     points: PointOptions,
     draft_tokens: Annotated[
-        int | None, typer.Option(min=0, help="Draft tokens a step.", show_default="those of train.draft")
+        int | None, typer.Option(min=0, help="Draft tokens per step.", show_default="those of train.draft")
     ] = None,
-    format_: Annotated[str, typer.Option("--format", help="How to print them: table or json.")] = "table",
+    format_: Annotated[str, typer.Option("--format", help="Output format: table or json.")] = "table",
 ) -> None:
-    """Print the points of the recipe's sweep: layouts, loads, sizes, and which ones are evaluated."""
+    """Print the points of the recipe's sweep: layouts, loads, sizes, and which points are evaluated."""
     from bench.plan import show_plan
 
     loaded = options.load()
@@ -205,7 +205,7 @@ def sweep(
     ] = None,
     baseline: Annotated[bool, typer.Option(help="Also measure each point without the draft.")] = True,
 ) -> None:
-    """Serve each layout with and without the draft, and measure each load: throughput, latencies, acceptance."""
+    """Measure throughput, latencies and acceptance of each layout and load, with and without the draft."""
     from bench.sweep import sweep as sweep_points
 
     loaded = options.load()

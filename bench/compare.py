@@ -1,6 +1,6 @@
 """Compare a draft with no draft, or two drafts, under load: uplift, break-even concurrency, acceptance.
 
-Reads:  one or two sweeps (`bench sweep`; one of two may lack a baseline), acceptance by prompt set.
+Reads:  one or two sweeps (`bench sweep`; one of two may have no baseline), acceptance by prompt set.
 Writes: OUTPUT/compare.json, the plots as PNG, and report.html with tables and plots in one file.
 
 Uplift is draft / base - 1 on total tokens/s (input and output), at equal concurrency, layout and scenario.
@@ -53,7 +53,7 @@ class Curve:
 def compare(sweeps: Sequence[Path], acceptance: Sequence[Path], output: Path) -> dict[str, Any]:
     """Write the comparison and return the content of compare.json.
 
-    Raises UserError for sweeps of different targets, or when nothing can be compared.
+    Raises UserError for sweeps of different targets, or if no point can be compared.
     """
     names = name_folders(sweeps)
     found = {name: read_json(folder / SWEEP_FILE, "a sweep") for name, folder in zip(names, sweeps, strict=True)}
@@ -72,7 +72,7 @@ def compare(sweeps: Sequence[Path], acceptance: Sequence[Path], output: Path) ->
         label: [p for p in found[name]["points"] if p["kind"] == kind and p["status"] == "done"]
         for (name, kind), label in labels.items()
     }
-    # A sweep without a baseline is compared with the other sweep's.
+    # A sweep without a baseline uses the other sweep's.
     with_base = [name for name in names if series[labels[name, "base"]]] or names
     pairs = [(labels[name if name in with_base else with_base[0], "base"], labels[name, "draft"]) for name in names]
     pairs += [] if alone else [(names[0], names[1])]
@@ -107,10 +107,10 @@ def uplift(base: float, draft: float) -> float:
 
 
 def break_even(points: Sequence[tuple[int, float]]) -> float | None:
-    """Return the concurrency at which uplift becomes 0, from `(concurrency, uplift)`. None: it does not cross 0.
+    """Return the concurrency at which the uplift of `points` becomes 0; None if it does not cross 0.
 
-    Interpolates between the last point with a gain and the next one, linearly in the logarithm of the concurrency:
-    sweeps double the concurrency.
+    Points are `(concurrency, uplift)`. Interpolates between the last point with a gain and the next one, linearly in
+    the logarithm of the concurrency, since sweeps double the concurrency.
     """
     ordered = sorted(points)
     last = max((i for i, (_, gain) in enumerate(ordered) if gain > 0), default=None)
@@ -121,7 +121,7 @@ def break_even(points: Sequence[tuple[int, float]]) -> float | None:
 
 
 def tell_break_even(points: Sequence[tuple[int, float]]) -> str:
-    """Describe `break_even` as text, also where uplift does not cross 0."""
+    """Describe `break_even` as text, also if uplift does not cross 0."""
     ordered = sorted(points)
     crossing = break_even(ordered)
     if crossing is not None:
@@ -132,7 +132,7 @@ def tell_break_even(points: Sequence[tuple[int, float]]) -> str:
 
 
 def pair(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], name: str, over: str) -> list[Curve]:
-    """Make a curve for each layout and scenario, from the points that both series have."""
+    """Make a curve per layout and scenario, from the points that both series have."""
     known = {(p["scenario"], p["layout"], p["concurrency"]): p["total_tokens_per_s"] for p in before}
     curves: dict[tuple[str, str], list[tuple[int, float, float]]] = defaultdict(list)
     for point in after:
@@ -143,9 +143,9 @@ def pair(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], name
 
 
 def pool_rows(folder: Path) -> dict[str, Any]:
-    """Sum up a folder of `bench acceptance` at its largest number of draft tokens, by dataset and category.
+    """Pool a `bench acceptance` folder's rows of the largest K, by dataset and category.
 
-    Raises UserError when it has no rows by prompt set.
+    Raises UserError if it has no rows by prompt set.
     """
     path = folder / "acceptance.json"
     rows = read_json(path, "the output of `bench acceptance`").get("rows")
@@ -173,6 +173,6 @@ def pool_rows(folder: Path) -> dict[str, Any]:
 
 
 def name_folders(folders: Sequence[Path]) -> list[str]:
-    """Name each folder: by its own name, or by the whole path where two have the same name."""
+    """Return a name for each folder: its own, or the path if two folders have the same name."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]

@@ -1,6 +1,6 @@
-"""Show a comparison: a table for the terminal, and report.html with tables and plots in one file.
+"""Report a comparison: a table for the terminal, and a page with tables and plots.
 
-Writes: OUTPUT/report.html and the plots as PNG.
+Writes: OUTPUT/report.html (one file, plots included) and the plots as PNG.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _point(label: str, point: dict[str, Any]) -> tuple[object, ...]:
 
 
 def _list_lengths(acceptance: dict[str, Any]) -> list[Table]:
-    """Acceptance length and rate, a column for each draft: a table by dataset, and one by category."""
+    """List acceptance length and rate, one column per draft: a table by dataset and one by category."""
     names = list(acceptance)
     tables = []
     for key, what in (("by_dataset", "dataset"), ("by_category", "category")):

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.files import write_atomic
-from contracts.prompt_files import open_prompts
+from contracts.prompt_files import open_hub, open_prompts
 from contracts.prompts import PROMPT_KEYS, parse_list, read_category, read_id
 
 
@@ -39,7 +39,7 @@ SOURCES = {
     "speed_bench": Source("nvidia/SPEED-Bench", "qualitative", "test", "turns"),
 }
 PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED"
-"""SPEED-Bench begins a turn so where its own script has to fetch the text."""
+"""Beginning of a SPEED-Bench turn whose text must be fetched with its own script."""
 
 
 def parse_name(text: str) -> tuple[str, Path | None]:
@@ -67,7 +67,7 @@ def parse_name(text: str) -> tuple[str, Path | None]:
 
 
 def write_prompts(text: str, folder: Path, limit: int | None) -> Path:
-    """Write the first `limit` rows of a set into `folder`; return the file. Raises UserError for a missing set."""
+    """Write the first `limit` rows of a set to a file; return it. Raises UserError if the set is missing."""
     name, file = parse_name(text)
     source = SOURCES.get(name)
     rows = _read_file(file) if file else _read_hub(name, SOURCES[name])
@@ -85,7 +85,7 @@ def write_prompts(text: str, folder: Path, limit: int | None) -> Path:
 
 
 def make_row(row: dict[str, Any], name: str, number: int, source: Source | None) -> dict[str, Any] | None:
-    """Return a row as `synth generate` reads it; None for one that holds a placeholder instead of its text."""
+    """Convert a row for `synth generate`; return None if it has a placeholder instead of its text."""
     prompt = {key: parse_list(row[key]) for key in PROMPT_KEYS if row.get(key)}
     if source and not ({"turns", "messages"} & set(prompt)):
         prompt = {"turns": row.get(source.column)}
@@ -105,16 +105,15 @@ def _read_file(path: Path) -> Iterator[dict[str, Any]]:
         yield row.value
 
 
-def _read_hub(name: str, source: Source) -> Iterable[dict[str, Any]]:
-    import datasets
-
+def _read_hub(name: str, source: Source) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a known set. Raises UserError if it cannot be loaded."""
     try:
-        rows: Iterable[dict[str, Any]] = datasets.load_dataset(source.repository, source.config, split=source.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        rows = open_hub(source.repository, source.split, source.config).rows()
+    except LookupError as error:
         raise UserError(
             f"--prompts {name}",
-            found=f"{source.repository}, which cannot be loaded ({str(error).splitlines()[0][:200]})",
+            found=f"{source.repository}, which cannot be loaded ({error.args[0]})",
             expected="the set, on the hub or in its cache",
             fix=f"Give a local copy: --prompts {name}=FILE.jsonl.",
         ) from None
-    return rows
+    yield from (row.value for row in rows)

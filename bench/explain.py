@@ -1,4 +1,4 @@
-"""Where an export's config differs from training: the likely cause when served and predicted acceptance differ."""
+"""Find where an export's config differs from training, the likely cause if served and predicted acceptance differ."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from target.target import Target
 
 
 def explain_config(export: Path, draft: DraftRun, store: Store, target: Target) -> str:
-    """The first difference between the export's config.json and training, as a sentence; "" where there is none."""
+    """Return the first difference of the export's config.json from training as a sentence, or ""."""
     served, trained = describe_config(export), read_config(draft)
     expected = {
         "layers that it reads": (served.layer_ids, store.read_manifest().layer_ids),

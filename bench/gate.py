@@ -1,12 +1,13 @@
-"""The check before a long training run: overfit a few samples, serve the draft, compare served with predicted rates.
+"""Check a recipe before a long training run: overfit a few samples, serve the draft, compare predicted with served.
 
-It takes minutes. A wrong layer or norm that it finds would otherwise cost days.
+It takes minutes, and finds a wrong layer or norm that would cost days of training.
 
 Reads:  a store, the conversations it was dumped from.
-Writes: OUTPUT/{draft,eval.json,export}, the stages' own; served.json, what the server answered; gate.json, both rates.
+Writes: OUTPUT/{draft,eval.json,export} (the stages' own files), served.json (the server's answers), gate.json (both
+        rates).
 
-An overfitted draft guesses nearly everything, so any difference between training and serving shows at once. The gate
-fails when the draft did not learn its samples, or when served and predicted acceptance differ, and says where to look.
+An overfitted draft predicts nearly every token, so any difference between training and serving shows. The gate fails if
+the draft did not learn its samples, or if served and predicted acceptance differ, and names the likely cause.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ MIN_LENGTH = 2.0
 
 @dataclass(frozen=True)
 class Gate:
-    """What the gate works with. `recipe_args` are the flags that gave `recipe`."""
+    """Inputs and folders of the gate. `recipe_args`: the flags that `recipe` was loaded from."""
 
     recipe: Recipe
     recipe_args: Sequence[str]
@@ -64,10 +65,10 @@ class Gate:
 def gate(
     recipe: Recipe, recipe_args: Sequence[str], store_folder: Path, output: Path, num_samples: int, num_steps: int
 ) -> dict[str, Any]:
-    """Train, evaluate, export and serve a draft; return the report. `recipe_args` are the flags that gave `recipe`.
+    """Train, evaluate, export and serve a draft; return the report.
 
-    Raises IncompleteError with the likely cause when the gate does not open, UserError when the store's conversations
-    are not where they were.
+    `recipe_args`: the flags that `recipe` was loaded from. Raises IncompleteError with the likely cause if the gate
+    fails, UserError if the store's conversations are no longer in their folder.
     """
     target = Target.here(recipe.target)
     store, manifest = open_store(store_folder, target)
@@ -113,7 +114,7 @@ def gate(
 
 
 def _sample_of(turn: Turn) -> str:
-    """Return the id that a turn's sample has in the store."""
+    """Return the id of a turn's sample in the store."""
     return turn.id.rpartition("-")[0]
 
 
@@ -128,9 +129,9 @@ def _train(work: Gate) -> None:
 
 
 def _judge(work: Gate, predicted: Acceptance, found: Acceptance) -> float:
-    """Print both rates by position; return by how much the served length differs from the predicted one.
+    """Print both rates by position; return the relative difference of the served length.
 
-    Raises IncompleteError when the draft learned too little, or when the two differ too much.
+    Raises IncompleteError if the draft learned too little, or if the two differ too much.
     """
     num_draft_tokens = len(predicted.per_position)
     print(f"{'position':>20}" + "".join(f"{place:>8}" for place in range(1, num_draft_tokens + 1)))
@@ -146,7 +147,7 @@ def _judge(work: Gate, predicted: Acceptance, found: Acceptance) -> float:
     if abs(difference) > MAX_DIFFERENCE:
         cause = explain(work.export, work.draft, work.store, work.target, predicted, found)
         raise IncompleteError(
-            f"{work.output}: found {found.acceptance_length:.3f} tokens a step served, expected "
+            f"{work.output}: found {found.acceptance_length:.3f} tokens per step served, expected "
             f"{predicted.acceptance_length:.3f} as training predicts ({difference:+.1%}). {cause}"
         )
     return difference
@@ -155,12 +156,12 @@ def _judge(work: Gate, predicted: Acceptance, found: Acceptance) -> float:
 def explain(
     export: Path, draft: DraftRun, store: Store, target: Target, predicted: Acceptance, found: Acceptance
 ) -> str:
-    """Return the likely cause of a difference: a value of the export's config, or what the rates by position tell."""
+    """Return the likely cause of a difference, from the export's config, else from the rates by position."""
     if cause := explain_config(export, draft, store, target):
         return cause
     if found.per_position[0] < 0.8 * predicted.per_position[0]:
         return (
-            "Already the first position differs though the export's config is as trained: the engine's layers or their "
-            "norm are not the store's. Run `bench parity`, which names the first thing that differs."
+            "The first position already differs, although the export's config is as trained: the engine's layers or "
+            "their norm are not the store's. Run `bench parity`, which names the first difference."
         )
-    return "The later positions differ: look at rope and at the mask token's embedding; `bench parity` compares them."
+    return "The later positions differ: check rope and the mask token's embedding; `bench parity` compares them."

@@ -1,4 +1,4 @@
-"""Put one load on a running server with vLLM's load generator (`vllm bench serve`) and read its figures.
+"""Run one load on a running server with vLLM's load generator (`vllm bench serve`) and read its figures.
 
 Reads:  a file of prompt rows (contracts/prompts.py), if the recipe names one.
 Writes: the prompts in the generator's format; the generator's output to a log.
@@ -8,7 +8,7 @@ for a size n. So x = n(1+r)/2 and q = (1-r)/(1+r), both rounded down: no length 
 
 Random tokens are sent as chat messages. Prompts of a file are rendered here with the target's chat template, up to
 their first user turn, and sent as text, because vLLM's generator has no system message. The choice of prompts matters:
-a draft gains most on the data it was trained on, and next to nothing on random tokens.
+a draft gains most on data like its training data, and next to nothing on random tokens.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ PERCENTILES = (50, 90, 95, 99)
 def run_load(
     recipe: Recipe, target: Target, point: Point, url: str, prompts: Path | None, path: Path
 ) -> dict[str, Any]:
-    """The generator's own result for `point` on the server at `url`, without what it lists a request.
+    """Run the load of `point` on the server at `url`; return the result without per-request lists.
 
-    Greedy (temperature 0). Its output goes beside `path`, to .log. Raises IncompleteError when there is no result.
+    Greedy (temperature 0). The generator's output goes to .log beside `path`. Raises IncompleteError without a result.
     """
     result, log = path.with_suffix(".raw"), path.with_suffix(".log")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def run_load(
 def load_flags(
     sweep: SweepSection, target: Target, point: Point, url: str, prompts: Path | None, result: Path
 ) -> dict[str, Any]:
-    """Flags of `vllm bench serve`, without the dashes."""
+    """Return the flags of `vllm bench serve`, without the dashes."""
     if prompts is None:
         source: dict[str, Any] = {
             "backend": "openai-chat",
@@ -94,7 +94,7 @@ def load_flags(
             "dataset-name": "custom",
             "dataset-path": prompts,
             "custom-output-len": -1,  # each row's own
-            "skip-chat-template": True,  # it is in the rows already
+            "skip-chat-template": True,  # the rows are rendered already
             "extra-body": json.dumps({"add_special_tokens": False}),
         }
     return {
@@ -128,9 +128,9 @@ def spread(range_ratio: float) -> float:
 
 
 def write_prompts(recipe: Recipe, target: Target, point: Point, path: Path) -> tuple[int, int]:
-    """Write the recipe's prompts as `{prompt, output_tokens}` for the sizes of `point`; how many, and how many not.
+    """Write the recipe's prompts as `{prompt, output_tokens}` for the sizes of `point`; return `(written, left out)`.
 
-    Those of more than `isl` tokens are left out. Raises UserError for a row without a prompt, or when none is left.
+    Prompts of more than `isl` tokens are left out. Raises UserError for a row without a prompt, or if none is left.
     """
     from transformers import AutoTokenizer
 
@@ -157,7 +157,7 @@ def write_prompts(recipe: Recipe, target: Target, point: Point, path: Path) -> t
 
 
 def read_opening_row(row: Row) -> list[dict[str, Any]]:
-    """Return a row's messages up to its first user turn. Raises UserError for a row that has none."""
+    """Return a row's messages up to its first user turn. Raises UserError if it has none."""
     try:
         if row.error:
             raise ValueError(row.error)
@@ -169,7 +169,7 @@ def read_opening_row(row: Row) -> list[dict[str, Any]]:
 
 
 def read_figures(raw: Mapping[str, Any], point: Point) -> dict[str, Any]:
-    """Compute our figures from the generator's result: latencies in ms, speeds in tokens/s, acceptance from counters.
+    """Compute figures from the generator's result: latencies in ms, speeds in tokens/s, acceptance.
 
     Tokens/s per user is 1000 / the median time per output token (ms). Warm-up requests are not counted.
     """
@@ -194,7 +194,7 @@ def read_figures(raw: Mapping[str, Any], point: Point) -> dict[str, Any]:
 
 
 def read_acceptance(raw: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Compute acceptance from vLLM's counters over the load. None: the server does not draft.
+    """Compute acceptance from vLLM's counters over the load; return None if the server does not draft.
 
     Steps that accepted exactly i tokens are those that accepted at least i minus those that accepted at least i + 1.
     Tokens that the last step accepted beyond the end of a reply are included.

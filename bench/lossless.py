@@ -1,7 +1,7 @@
 """Check that a draft does not change the target's greedy replies, token by token.
 
 Speculative decoding must return the target's own greedy reply. At the first difference, the log-probabilities of the
-two tokens tell rounding (a gap near 0; batches differ in shape) from a draft that corrupts the output.
+two tokens distinguish rounding (a gap near 0; batches differ in shape) from a draft that corrupts the output.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from bench.requests import Answer, Turn
 
 Scorer = Callable[[Sequence[int], Sequence[int]], list[float]]
-"""The target's log-probabilities of some tokens after a prompt."""
+"""A function from a prompt and tokens to the target's log-probabilities of the tokens after the prompt."""
 
 
 def compare_replies(
@@ -21,7 +21,8 @@ def compare_replies(
     """Return `(number of identical greedy replies, the differences)`. `without`: replies without a draft, by turn.
 
     A difference has the position of the first token that differs (in the reply, from 0), both tokens, and `logit_gap`:
-    the logit of the token without the draft minus that of the other, from `score`. None: a reply ended early.
+    the logit of the token without the draft minus that of the other, from `score`. It is None if one reply is a prefix
+    of the other, or without `score`.
     """
     known = {turn.id: turn for turn in turns}
     identical, differing = 0, []
@@ -44,7 +45,7 @@ def compare_replies(
 
 
 def find_overruns(answers: Sequence[Answer], end_token_ids: Collection[int]) -> list[str]:
-    """Return the turns whose reply continues after an end token, or that stopped without one."""
+    """Return the turns whose reply continues after an end token or stopped without one."""
     if not end_token_ids:
         return []
     wrong = []

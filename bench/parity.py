@@ -1,10 +1,10 @@
-"""Trainer against engine on a few prompts: the first thing on the way to the draft's logits that differs.
+"""Compare trainer and engine on a few prompts and find the first tensor on the way to the draft's logits that differs.
 
 Reads:  a training run, its export, a store of greedy conversations.
-Writes: OUTPUT/trainer.safetensors (`train trace`), OUTPUT/parity.json: how far the two are apart at each stage.
+Writes: OUTPUT/trainer.safetensors (`train trace`), OUTPUT/parity.json (the differences by stage).
 
-Stages, in the order in which one feeds the next: the layers that the draft reads; the target's own greedy tokens (final
-norm and lm_head); the mask token and its embedding; the vocabulary map; the draft's logits, slot by slot.
+Stages, each an input of the next: the captured layers; the target's greedy tokens (final norm and lm_head); the mask
+token and its embedding; the vocabulary map; the draft's logits, slot by slot.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LIMITS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 @dataclass(frozen=True)
 class Finding:
-    """A stage of one sample: how far apart, by what measure, and whether that is too far."""
+    """A stage of one sample: the difference, its description, and whether it exceeds the limit."""
 
     stage: str
     sample_id: str
@@ -54,9 +54,9 @@ class Compared:
 def parity(
     recipe: Recipe, recipe_args: Sequence[str], compared: Compared, output: Path, num_samples: int
 ) -> dict[str, Any]:
-    """Compare trainer and engine; return the report. `recipe_args` are the flags that gave `recipe`.
+    """Compare trainer and engine; return the report. `recipe_args`: the flags that `recipe` was loaded from.
 
-    Raises IncompleteError that names the first difference and its likely cause.
+    Raises IncompleteError with the first difference and its likely cause.
     """
     target = Target.here(recipe.target)
     store, manifest = open_store(compared.store, target)
@@ -87,11 +87,11 @@ def parity(
 
 
 CAUSES = {
-    "layer": "The engine captures other layers than the store holds, or under other norms: run `dump verify`.",
-    "teacher": "Final norm or lm_head are read otherwise than the engine has them: run `dump verify` on the store.",
-    "mask": "The engine fills its slots with another token, or has another embedding for it.",
+    "layer": "The engine captures other layers than the store holds, or applies other norms: run `dump verify`.",
+    "teacher": "Final norm or lm_head differ from the engine's: run `dump verify` on the store.",
+    "mask": "The engine fills its slots with another token, or its embedding differs.",
     "vocabulary": "The export's d2t is not the trained one: export again.",
-    "draft": "Inputs are the same: look at the draft's norms (rms_norm_eps), its rope, and its weights.",
+    "draft": "The inputs are equal: look at the draft's norms (rms_norm_eps), rope and weights.",
 }
 
 
@@ -103,7 +103,7 @@ def compare(
     *,
     autoregressive: bool,
 ) -> list[Finding]:
-    """Every stage of every sample, stage by stage. `autoregressive`: each draft token is an input of the next one."""
+    """List the findings of all samples, stage by stage. `autoregressive`: draft tokens are inputs of the next ones."""
     pairs = list(zip(trainer, engine, strict=True))
     found = [finding for a, b in pairs for finding in _layers(a, b, layer_ids, limit)]
     found += [finding for a, b in pairs for finding in _teacher(a, b)]
@@ -113,7 +113,7 @@ def compare(
 
 
 def worst_of(findings: Sequence[Finding]) -> list[Finding]:
-    """The worst finding of each stage, in their order."""
+    """Return the worst finding of each stage, in order."""
     found: dict[str, Finding] = {}
     for finding in findings:
         if finding.stage not in found or finding.difference > found[finding.stage].difference:

@@ -1,8 +1,8 @@
-"""List the points of a serving sweep: layouts, loads, sizes, and which ones are evaluated. Serves nothing.
+"""List the points of a serving sweep: layouts, loads, sizes, and which points are evaluated. Starts no server.
 
 Reads: the recipe's `bench.sweep`.
 
-The rules are those of InferenceMAX's single-node sweeps, so that figures can be compared with published ones.
+The rules are InferenceMAX's for single-node sweeps, so figures can be compared with published ones.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Point:
-    """One load on one layout: `concurrency` requests at a time, of at most `isl` tokens in and `osl` tokens out."""
+    """One load on one layout: `concurrency` concurrent requests of at most `isl` input and `osl` output tokens."""
 
     layout: Layout
     isl: int
@@ -79,7 +79,7 @@ class Point:
         return WARMUPS_PER_SLOT * self.concurrency
 
     def describe(self, num_draft_tokens: int) -> dict[str, Any]:
-        """Return the point as JSON. `flags` size a server with `num_draft_tokens` draft tokens for this point only."""
+        """Return the point as JSON. `flags` size a server with `num_draft_tokens` for this point alone."""
         sizes = size_flags(Sizes(self.isl, self.osl, self.concurrency), num_draft_tokens)
         return {
             "id": self.id,
@@ -102,9 +102,9 @@ def plan_points(
     scenarios: Collection[str] = (),
     concurrencies: Collection[int] = (),
 ) -> list[Point]:
-    """List the recipe's points in its order, each once, restricted to the given layouts, scenarios and concurrencies.
+    """List the recipe's points in order, each once, filtered by layout, scenario and concurrency.
 
-    Raises UserError when the recipe has no search space, or when a name does not occur in it.
+    Raises UserError if the recipe has no search space, or for a name that is not in it.
     """
     found = [
         Point(_layout(space), scenario.isl, scenario.osl, concurrency)
@@ -137,8 +137,8 @@ def plan_points(
 def mark_evaluated(points: Iterable[Point]) -> list[Point]:
     """Return the points, with those marked that also run an accuracy evaluation.
 
-    InferenceMAX's rule for a node: of 8k1k at concurrency 16 and more, with data-parallel attention and without, the
-    points at the highest concurrency and at the (upper) median of the distinct concurrencies.
+    InferenceMAX's rule for a node: among the 8k1k points from concurrency 16 on, separately with and without
+    data-parallel attention, those at the highest and at the (upper) median of the distinct concurrencies.
     """
     points = list(points)
     chosen: set[Point] = set()

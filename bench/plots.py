@@ -13,7 +13,7 @@ MARKERS = "osD^vP*X"
 
 
 def draw_plots(result: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Draw what `result` (the content of compare.json) has data for. Return the files by name."""
+    """Draw the plots for which `result` (the content of compare.json) has data; return the files by name."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -34,7 +34,7 @@ def draw_plots(result: dict[str, Any], folder: Path) -> dict[str, Path]:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points that no other one beats in both coordinates, ordered by the first."""
+    """Return the points that no other point exceeds in both coordinates, ordered by the first."""
     best: list[tuple[float, float]] = []
     for x, y in sorted(set(points), reverse=True):
         if not best or y > best[-1][1]:
@@ -49,7 +49,7 @@ def _colour(labels: Sequence[str], label: str, points: dict[str, Any]) -> str:
 
 
 def _panels(pyplot: Any, places: Sequence[tuple[str, str]]) -> tuple[Any, dict[tuple[str, str], Any]]:
-    """Make axes for each scenario and layout, three in a row."""
+    """Make axes per scenario and layout, three in a row."""
     places = list(dict.fromkeys(places))
     columns = min(3, len(places))
     rows = math.ceil(len(places) / columns)
@@ -167,7 +167,7 @@ def _draw_categories(pyplot: Any, acceptance: dict[str, Any]) -> Any:
         axis.bar_label(bars, fmt="%.2f", fontsize="x-small", padding=2)
     axis.set_yticks(range(len(names)), names, fontsize="small")
     axis.invert_yaxis()
-    _tidy(axis, "acceptance length (tokens a step)", "")
+    _tidy(axis, "acceptance length (tokens per step)", "")
     axis.grid(visible=False, axis="y")
     _legend(figure)
     return figure
@@ -179,7 +179,7 @@ def _draw_positions(pyplot: Any, acceptance: dict[str, Any]) -> Any:
     for number, (label, draft) in enumerate(acceptance.items()):
         shares = draft["all"]["per_position"]
         at = [i + 1 + (number + 0.5) * width - 0.4 for i in range(len(shares))]
-        label = f"{label}: {draft['all']['acceptance_length']:.2f} tokens a step"
+        label = f"{label}: {draft['all']['acceptance_length']:.2f} tokens per step"
         bars = axis.bar(at, shares, 0.92 * width, label=label, color=COLOURS[number % 2])
         axis.bar_label(bars, fmt="%.2f", fontsize="x-small", padding=2)
     axis.set_xticks(range(1, 1 + max(len(draft["all"]["per_position"]) for draft in acceptance.values())))

@@ -1,4 +1,4 @@
-"""Measure a served draft on held-out conversations: acceptance, speed with and without it, equal greedy output.
+"""Measure a served draft on held-out conversations: acceptance, speed with and without it, equality of greedy output.
 
 Reads:  held-out conversations (`synth generate`), an exported draft.
 Writes: OUTPUT/baseline.json and OUTPUT/draft.json (answers, counters, seconds by concurrency; finished files are kept),
@@ -44,7 +44,7 @@ NUM_WARMUP = 2
 
 @dataclass(frozen=True)
 class Replay:
-    """The turns to send, the target that answers, and the run that keeps the time."""
+    """The turns to send, the target, and the run that counts the time."""
 
     recipe: Recipe
     target: Target
@@ -55,7 +55,8 @@ class Replay:
 def measure(recipe: Recipe, conversations: Path, draft: Path, output: Path) -> dict[str, Any]:
     """Serve without and with the draft, send every held-out turn, compare, and return the report.
 
-    Raises UserError for conversations or a draft of another target, IncompleteError when counts do not agree.
+    Raises UserError for conversations or a draft of another target, IncompleteError if vLLM's counters differ from the
+    sum over the requests.
     """
     target = Target.here(recipe.target)
     state = check_written_by(conversations, target)
@@ -104,10 +105,10 @@ def serve_and_send(
     concurrency: Sequence[int] | None = None,
     baseline: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Serve with `draft` or without one and send the turns; return the content of `path`, written if it is missing.
+    """Serve with or without `draft`, send the turns and write `path` unless it exists; return its content.
 
-    `concurrency` defaults to the recipe's. Greedy answers are compared with those of `baseline`, another server's
-    result, as long as the server can be asked for log-probabilities.
+    `concurrency` defaults to the recipe's. Greedy answers are compared with those of `baseline`, the result without a
+    draft, while the server runs, since differences need its log-probabilities.
     """
     if path.exists():
         print(f"bench: {path} is there already")
@@ -117,7 +118,7 @@ def serve_and_send(
         draft=draft,
         purpose="bench",
         extra_args={
-            "enable-prefix-caching": False,  # repeated prompts must cost what they cost the first time
+            "enable-prefix-caching": False,  # repeated prompts must cost as much as the first time
             **({"per-request-spec-decode-metrics": "detailed"} if draft else {}),
         },
     )
@@ -141,7 +142,7 @@ def serve_and_send(
 def _measure_point(
     replay: Replay, server: Served, concurrency: int, name: str, without: Sequence[dict[str, Any]] | None
 ) -> dict[str, Any]:
-    """Send the turns at one concurrency. `without` are the answers without a draft, to compare with."""
+    """Send the turns at one concurrency. `without`: the answers without a draft to compare with, if any."""
     num_turns = replay.recipe.bench.num_prompts.get(concurrency, len(replay.turns))
     turns = replay.turns[:num_turns]
     before = read_counters(server.url)
@@ -177,8 +178,8 @@ def compare(
 ) -> dict[str, Any]:
     """Compute the figures from two servers' answers to the same turns.
 
-    Acceptance is measured at the concurrency with the most turns. Raises IncompleteError when vLLM's counters are not
-    the sum of the requests' counts.
+    Acceptance is measured at the concurrency with the most turns. Raises IncompleteError if vLLM's counters are not the
+    sum over the requests.
     """
     widest = max(drafted["points"], key=lambda key: len(drafted["points"][key]["answers"]))
     answers = {answer.id: answer for answer in answers_from_json(drafted["points"][widest]["answers"])}
@@ -188,7 +189,7 @@ def compare(
     if (raw.steps, raw.accepted) != (counters["num_drafts"], counters["num_accepted_tokens"]):
         raise IncompleteError(
             f"vLLM's metrics: found {counters['num_drafts']:.0f} steps and {counters['num_accepted_tokens']:.0f} "
-            f"accepted tokens, expected {raw.steps} and {raw.accepted} as the requests sum up. "
+            f"accepted tokens, expected {raw.steps} and {raw.accepted}, the sums over the requests. "
             "Something else used the server: delete draft.json and run again."
         )
     by_mode: dict[str, list[Acceptance]] = defaultdict(list)
@@ -226,7 +227,7 @@ def kept_steps(answer: Answer) -> list[int]:
 
     vLLM counts all tokens that the last step accepted, also those beyond the stop token or max_tokens.
     """
-    left = len(answer.token_ids) - 1  # the prefill gave the first token
+    left = len(answer.token_ids) - 1  # the first token is from the prefill
     kept = []
     for accepted in answer.accepted:
         if left <= 0:

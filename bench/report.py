@@ -1,4 +1,4 @@
-"""Collect a pipeline's figures: report.json, a table for the terminal, and a plot of acceptance by position.
+"""Collect a pipeline's figures in report.json, a table for the terminal, and a plot of acceptance by position.
 
 Reads:  the run folders of all stages.
 Writes: OUTPUT (JSON), and acceptance_by_position.png beside it.
@@ -18,7 +18,7 @@ PLOT_FILE = "acceptance_by_position.png"
 
 @dataclass(frozen=True)
 class Folders:
-    """The folders to which a pipeline's stages wrote."""
+    """The output folders of a pipeline's stages."""
 
     target: Path
     synth_train: Path
@@ -31,7 +31,7 @@ class Folders:
 
 
 def write_report(folders: Folders, output: Path) -> dict[str, Any]:
-    """Write and print the report. Raises UserError when a stage is missing or unfinished."""
+    """Write and print the report. Raises UserError if a stage is missing or unfinished."""
     synth = {name: read_run(path, "synth generate") for name, path in _splits(folders, "synth").items()}
     stores = {name: read_run(path, "dump run") for name, path in _splits(folders, "store").items()}
     draft = read_run(folders.draft_run, "train offline")
@@ -74,7 +74,7 @@ def _add(states: dict[str, dict[str, Any]], keys: tuple[str, ...]) -> dict[str, 
 
 
 def _agreement(evaluation: dict[str, Any], served: dict[str, Any]) -> dict[str, Any]:
-    """Compare predicted and served acceptance, in total and step by step (walks over the same replies)."""
+    """Compare predicted and served acceptance over the same replies, in total and step by step."""
     predicted = {walk["sample"]: walk["accepted"] for walk in evaluation["walks"]}
     measured: dict[str, list[list[int]]] = {}
     for walk in served["walks"]:
@@ -111,7 +111,7 @@ def make_table(report: dict[str, Any]) -> str:
 
 
 def plot_positions(predicted: list[float], served: list[float], path: Path) -> None:
-    """Plot acceptance by position, predicted and served, as PNG."""
+    """Plot predicted and served acceptance by position as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
 """Send held-out prompts as token ids to a running server and read replies and counters.
 
-The prompt of a turn is the recorded tokens up to its reply, so that server and trainer see the same context.
+A turn's prompt is the recorded tokens up to its reply, so server and trainer see the same context.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Served:
 
 @dataclass(frozen=True)
 class Turn:
-    """One reply to generate again: the `prompt` token ids, and the `reply` of the target without a draft.
+    """One reply to generate again: token ids of the prompt, and of the target's reply without a draft.
 
-    `sampling` has the recorded parameters (`SAMPLING_KEYS`); empty means greedy. `max_tokens` is the length
-    at which this reply was cut, if it was. `dataset` is the name of the prompt set, if there are several.
+    `sampling` has the recorded parameters (`SAMPLING_KEYS`); empty means greedy. `max_tokens` is the length at which
+    this reply was cut, if it was. `dataset` is the name of the prompt set, if there are several.
     """
 
     id: str
@@ -76,7 +76,7 @@ class Answer:
 
 
 def read_turns(conversations: Iterable[Conversation], *, include_cut: bool = False, dataset: str = "") -> list[Turn]:
-    """Return the replies of the conversations, ordered by id; without those cut at max_tokens unless `include_cut`."""
+    """Return the conversations' replies by id; those of cut conversations only if `include_cut`."""
     turns = []
     for conversation in sorted(conversations, key=lambda conversation: conversation.id):
         cut = conversation.finish_reason == "length"
@@ -105,7 +105,7 @@ def read_turns(conversations: Iterable[Conversation], *, include_cut: bool = Fal
 def refuse_min_p(where: object, turns: Sequence[Turn]) -> None:
     """Raise UserError for turns that were sampled with min_p.
 
-    vLLM refuses such requests from a server that drafts (vllm/sampling_params.py, `_validate_spec_decode`, 0.32).
+    vLLM refuses min_p on a server that drafts (vllm/sampling_params.py, `_validate_spec_decode`, 0.32).
     """
     if any(turn.sampling.get("min_p") for turn in turns):
         raise UserError(
@@ -127,8 +127,8 @@ async def send_all(
 ) -> tuple[list[Answer], float]:
     """Return `(answers in the order of the turns, seconds from the first request to the last answer)`.
 
-    Turns are sampled as recorded. Replies end after `max_tokens`, or where the recorded one was cut, or where
-    `max_model_len` is full.
+    Turns are sampled as recorded. Replies end at `max_tokens`, or at the length of a recorded reply that was cut, or
+    when `max_model_len` is reached.
     """
     answers: dict[str, Answer] = {}
     waiting = iter(turns)
@@ -185,7 +185,7 @@ async def _send(client: Client, server: Served, turn: Turn, max_tokens: int) -> 
 
 
 def ask_model(url: str) -> str:
-    """Return the name of a server's model, from its /v1 URL. Raises UserError when it does not answer."""
+    """Return the name of a server's model, from its /v1 URL. Raises UserError if it does not answer."""
     try:
         return ask(lambda client: client.read_model(url))
     except AnswerError as error:
@@ -197,7 +197,7 @@ def ask_model(url: str) -> str:
 def score(server: Served, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float]:
     """Return the target's log-probability of each of `token_ids` as the token after `prompt`.
 
-    Raises UserError when the server does not return them.
+    Raises UserError if the server does not return them.
     """
     url = f"{server.url}/v1"
     body = {
@@ -220,9 +220,9 @@ def score(server: Served, prompt: Sequence[int], token_ids: Sequence[int]) -> li
 
 
 def read_counters(url: str) -> dict[str, float]:
-    """Return vLLM's speculative decoding counters (see `serve.client.to_counters`), from a URL without /v1.
+    """Read vLLM's speculative decoding counters (see `serve.client.to_counters`); `url` has no /v1.
 
-    Raises UserError when /metrics does not answer.
+    Raises UserError if /metrics does not answer.
     """
     try:
         return ask(lambda client: client.read_counters(url))

@@ -1,4 +1,4 @@
-"""Run another stage's command, as a user would: stages never import each other."""
+"""Run another stage's command as a user would, since stages never import each other."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def run_stage(name: str, *words: object) -> None:
     if code:
         raise IncompleteError(
             f"`{name} {words[0]}`: found exit code {code}, expected 0. Its message is above; run the same command "
-            "again to go on."
+            "again to resume."
         )

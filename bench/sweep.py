@@ -1,11 +1,11 @@
-"""Run a serving sweep: each layout and load of the recipe, without a draft and with one, on fresh servers.
+"""Run a serving sweep: each layout and load of the recipe, with and without a draft, on new servers.
 
 Reads:  the recipe's `bench.sweep`, an exported draft (or one of serve.heads).
-Writes: OUTPUT/points/<point>-{base,draft}.json, one for each finished or failed point: our figures and vLLM's own
-        result (and the load generator's output in .log); servers/*.log; prompts/; sweep.json and sweep.csv, all points.
+Writes: OUTPUT/points/<point>-{base,draft}.json, one per finished or failed point, with our figures and vLLM's result
+        (the load generator's output is in .log); servers/*.log; prompts/; sweep.json and sweep.csv with all points.
 
 Each server has one layout and scenario, is sized by InferenceMAX's rules for its highest concurrency, and runs without
-prefix caching. Each point is saved when it is measured: a stopped sweep continues there, and retries failed points.
+prefix caching. Points are saved as they are measured: a stopped sweep resumes with the next and retries failed ones.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SWEEP_FILE = "sweep.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One point, served with the draft or without."""
+    """One point, served with or without the draft."""
 
     point: Point
     kind: str  # base or draft
@@ -47,13 +47,13 @@ class Job:
 
     @property
     def server(self) -> tuple[str, Layout, str]:
-        """A key that jobs on the same server share."""
+        """Key of the job's server; jobs with the same key share a server."""
         return self.point.scenario, self.point.layout, self.kind
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to serve, the folder of the points, and the points that are still to be measured."""
+    """The models to serve, the output folder, and the jobs that are still to be measured."""
 
     recipe: Recipe
     target: Target
@@ -77,10 +77,10 @@ class Sweep:
 def sweep(
     recipe: Recipe, points: Sequence[Point], draft: str | None, output: Path, *, with_baseline: bool = True
 ) -> dict[str, Any]:
-    """Measure what is not measured yet and return the content of sweep.json.
+    """Measure the points that are not measured yet and return the content of sweep.json.
 
-    Raises UserError for a draft of another target, and, after the other points are measured, IncompleteError when
-    points failed (more than 5% of the requests failed, or the server did not start).
+    Raises UserError for a draft of another target; IncompleteError, after all points were tried, if some failed (more
+    than 5% of the requests failed, or the server did not start).
     """
     target = Target.here(recipe.target)
     kinds = (["base"] if with_baseline or draft is None else []) + (["draft"] if draft else [])
@@ -90,7 +90,7 @@ def sweep(
     jobs = [job for of_server in servers.values() for job in of_server]
     state = Sweep(recipe, target, draft, output, left=[])
     if draft:
-        speculation_of(recipe, target, draft)  # refuse a wrong draft before hours of work
+        speculation_of(recipe, target, draft)  # refuse a wrong draft before hours of measurements
     run = Run.open(
         output,
         "bench sweep",
@@ -104,7 +104,7 @@ def sweep(
     )
     state.left.extend(job for job in jobs if not state.is_done(job))
     if state.left and run.complete:
-        run.reopen()  # for other layouts or loads than before
+        run.reopen()  # this call may add layouts or loads
     print(f"bench: {len(state.left)} of {len(jobs)} points to measure")
     for of_server in servers.values():
         if any(job in state.left for job in of_server):
@@ -124,7 +124,7 @@ def sweep(
 
 
 def _measure(state: Sweep, jobs: Sequence[Job], run: Run) -> None:
-    """Start one server and measure what is left of `jobs`. All of `jobs`, also the measured ones, size the server."""
+    """Start one server, sized for all `jobs`, and measure those that are left."""
     recipe, first = state.recipe, jobs[0].point
     left = [job for job in jobs if job in state.left]
     prompts = None
@@ -155,7 +155,7 @@ def _command(state: Sweep, jobs: Sequence[Job], port: int) -> ServeCommand:
         draft=state.draft if jobs[0].kind == "draft" else None,
         purpose="bench",
         sizes=Sizes(first.isl, first.osl, max(job.point.concurrency for job in jobs)),
-        # Repeated prompts must cost what they cost the first time.
+        # Repeated prompts must cost as much as the first time.
         extra_args={**first.layout.flags, "enable-prefix-caching": False},
     )
     return build_command(state.recipe, state.target, port=port, serving=serving)
@@ -164,7 +164,7 @@ def _command(state: Sweep, jobs: Sequence[Job], port: int) -> ServeCommand:
 def make_record(
     job: Job, raw: dict[str, Any] | None, server_args: list[str] | None, reason: str = ""
 ) -> dict[str, Any]:
-    """Return the content of a point's file. A `reason` or over 5% failed requests mark it failed, without figures."""
+    """Return a point's record; with a `reason`, or over 5% failed requests, it is failed without figures."""
     point = job.point
     if raw and raw["failed"] > MAX_FAILED_FRACTION * point.num_prompts:
         reason = f"{raw['failed']} of {point.num_prompts} requests failed; points/{job.id}.log has their errors"
@@ -241,7 +241,7 @@ def _hash_dataset(name: str) -> str:
 
 
 def _flatten(point: dict[str, Any]) -> dict[str, Any]:
-    """Make one row of the CSV: nested figures get dotted names, lists are left out."""
+    """Make one CSV row: nested figures get dotted names, lists are left out."""
     flat: dict[str, Any] = {}
     for key, value in point.items():
         if isinstance(value, dict):

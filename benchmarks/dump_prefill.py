@@ -2,14 +2,14 @@
 
     python benchmarks/dump_prefill.py [--target FOLDER] [--rounds 5] [--profile | --memory]
 
-Prints tokens/s of both and their ratio, for 200 prompts of 256 tokens and 64 of 1024. The two engines run in processes
-of their own and take turns. Plain prefill: `max_tokens=1`, no extraction, nothing written.
+Prints tokens/s of both and their ratio, for 200 prompts of 256 tokens and 64 of 1024. The two engines run in separate
+processes and alternate. Plain prefill: `max_tokens=1`, no extraction, nothing written.
 
-Without --target a random one is made: 12 layers, 384 wide, 21M parameters without its embedding. The ratio depends on
-the floating-point operations per captured byte: about 5,400 here, 1,500 for the tiny recipe's target (the worst case),
+The default target is random: 12 layers, hidden size 384, 21M parameters without its embedding. The ratio depends on the
+floating-point operations per captured byte: about 5,400 here, 1,500 for the tiny recipe's target (the worst case),
 600,000 for MiniMax-M3.
 
-With --memory: compares the peak memory of `dump run`'s processes over 2000 samples with that over 200.
+With --memory: compares the peak memory of `dump run`'s processes for 2000 samples with that for 200.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def make_random_target(folder: Path) -> Path:
-    """A Qwen3 of random weights."""
+    """Write a Qwen3 with random weights to `folder`; return the folder."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -68,7 +68,7 @@ def make_random_target(folder: Path) -> Path:
 
 
 def lengthen(target: Path, folder: Path) -> Path:
-    """The target with places for 1024 tokens and one more: its weights do not say how many there are."""
+    """Link the target into `folder` with positions for over 1024 tokens; its weights do not limit them."""
     for file in target.absolute().iterdir():
         if file.name != "config.json":
             (folder / file.name).symlink_to(file)
@@ -78,7 +78,7 @@ def lengthen(target: Path, folder: Path) -> Path:
 
 
 def compare(sides: dict[str, subprocess.Popen[str]], rounds: int) -> None:
-    """Let the sides take turns and print their ratios."""
+    """Alternate the sides and print their ratios."""
     for count, length in SHAPES:
         ratios = []
         for number in range(rounds + 1):  # the first only warms up
@@ -96,7 +96,7 @@ def compare(sides: dict[str, subprocess.Popen[str]], rounds: int) -> None:
 
 
 def compare_memory(target: Path) -> None:
-    """Print the peak of all processes of a dump, each of its size in processes of its own."""
+    """Print the peak memory of all processes of a dump, for two sizes in separate processes."""
     peaks = []
     for count in (200, 2000):
         process = start_side("dump", target, False)
@@ -109,13 +109,13 @@ def compare_memory(target: Path) -> None:
 
 
 def read_peak(pid: str) -> int:
-    """A process's largest resident size so far, in bytes (proc(5), VmHWM)."""
+    """Return a process's peak resident size in bytes (proc(5), VmHWM)."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 def start_side(side: str, target: Path, profile: bool) -> subprocess.Popen[str]:
-    """One side's process, its engine loaded."""
+    """Start one side's process and wait until its engine is loaded."""
     command = [sys.executable, str(Path(__file__)), "--side", side, "--target", str(target)]
     command += ["--profile"] if profile else []
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -126,7 +126,7 @@ def start_side(side: str, target: Path, profile: bool) -> subprocess.Popen[str]:
 
 
 def ask(process: subprocess.Popen[str], count: int, length: int, seed: int) -> float:
-    """Tokens/s of one round."""
+    """Run one round; return its tokens/s."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(json.dumps([count, length, seed]) + "\n")
@@ -154,7 +154,7 @@ def serve_rounds(side: str, target_folder: Path, profile: bool) -> None:
         from dump.fill import Filler
         from dump.writer import StoreJob, make_pool
 
-        memory = Path("/dev/shm")  # noqa: S108 (as `dump run` picks it)
+        memory = Path("/dev/shm")  # noqa: S108 (the choice of `dump run`)
         staging = Staging(Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else work)), 8 << 30)
         layer_ids = captured_layers(recipe.target, target)
         backend = make_backend(recipe, target, layer_ids, staging)

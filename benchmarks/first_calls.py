@@ -1,4 +1,4 @@
-"""Count new processes that compute wrong cosines, without and with `settle_vector_functions` (common/vml.py).
+"""Count new processes that compute wrong cosines, with and without `settle_vector_functions` (common/vml.py).
 
     python benchmarks/first_calls.py [--waves 150] [--busy 3]
 
@@ -42,7 +42,10 @@ def main() -> None:
 
 
 def count_wrong(*, settle: bool) -> int:
-    """Run one wave. The parent computes nothing, because its children would inherit settled functions."""
+    """Run one wave; return the number of wrong processes.
+
+    The parent computes nothing, because its children would inherit settled functions.
+    """
     start, go = os.pipe()
     children = []
     for _ in range(PROCESSES):
@@ -55,7 +58,7 @@ def count_wrong(*, settle: bool) -> int:
         os.close(tell)
         children.append((pid, answer))
     os.close(start)
-    os.close(go)  # all children see the end of this pipe and begin
+    os.close(go)  # starts all children: their reads of the pipe return
     wrong = 0
     for pid, answer in children:
         wrong += struct.unpack("d", os.read(answer, 8))[0] > 1e-5

@@ -6,7 +6,7 @@ Each task starts a server, then works on its part of the rows, `--in-flight` at 
 again, waits, and starts its server again. Finished rows are kept, because each has its ledger line; rows in flight are
 repeated. After a warning (SLURM's signal) a task takes no more rows and finishes those it can before the end. Slow
 nodes take twice as long. Also printed: the time until the last task ends, relative to the same tasks without preemption
-and slow nodes, and the same with four times as many tasks, which balances slow nodes.
+and slow nodes; and the same time with four times as many tasks, which balances slow nodes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Result:
-    """Row-hours of work and of lost work, row-hours spent on starts, hours until the end."""
+    """Row-hours of kept work, of lost work and of server starts; hours until the last task ends."""
 
     work: float = 0.0
     lost: float = 0.0
@@ -72,8 +72,8 @@ def main() -> None:
     parser.add_argument("--rows", type=float, default=500_000)
     parser.add_argument("--in-flight", type=int, default=256)
     parser.add_argument("--row-s", type=float, default=55.0, help="seconds of a row: 1,700 tokens at 31 tokens/s each")
-    parser.add_argument("--start-h", type=float, default=0.25, help="a server's start, hours")
-    parser.add_argument("--queue-h", type=float, default=0.1, help="in the queue after a preemption, hours")
+    parser.add_argument("--start-h", type=float, default=0.25, help="hours of a server's start")
+    parser.add_argument("--queue-h", type=float, default=0.1, help="hours in the queue after a preemption")
     args = parser.parse_args()
     ideal = simulate(args, tasks=args.tasks, every_h=None, warning_h=0.0, slow=0.0).end
     titles = ("preempted every", "warning", "slow nodes", "lost rows", "starts", "time", "4x tasks")

@@ -1,12 +1,12 @@
-"""Compare served drafts: ours, and one that speculators trains on the same store with equal steps and parameters.
+"""Compare served drafts: ours, and one trained by speculators on the same store with equal steps and parameters.
 
     python benchmarks/served_peer.py --recipe recipes/Tiny-DFlash/recipe.yaml --set target.path=TARGET \\
         --store STORE --conversations HELD_OUT --peer-python ENVIRONMENT/bin/python --output OUTPUT
 
 ENVIRONMENT has speculators 0.9.0. Its trainer reads the store converted by `dump convert`, packs as many tokens into a
-batch as ours has on average, draws as many anchors, and uses our optimizer settings and schedule. Its objective is its
-default (D-PACE), or ours with `--peer-weights fixed-exp-decay`. Its weights have the same names as ours and are served
-with a copy of our export's config, without YaRN. `bench acceptance` measures both over the same replies.
+batch as ours has on average, draws as many anchors, and uses our optimizer settings and schedule. Its loss weights are
+its default (D-PACE), or static decay with `--peer-weights fixed-exp-decay`. Its weights have the same names as ours and
+are served with a copy of our export's config, without YaRN. `bench acceptance` measures both on the same replies.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def train_peer(args: argparse.Namespace, recipe: Recipe, out: Path, name: str) -> Path:
-    """Train with speculators, unless that is done, and return its weights file."""
+    """Train with speculators, unless its weights exist; return the weights file."""
     section, target = recipe.training(), Target.read(recipe.target.path)
     draft = section.draft
     assert isinstance(draft, DFlashSection)
@@ -84,7 +84,7 @@ def train_peer(args: argparse.Namespace, recipe: Recipe, out: Path, name: str) -
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (out / "peer-config.json").write_text(json.dumps(config))
-    # Its layer ids count from the embeddings, as vLLM's do.
+    # speculators counts layers from the embeddings, as vLLM does.
     epochs = 1 + section.num_steps * section.global_batch_size // summary["samples"]
     mask_token = choose_mask_token(target, recipe.target.mask_token_id)
     layers = [str(layer_id + 1) for layer_id in captured_layers(recipe.target, target)]
@@ -109,7 +109,7 @@ def train_peer(args: argparse.Namespace, recipe: Recipe, out: Path, name: str) -
 
 
 def export_peer(weights: Path, ours: Path, output: Path) -> None:
-    """Write the peer's weights with our export's config. The names of the weights are the same."""
+    """Write the peer's weights, which have the same names as ours, with our export's config."""
     output.mkdir(exist_ok=True)
     theirs, wanted = load_file(weights), load_file(ours / "model.safetensors")
     save_file({key: theirs[key].to(wanted[key].dtype) for key in wanted}, output / "model.safetensors")

@@ -1,7 +1,7 @@
 """Run speculators' trainer on a CPU: `PEER_PYTHON benchmarks/speculators_cpu.py` + arguments of `speculators train`.
 
-Its code asks for an accelerator in five places. These return the CPU here; the training itself does not change. Runs in
-speculators' environment and imports nothing of this project.
+Its code asks for an accelerator in five places, which return the CPU here; training is unchanged. Runs in speculators'
+environment and imports nothing from this project.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure the cost of `synth generate` itself, with a server that answers at once.
+"""Measure the cost of `synth generate` itself, with a server that answers immediately.
 
     python benchmarks/synth_client.py [--rows 20000] [--memory | --layers]
 
@@ -41,7 +41,7 @@ LAYERS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20_000, help="conversations of each client")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured, in turn")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds; the clients alternate")
     parser.add_argument("--memory", action="store_true", help="measure memory instead")
     parser.add_argument("--layers", action="store_true", help="measure the layers of the async client instead")
     args = parser.parse_args()
@@ -70,7 +70,7 @@ def main() -> None:
 
 @contextmanager
 def serve_at_once() -> Iterator[str]:
-    """Run benchmarks/zero_latency.py and yield its URL."""
+    """Run benchmarks/zero_latency.py during the block; yield its URL."""
     port = find_port("127.0.0.1", None)
     command = [sys.executable, str(ROOT / "benchmarks/zero_latency.py"), str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
@@ -84,7 +84,7 @@ def serve_at_once() -> Iterator[str]:
 
 
 def write_recipe(folder: Path) -> None:
-    """Write a recipe and its target: a config, a template, and hardly any weights, which are not loaded."""
+    """Write a recipe and its target: config, template, and a dummy weights file, which is not loaded."""
     target = folder / "target"
     target.mkdir()
     (target / "config.json").write_text(json.dumps(CONFIG))

@@ -1,9 +1,9 @@
-"""Compare `synth generate` with `vllm bench serve`: same prompts, lengths, concurrency and server, in turn.
+"""Compare `synth generate` with `vllm bench serve`, alternating with equal prompts, lengths, concurrency and server.
 
     python benchmarks/synth_server.py --run runs/tiny-dflash [--rows 512] [--concurrency 32] [--rounds 3]
 
 Prints generated tokens/s of both and their ratio. Needs the tiny recipe's target and prompts (`make demo`). Decoding is
-greedy, so that both generate the same. The first round of each warms the server's prefix cache and is not counted.
+greedy, so both generate the same tokens. The first round warms the server's prefix cache and is not counted.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def write_prompts(source: Path, work: Path, num_rows: int) -> None:
-    """Write the first questions of the run's prompts, in the format of each side."""
+    """Write `num_rows` different questions of the run to work/prompts.jsonl, which both sides read."""
     rows = [json.loads(line) for line in source.read_text().splitlines()]
     questions = sorted({row["messages"][-1]["content"]: None for row in rows})[:num_rows]
     assert len(questions) == num_rows, f"{source} has {len(questions)} different questions, fewer than --rows"
@@ -64,7 +64,7 @@ def write_prompts(source: Path, work: Path, num_rows: int) -> None:
 
 
 def run_vllm_bench(work: Path, url: str, target: Path, num_rows: int, concurrency: int) -> tuple[float, int]:
-    """Return generated tokens/s and the number of tokens."""
+    """Run `vllm bench serve`; return generated tokens/s and the number of tokens."""
     command = [sys.executable, "-m", "serve.vllm_main", "bench", "serve", "--backend", "openai-chat"]
     command += ["--base-url", url, "--endpoint", "/v1/chat/completions", "--model", MODEL_NAME]
     command += ["--tokenizer", str(target), "--dataset-name", "custom", "--dataset-path", str(work / "prompts.jsonl")]
@@ -79,7 +79,7 @@ def run_vllm_bench(work: Path, url: str, target: Path, num_rows: int, concurrenc
 
 
 def run_synth(work: Path, number: int, url: str, target: Path, concurrency: int) -> tuple[float, int]:
-    """Return generated tokens/s and the number of tokens."""
+    """Run `synth generate`; return generated tokens/s and the number of tokens."""
     output = work / f"synth-{number}"
     command = [str(Path(sys.executable).with_name("synth")), "generate", "-r", str(RECIPE), "--thinking-modes", ""]
     command += ["--set", f"target.path={target}", "--set", f"synth.max_tokens={MAX_TOKENS}", "--endpoint", f"{url}/v1"]

@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# Waiting threads that spin fight the working ones. Read when torch is first imported.
+# Spinning threads would take cores from the working ones. torch reads these variables when it is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,7 +40,7 @@ Step = Callable[[], float]
 
 
 def build(ctx: dict[str, Any]) -> Step:
-    """Return our step on `ctx["batch"]`, from `ctx["state"]`. Draws anchors as speculators does, if it is `there`."""
+    """Return our step on `ctx["batch"]`, from `ctx["state"]`. Draws speculators' anchors unless `there` is false."""
     from drafts.batch import Batch
     from drafts.dflash.config import DFlashConfig, DFlashSection
     from drafts.dflash.model import DFlash
@@ -123,7 +123,7 @@ def build_peer(ctx: dict[str, Any], model: Any) -> Step:
 
 
 def make_context(dims: argparse.Namespace) -> tuple[dict[str, Any], Any]:
-    """Make what both sides start from: a packed sequence of random tokens and states, and speculators' random model."""
+    """Make the shared inputs, random tokens and states in one sequence, and speculators' random model."""
     from speculators.models.dflash import DFlashSpeculatorConfig
     from speculators.models.dflash.core import DFlashDraftModel
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Config
@@ -141,7 +141,7 @@ def make_context(dims: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         aux_hidden_state_layer_ids=list(range(2, 2 + dims.n_aux)), mask_token_id=dims.vocab - 1,
     )  # fmt: skip
     model = DFlashDraftModel(config)
-    with torch.no_grad():  # what it would load from the target
+    with torch.no_grad():  # the weights that it would load from the target
         model.embed_tokens.weight.normal_(0, 0.02)
         model.lm_head.weight.normal_(0, 0.02)
         model.verifier_lm_head.weight.copy_(model.lm_head.weight)
@@ -194,7 +194,7 @@ def make_own_context(dims: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare_gradients(ours: Step, peer: Step) -> tuple[float, float, float]:
-    """Return the first losses of both, and the largest relative distance between their gradients of a parameter."""
+    """Return the first losses of both, and the largest relative difference of a parameter's gradients."""
     losses = []
     for step in (ours, peer):
         torch.manual_seed(123)
@@ -208,7 +208,7 @@ def compare_gradients(ours: Step, peer: Step) -> tuple[float, float, float]:
 
 
 def time_turns(steps: dict[str, Step], rounds: int, per_round: int) -> dict[str, list[float]]:
-    """Time each step, in seconds. The sides alternate."""
+    """Return the seconds of each step; the sides alternate."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):  # the first round only warms up
         for name, step in steps.items():
@@ -221,7 +221,7 @@ def time_turns(steps: dict[str, Step], rounds: int, per_round: int) -> dict[str,
 
 
 def time_products(dims: argparse.Namespace) -> float:
-    """Time the matrix products of one step alone, in seconds: forward, backward, each block against its own prefix."""
+    """Return the seconds of a step's matrix products alone, forward and backward, blocks with their prefix."""
     queries, slots, hidden = dims.anchors * dims.block, dims.anchors * (dims.block - 1), dims.hidden
     q_size, kv_size = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
     shapes = [(dims.seq, dims.n_aux * hidden, hidden, 2)]  # rows, in, out, times; fc has no gradient of its input
@@ -245,7 +245,7 @@ def time_products(dims: argparse.Namespace) -> float:
 
 
 def find_peak(dims: argparse.Namespace) -> float:
-    """Return the peak memory of three steps of one side, in MiB, without that of building it."""
+    """Return the peak memory of three steps of one side in MiB, not counting its construction."""
     if dims.side == "ours":
         step = build(make_own_context(dims))
     else:

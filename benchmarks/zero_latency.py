@@ -1,4 +1,4 @@
-"""Serve chat completions that are answered at once, to measure the cost of a client alone.
+"""Answer chat completions immediately, to measure the cost of a client alone.
 
     python benchmarks/zero_latency.py PORT
 

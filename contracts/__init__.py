@@ -1,1 +1,1 @@
-"""The formats stages exchange: conversation, hidden-state store, draft, ledger, run, other tools' layouts."""
+"""File formats that stages exchange: conversation, hidden-state store, draft, ledger, run, other tools' layouts."""

@@ -32,7 +32,7 @@ class Acceptance:
 
     @classmethod
     def from_counters(cls, num_drafts: float, accepted_at: Sequence[float]) -> Acceptance:
-        """Build from vLLM's counters: the steps, and how many of them accepted position i, from 0."""
+        """Build from vLLM's counters: the number of steps, and of steps that accepted position i, from 0."""
         at_least = [int(num_drafts), *map(int, accepted_at), 0]
         return cls(tuple(at_least[i] - at_least[i + 1] for i in range(len(at_least) - 1)))
 
@@ -70,7 +70,7 @@ class Acceptance:
 
     @staticmethod
     def interval(parts: Sequence[Acceptance], confidence: float = 0.95) -> tuple[float, float]:
-        """Return the bootstrap interval of the pooled acceptance length; parts (conversations) are resampled."""
+        """Return the bootstrap interval of the pooled acceptance length, resampling parts (conversations)."""
         rng = np.random.default_rng(0)
         counts = np.array([(part.accepted, part.steps) for part in parts], dtype=float)
         drawn = counts[rng.integers(len(counts), size=(RESAMPLES, len(counts)))].sum(axis=1)

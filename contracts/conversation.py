@@ -1,4 +1,4 @@
-"""The conversation record, one JSON object per line: what `synth` writes and `dump` and `bench` read.
+"""The conversation record, one JSON object per line, which `synth` writes and `dump` and `bench` read.
 
 A *sample* is a sequence of token ids as the target's server reported them, with the spans that the target generated:
 `token_ids[start:end]` is supervised for each `[start, end)` in `loss_spans`, in exactly the context in which it was
@@ -28,12 +28,12 @@ WHAT = "conversations written by `synth generate`"
 LEADING_ID = re.compile(rb'\{"id":"([0-9a-f]{32})"')
 NO_PENALTIES: dict[str, float] = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 NO_FILTERS: dict[str, float | int] = {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
-"""Sampling parameters of a record beside the temperature, with the values that leave the distribution as it is. -1
-turns top_k off in vLLM and in SGLang; 0 only in vLLM."""
+"""A record's sampling parameters besides the temperature, with the values that leave the distribution unchanged. -1
+turns top_k off in vLLM and SGLang; 0 only in vLLM."""
 
 
 class Sample(BaseModel):
-    """Token ids, and the half-open spans of them that the target generated."""
+    """Token ids, and the half-open spans that the target generated."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -63,9 +63,9 @@ class Loop(BaseModel):
 class Conversation(BaseModel):
     """One conversation that the target generated. Unknown keys are errors.
 
-    `finish_reason` is that of the last reply ("length": it was cut). `stopped` is the reason why the conversation ended
-    before its source did. `rendered`: the server returned no token ids, so that a tokenizer made them. Turns are in
-    `messages` (OpenAI) or in `conversations` (ShareGPT).
+    `finish_reason`: of the last reply ("length": it was cut). `stopped`: why the conversation ended before its source.
+    `rendered`: the server returned no token ids, so the tokenizer computed them. Turns are in `messages` (OpenAI) or
+    `conversations` (ShareGPT).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -96,12 +96,12 @@ def make_conversation_id(
     thinking_mode: str,
     sample_number: int = 0,
 ) -> str:
-    """Return the content hash of the prompt side, 32 hex digits: the same on every machine and every resume."""
+    """Return the content hash of the prompt side, 32 hex digits, the same on every machine and resume."""
     return hash_json([list(messages), list(tools) if tools else None, thinking_mode, sample_number])[:32]
 
 
 def check_written_by(folder: Path, target: TargetIdentity) -> dict[str, Any]:
-    """Return the run state of a finished synthesis. Raises UserError when it is unfinished or of another target."""
+    """Return a synthesis's run state. Raises UserError if it is unfinished or of another target."""
     state = read_run(folder, "synth generate")
     if state["inputs"]["target"] != target.fingerprint:
         raise UserError(
@@ -114,10 +114,10 @@ def check_written_by(folder: Path, target: TargetIdentity) -> dict[str, Any]:
 
 
 def find_part(folder: Path, shard: tuple[int, int] | None) -> list[Path]:
-    """Return the folders that hold a shard's conversations: its own, or `folder` if the synthesis has other shards.
+    """Return the folders of a shard's conversations: its own, or `folder` if the synthesis has another shard count.
 
-    A shard's own folder can be read as soon as it is finished, whatever happens to the others. It is followed by the
-    folders of earlier generations. Raises UserError while a shard of another generation is being written.
+    A shard's own folder can be read as soon as that shard is finished; the folders of earlier generations follow it.
+    Raises UserError while a shard of another generation is being written.
     """
     if shard is None or list(folders_by_count(folder))[-1:] != [shard[1]]:
         return [folder]
@@ -146,7 +146,7 @@ def read_conversations(folder_or_file: Path, shard: tuple[int, int] | None = Non
 
 
 def hash_conversations(folders: Sequence[Path], shard: tuple[int, int] | None = None) -> str:
-    """Return a checksum of records that depends neither on their order nor on the files they are in.
+    """Return a checksum of records that does not depend on their order or files.
 
     It is the sum of the lines' sha256 modulo 2^256, as hex: the checksums of all shards add up to that of the whole.
     """
@@ -160,7 +160,7 @@ def add_checksums(checksums: Iterable[str]) -> str:
 
 
 def _read_records(path: Path, shard: tuple[int, int] | None) -> Iterator[tuple[str, bytes]]:
-    """Yield `(place, line)`. Lines of other shards are not parsed: `synth` writes the id first."""
+    """Yield `(place, line)` of records; other shards' lines are not parsed, since the id is first."""
     last, end = _accounted_bytes(path.parent), 0
     for number, line in read_lines(path, WHAT):
         where, end = f"{path}:{number}", end + len(line)
@@ -175,7 +175,7 @@ def _read_records(path: Path, shard: tuple[int, int] | None) -> Iterator[tuple[s
 
 
 def _accounted_bytes(folder: Path) -> int | None:
-    """Return the bytes of an unfinished run's records that its ledger has; None if it is finished."""
+    """Return how many bytes of an unfinished run's records its ledger covers; None if the run is finished."""
     state, ledger = folder / "run.json", folder / "ledger.jsonl"
     if not (state.exists() and ledger.exists()) or read_json(state, "a run's state")["complete"]:
         return None

@@ -5,7 +5,7 @@ run folder    step-000500/{weights.safetensors, state.pt, position.json, recipe.
               best.json        the checkpoint with the longest predicted acceptance on held-out conversations
               metrics.jsonl    one line every few steps; curves.png and tensorboard/ show them
 export        config.json, model.safetensors    what a server loads
-              draftline.json   the descriptor: what `serve`, `bench` and `distributed` read, whatever the method
+              draftline.json   the descriptor, the same for all methods, which `serve`, `bench`, `distributed` read
               README.md        the model card
 """
 
@@ -38,9 +38,9 @@ class Yarn(Section):
 
 
 class DraftConfig(BaseModel):
-    """What a draft's weights mean, whatever its method; each method adds its own fields. Written as draft.json.
+    """The config of a trained draft, draft.json; each method adds its own fields.
 
-    `layer_ids` are 0-based outputs of the target's layers. `mask_token_id` is None where the method has no mask token.
+    `layer_ids` are 0-based outputs of the target's layers. `mask_token_id` is None if the method has no mask token.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,10 +65,10 @@ class DraftConfig(BaseModel):
 
 
 class Descriptor(BaseModel):
-    """What the other stages need to know of an exported or published draft; draftline.json holds it.
+    """The description of an exported or published draft for the other stages, draftline.json.
 
-    `speculative` is vLLM's speculative config without the model's path and the number of draft tokens. What only our
-    own exports know is None for a published draft.
+    `speculative` is vLLM's speculative config without the model's path and the number of draft tokens. Fields that only
+    `train export` writes are None for a published draft.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -114,7 +114,7 @@ class DraftRun:
         return self.folder / f"step-{step:06d}"
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, ascending (a checkpoint is renamed into place when it is complete)."""
+        """Return the steps with a complete checkpoint, ascending; incomplete ones have a temporary name."""
         found = (STEP_FOLDER.fullmatch(path.name) for path in self.folder.glob("step-*"))
         return sorted(int(match.group(1)) for match in found if match)
 
@@ -126,17 +126,17 @@ class DraftRun:
         write_json(self.folder / "best.json", {"step": step, "acceptance_length": acceptance_length})
 
     def best_step(self) -> int | None:
-        """The best checkpoint's step; None where no conversations are held out."""
+        """Return the best checkpoint's step; None without held-out conversations."""
         path = self.folder / "best.json"
         return int(read_json(path, "a best checkpoint")["step"]) if path.exists() else None
 
     def best_length(self) -> float:
-        """The best checkpoint's predicted acceptance length; 0 without one."""
+        """Return the best checkpoint's predicted acceptance length; 0 without one."""
         path = self.folder / "best.json"
         return float(read_json(path, "a best checkpoint")["acceptance_length"]) if path.exists() else 0.0
 
     def chosen_weights(self) -> Path:
-        """Weights of the best checkpoint, or of the last. Raises UserError when there is none."""
+        """Return the weights of the best checkpoint, else of the last. Raises UserError without a checkpoint."""
         steps, best = self.steps(), self.best_step()
         if not steps:
             raise UserError(

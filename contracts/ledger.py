@@ -1,12 +1,12 @@
 """The ledger: one JSON line per input row, written after the row's output is durable.
 
-A row with a line is accounted for; a row without one has not been done. After a crash a torn last line is cut off and
-its row is done again. Nothing is lost and nothing is done twice.
+A row without a line has not been done. After a crash, a torn last line is cut off and its row is done again. No row is
+lost or done twice.
 
 Format: `{"id": ..., "status": "done|truncated|filtered|failed", "reason": ..., ...}`; each stage adds its own keys
 (size, checksum, end offset, tokens). The last line of an id wins: retrying a failed row appends a line.
 
-`Ledger` and `read_entries` only read; `LedgerWriter` is the one class that opens the file for writing.
+`Ledger` and `read_entries` only read; only `LedgerWriter` opens the file for writing.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ STATUSES = ("done", "truncated", "filtered", "failed")
 
 
 class LedgerWriter:
-    """The ledger file of one writing process: read once from the start, then appended to.
+    """The ledger file of a writing process: read once from the start, then appended to.
 
-    `contracts.run` makes sure that there is only one writer.
+    The lock of `contracts.run` ensures a single writer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,7 +36,7 @@ class LedgerWriter:
         self._file = path.open("a+b")
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """Yield every entry in order, then cut off a torn last line. Read to the end before appending."""
+        """Yield every entry in order, then cut off a torn last line. Exhaust it before appending."""
         good_end = 0
         for entry, good_end in _read_lines(self.path):  # noqa: B007 (needed after the loop)
             yield entry
@@ -58,7 +58,7 @@ class LedgerWriter:
 
 
 def read_entries(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield every whole entry in order. Another process may be appending to the ledger."""
+    """Yield every complete entry in order. Another process may be appending to the ledger."""
     return (entry for entry, _ in _read_lines(path))
 
 
@@ -74,7 +74,7 @@ def _read_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def parse_entry(line: bytes, where: str) -> dict[str, Any]:
-    """Parse one line. Raises UserError when it is not a ledger entry."""
+    """Parse one line. Raises UserError if it is not a ledger entry."""
     try:
         entry: dict[str, Any] = json.loads(line)
         if entry["status"] in STATUSES and isinstance(entry["id"], str):
@@ -93,17 +93,17 @@ class Ledger:
     """A ledger read into memory: the last entry of each id. Never opens the file for writing."""
 
     def __init__(self, path: Path) -> None:
-        """Read `path`. Raises UserError when there is none, or when a line is not an entry."""
+        """Read `path`. Raises UserError if it does not exist or a line is not an entry."""
         if not path.is_file():
             raise UserError(path, found="no such file", expected="a ledger", fix="Run the stage that writes it first.")
         self.entries: dict[str, dict[str, Any]] = {entry["id"]: entry for entry in read_entries(path)}
 
     def ids(self, *statuses: str) -> list[str]:
-        """Ids whose last status is one of `statuses`, in the order in which they first appear."""
+        """Return the ids whose last status is one of `statuses`, in order of first appearance."""
         return [id_ for id_, entry in self.entries.items() if entry["status"] in statuses]
 
     def counts(self) -> dict[str, int]:
-        """Number of rows by last status; every status is present."""
+        """Return the number of rows by last status; every status is present."""
         found = Counter(entry["status"] for entry in self.entries.values())
         return {status: found.get(status, 0) for status in STATUSES}
 

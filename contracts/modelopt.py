@@ -1,12 +1,12 @@
 """Hidden states in the layout of NVIDIA's Model-Optimizer, which `dump convert` writes and `train` reads.
 
 One file per sample, <name>.pt, a dictionary of tensors: input_ids (T,) int64, hidden_states (T, H), aux_hidden_states
-(T, n*H), loss_mask (T,) int64, and conversation_id. The optional flag hidden_states_prenorm says that hidden_states is
-the final state before the final norm; without it ModelOpt takes it as normed (`OfflineSupervisedDataset` in
-modelopt/torch/speculative/eagle/utils.py). A store that `dump convert` wrote also has our manifest.json.
+(T, n*H), loss_mask (T,) int64, and conversation_id. The optional flag hidden_states_prenorm means that hidden_states is
+the final state before the final norm; without it ModelOpt treats it as normed (`OfflineSupervisedDataset` in
+modelopt/torch/speculative/eagle/utils.py). `dump convert` also writes our manifest.json.
 
 Files are found by listing the folder, never by the conversation_id in them. They are loaded with `weights_only`, so
-that they cannot run code.
+they cannot run code.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def write_modelopt(path: Path, sample_id: str, sample: StoredSample) -> None:
 
 
 class ModelOptStore:
-    """Reads a folder in this layout, with the reading methods of `contracts.store.Store`."""
+    """A folder in this layout, with the reading methods of `contracts.store.Store`."""
 
     def __init__(self, folder: Path, layer_ids: Sequence[int], hidden_size: int) -> None:
         self.folder = folder
@@ -63,12 +63,12 @@ class ModelOptStore:
         return self.folder / f"{sample_id}.pt"
 
     def read_token_ids(self, sample_id: str) -> torch.Tensor:
-        """Read a sample's token ids `(T,)`; its other tensors stay on the disk."""
+        """Read a sample's token ids `(T,)`; its other tensors are memory-mapped, not read."""
         ids: torch.Tensor = _load(self.sample_path(sample_id))["input_ids"]
         return ids
 
     def read_sample(self, sample_id: str) -> StoredSample:
-        """Read one sample. Raises UserError when the file is not a sample, or holds another number of layers."""
+        """Read one sample. Raises UserError if the file is not a sample or holds another number of layers."""
         path = self.sample_path(sample_id)
         value = _load(path)
         states = value["hidden_states"]
@@ -94,7 +94,7 @@ class ModelOptStore:
 def _load(path: Path) -> dict[str, Any]:
     try:
         value = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except Exception as error:  # torch raises several kinds; each means that this is not a file of tensors
+    except Exception as error:  # torch raises many types; all mean that this is not a file of tensors
         raise UserError(
             path,
             found=f"not a file of tensors ({str(error).splitlines()[0]})",
@@ -120,9 +120,9 @@ def is_modelopt(folder: Path) -> bool:
 def open_modelopt(
     folder: Path, target: TargetIdentity, layer_ids: Sequence[int] | None
 ) -> tuple[ModelOptStore, Manifest]:
-    """Open a folder; return it with its manifest, or with one made from the recipe's layers and the first file.
+    """Open a folder with its manifest, or with one built from the recipe's layers and the first file.
 
-    Raises UserError for states of another target, or when neither a manifest nor the recipe has the layer ids.
+    Raises UserError for states of another target, or if neither a manifest nor the recipe has the layer ids.
     """
     if (folder / "manifest.json").exists():
         entries = read_json(folder / "manifest.json", "a manifest")

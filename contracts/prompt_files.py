@@ -1,9 +1,9 @@
-"""Open a prompt set and read its rows in batches: memory does not grow with the input.
+"""Open a prompt set and read its rows in batches, so that memory does not grow with the input.
 
 Reads: JSONL, JSON (an array of rows), Parquet, a directory of such files, a folder saved by `datasets`, or a dataset
        of the Hugging Face hub (`name` or `name:split`, split "train" by default) where there is a network.
 
-Row i is row i of the whole input, files in the order of their names. Empty lines of JSONL are not rows.
+Row i is row i of the whole input; files are ordered by name. Empty lines of JSONL are not rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BATCH_ROWS = 256
 EXPECTED = "JSONL, JSON or Parquet, a directory of them, or a saved `datasets` folder"
 
 Wanted = Callable[[int], bool]
-"""Return whether to parse the row of this index; others are skipped."""
+"""A function of a row's index: whether to parse the row. Others are skipped."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class PromptSet:
 
     @property
     def checksum(self) -> str:
-        """Checksum of the content alone: renaming or moving files does not change it."""
+        """Checksum of the content alone; renaming or moving files does not change it."""
         return hash_json([file.checksum for file in self.files])
 
     def rows(self, wanted: Wanted = lambda _: True) -> Iterator[Row]:
@@ -70,7 +70,7 @@ class PromptSet:
 
 
 def open_prompts(name: str | Path) -> PromptSet:
-    """Count the rows of a prompt set and hash it. Raises UserError for a missing, empty, broken or unknown one."""
+    """Count a prompt set's rows and hash it. Raises UserError if it is missing, empty, broken or unknown."""
     path = Path(name)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         files = [_open_saved(path)]
@@ -84,10 +84,13 @@ def open_prompts(name: str | Path) -> PromptSet:
     elif path.is_file():
         files = [_open_file(path)]
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", str(name)) and not path.parent.exists():
-        files = [_open_hub(str(name))]
+        return _refuse_empty(_open_hub(str(name)), path)
     else:
         raise UserError(path, found="no such file", expected=EXPECTED, fix="Correct --prompts.")
-    prompts = PromptSet(files)
+    return _refuse_empty(PromptSet(files), path)
+
+
+def _refuse_empty(prompts: PromptSet, path: Path) -> PromptSet:
     if prompts.num_rows == 0:
         raise UserError(path, found="no rows", expected="at least one", fix="Give a prompt set that is not empty.")
     return prompts
@@ -98,7 +101,7 @@ def _open_file(path: Path) -> PromptFile:
         return _open_parquet(path)
     with path.open("rb") as file:
         start = file.read(4096).lstrip()[:1]
-    # Many .json files hold one object a line.
+    # Many .json files are JSONL.
     return _open_json(path) if start == b"[" and path.suffix != ".jsonl" else _open_jsonl(path)
 
 
@@ -135,7 +138,7 @@ def _open_json(path: Path) -> PromptFile:
                 yield from ijson.items(file, "item", use_float=True)
             except ijson.JSONError as error:
                 raise UserError(
-                    path, found=f"broken JSON ({error})", expected="an array of rows", fix="Mend it, or use JSONL."
+                    path, found=f"broken JSON ({error})", expected="an array of rows", fix="Fix it, or use JSONL."
                 ) from None
 
     def read(first: int, wanted: Wanted) -> Iterator[Row]:
@@ -154,7 +157,7 @@ def _open_parquet(path: Path) -> PromptFile:
         num_rows = pyarrow.parquet.ParquetFile(path).metadata.num_rows
     except pyarrow.ArrowException as error:
         raise UserError(
-            path, found=f"no Parquet ({error})", expected="Parquet", fix="Mend or remove the file."
+            path, found=f"no Parquet ({error})", expected="Parquet", fix="Fix or remove the file."
         ) from None
 
     def read(first: int, wanted: Wanted) -> Iterator[Row]:
@@ -185,24 +188,32 @@ def _open_saved(path: Path) -> PromptFile:
     return _from_dataset(dataset, str(path))
 
 
-def _open_hub(name: str) -> PromptFile:
+def open_hub(repository: str, split: str, config: str | None = None) -> PromptSet:
+    """Open a dataset of the hub or of its cache. Raises LookupError with the reason when it cannot be loaded."""
     import datasets
 
+    try:
+        dataset = datasets.load_dataset(repository, config, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise LookupError(str(error).splitlines()[0][:200]) from None
+    return PromptSet([_from_dataset(dataset, f"{repository}:{split}")])
+
+
+def _open_hub(name: str) -> PromptSet:
     repository, _, split = name.partition(":")
     try:
-        dataset = datasets.load_dataset(repository, split=split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        return open_hub(repository, split or "train")
+    except LookupError as error:
         raise UserError(
             name,
-            found=f"neither a file nor a dataset of the hub that can be loaded ({str(error).splitlines()[0][:200]})",
+            found=f"neither a file nor a dataset of the hub that can be loaded ({error.args[0]})",
             expected=EXPECTED,
             fix="Correct --prompts, or name the split, as in name:test.",
         ) from None
-    return _from_dataset(dataset, name)
 
 
 def _from_dataset(dataset: Any, name: str) -> PromptFile:
-    """Return a memory-mapped dataset, read in slices."""
+    """Return a memory-mapped dataset as a prompt file, read in slices."""
 
     def read(first: int, wanted: Wanted) -> Iterator[Row]:
         for start in range(0, len(dataset), BATCH_ROWS):
@@ -221,7 +232,7 @@ def _from_dataset(dataset: Any, name: str) -> PromptFile:
 
 
 def _drop_nulls(value: Any) -> Any:
-    """Remove null keys: Arrow gives every object of a column the same keys, null where the object had none."""
+    """Remove null keys: Arrow gives all objects of a column the same keys, null if an object had none."""
     if isinstance(value, dict):
         return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
     return [_drop_nulls(item) for item in value] if isinstance(value, list) else value

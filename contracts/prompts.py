@@ -1,4 +1,4 @@
-"""The format of a prompt row, which `synth` and `bench` read: a row of any of its forms to OpenAI messages.
+"""The prompt row, which `synth` and `bench` read: convert each of its forms to OpenAI messages.
 
 A row holds `messages` (OpenAI), `conversations` (ShareGPT's `from`/`value`, or role/content), `turns` (user turns) or
 `prompt` (one user turn, or messages). `tools`, `system`, `id` and `category` are optional. Lists may be JSON in a
@@ -28,7 +28,7 @@ PROMPT_KEYS = ("messages", "conversations", "turns", "prompt")
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One row: its own id and category ("" where it has none), the source's messages, and its tools."""
+    """One row: its id and category ("" if it has none), messages and tools."""
 
     id: str
     category: str
@@ -37,7 +37,7 @@ class PromptRow:
 
 
 def read_prompt_row(row: Any) -> PromptRow:
-    """Return a row in its normal form. Raises ValueError with the reason for a row that cannot be used."""
+    """Convert a row to its normal form. Raises ValueError with the reason if it cannot be used."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     tools = parse_list(row.get("tools")) or None
@@ -52,7 +52,7 @@ def read_prompt_row(row: Any) -> PromptRow:
 
 
 def read_opening(row: Any) -> list[dict[str, Any]]:
-    """Return a row's messages up to its first user turn. Raises ValueError for a row that has none."""
+    """Return a row's messages up to its first user turn. Raises ValueError if it has none."""
     messages = read_prompt_row(row).messages
     first = next((place for place, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None:
@@ -61,17 +61,17 @@ def read_opening(row: Any) -> list[dict[str, Any]]:
 
 
 def read_id(row: Mapping[str, Any]) -> str:
-    """Return a row's own id, "" where it has none."""
+    """Return a row's id, "" if it has none."""
     return _first_text(row, ID_KEYS)
 
 
 def read_category(row: Mapping[str, Any]) -> str:
-    """Return a row's category, "" where it has none."""
+    """Return a row's category, "" if it has none."""
     return _first_text(row, CATEGORY_KEYS)
 
 
 def parse_list(value: Any) -> Any:
-    """Return the list that a JSON string holds; anything else as it is."""
+    """Return the list in a JSON string; anything else is returned unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
@@ -95,7 +95,7 @@ def _find_messages(row: Mapping[str, Any]) -> list[Any]:
 
 
 def _first_text(row: Mapping[str, Any], keys: tuple[str, ...]) -> str:
-    """Return the first of these values that is there, as a string that UTF-8 can hold (JSON has lone surrogates)."""
+    """Return the first of these values as a string, its lone surrogates replaced (JSON allows them, UTF-8 does not)."""
     value = next((row[key] for key in keys if row.get(key) not in (None, "")), "")
     return str(value).encode(errors="replace").decode()
 

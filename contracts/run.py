@@ -1,8 +1,8 @@
-"""One stage's run in its output folder: its lock, settings, inputs, time and completion.
+"""The run of a stage in its output folder: lock, settings, inputs, time and completion.
 
 Writes: `run.json` (stage, settings, inputs, seconds, whether complete), `resolved.yaml` (the recipe with defaults),
-        `command.txt` (every command line that worked here), `run.lock` (held while a process works). All without
-        secrets: see common/redact.py.
+        `command.txt` (all command lines of the run), `run.lock` (locked while a process works). Secrets are redacted
+        (common/redact.py).
 
 A folder belongs to one set of settings and inputs. Resuming with others is an error that names the difference.
 """
@@ -46,8 +46,8 @@ class Run:
     ) -> Run:
         """Lock `folder` for this process and return its run, new, unfinished or complete.
 
-        Raises UserError when the folder cannot be written, when another process works there, or when it holds a run
-        with other settings or inputs.
+        Raises UserError if the folder cannot be written, another process works there, or it holds a run with other
+        settings or inputs.
         """
         lock = _lock(folder)
         fresh = {"stage": stage, "settings": redact(settings), "inputs": dict(inputs)}
@@ -75,7 +75,7 @@ class Run:
         return self._earlier_seconds + time.monotonic() - self._started
 
     def tick(self, interval_s: float = 2.0) -> None:
-        """Save the time spent, at most every `interval_s`, so that a killed run loses little of it."""
+        """Save the elapsed time, at most every `interval_s`, so that a killed run loses little of it."""
         if time.monotonic() - self._last_tick >= interval_s:
             self._last_tick = time.monotonic()
             self._save()
@@ -92,7 +92,7 @@ class Run:
         self._begin()
 
     def _begin(self) -> None:
-        """Save the state of a run on which work begins: its shards become the latest generation."""
+        """Save the run's state when work begins; a shard joins the latest generation."""
         generation = next_generation(self.folder)
         if generation is not None:
             self.state["generation"] = generation
@@ -104,7 +104,7 @@ class Run:
 
 
 def _lock(folder: Path) -> IO[str]:
-    """Create `folder` and lock it for this process; the lock ends with the file's handle."""
+    """Create `folder` and lock it for this process; closing the returned file releases the lock."""
     with explain_unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "run.lock").open("a")
@@ -121,7 +121,7 @@ def _lock(folder: Path) -> IO[str]:
 
 
 def read_run(folder: Path, stage: str) -> dict[str, Any]:
-    """Return the state of a complete run of `stage` in `folder`. Raises UserError when there is none."""
+    """Return the state of a complete run of `stage` in `folder`. Raises UserError if there is none."""
     path = folder / "run.json"
     state = read_json(path, f"the output of `{stage}`")
     if state.get("stage") != stage:
@@ -159,7 +159,7 @@ def _refuse_changes(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]
 
 
 def _flatten(value: Any, name: str) -> dict[str, Any]:
-    """Return nested dictionaries as one, their keys joined by dots."""
+    """Flatten nested dictionaries; keys are joined by dots."""
     if not isinstance(value, Mapping):
         return {name: value}
     return {key: leaf for inner, part in value.items() for key, leaf in _flatten(part, f"{name}.{inner}").items()}

@@ -1,4 +1,4 @@
-"""One sample of a hidden-state store: its tensors in memory, and how they are laid out in its file.
+"""One sample of a hidden-state store: its tensors in memory, and reading and writing its file.
 
 `contracts/store.py` documents the format.
 """
@@ -19,7 +19,7 @@ from common.tensor_file import Buffer, plan_file
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
 FP8_MAX = 448.0
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, SafetensorError)
-"""What reading a torn file, or one with other tensors, raises."""
+"""Exceptions from reading a torn file, or one with other tensors."""
 STATES = ("hidden_states", "aux_hidden_states")
 
 
@@ -43,9 +43,9 @@ class StoredSample:
 
 
 def write_sample_file(path: Path, sample: StoredSample, dtype: str | None, buffer: Buffer) -> dict[str, Any]:
-    """Write one sample durably (temporary name, sync, rename); return `{size, sha256}` for its ledger line.
+    """Write one sample durably (temporary name, sync, rename); return its `{size, sha256}`.
 
-    The states are stored in `dtype`, or as they are if it is None. `buffer` is reused from sample to sample.
+    The states are stored in `dtype`; None keeps theirs. `buffer` is reused for every sample.
     """
     tensors = {
         "input_ids": sample.input_ids.to(torch.int32),
@@ -70,7 +70,7 @@ def write_sample_file(path: Path, sample: StoredSample, dtype: str | None, buffe
 
 
 def read_sample_file(path: Path) -> StoredSample:
-    """Read one sample, fp8 states as bf16. Raises UserError when the file is missing or broken."""
+    """Read one sample, fp8 states as bf16. Raises UserError if the file is missing or broken."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -84,7 +84,7 @@ def read_sample_file(path: Path) -> StoredSample:
 
 
 def read_sample_tensor(path: Path, name: str) -> torch.Tensor:
-    """Read one tensor of a sample without the others. Raises UserError when the file is missing or broken."""
+    """Read one tensor of a sample without the others. Raises UserError if the file is missing or broken."""
     try:
         with safe_open(path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
@@ -96,7 +96,7 @@ def read_sample_tensor(path: Path, name: str) -> torch.Tensor:
 def sample_bytes(num_tokens: int, hidden_size: int, num_layers: int, dtype: str) -> int:
     """Return the bytes of a sample's tensors (ids, mask, states, scales) without the file's header.
 
-    `num_layers` is the number of captured layers, the final state not counted.
+    `num_layers` is the number of captured layers, without the final state.
     """
     states = (num_layers + 1) * hidden_size * DTYPES[dtype].itemsize
     scales = (num_layers + 1) * 4 if dtype == "fp8_e4m3" else 0
@@ -113,7 +113,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def _encode(name: str, states: torch.Tensor, dtype: str | None) -> dict[str, torch.Tensor]:
-    """Return `states (T, n, H)` as `(T, n*H)`, to be cast when they are copied; for fp8 scaled, with their scales."""
+    """Flatten `states (T, n, H)` to `(T, n*H)`; for fp8, scale them and add the scales. The copy to the file casts."""
     if dtype != "fp8_e4m3":
         return {name: states.flatten(1)}
     scale = (states.float().abs().amax(-1) / FP8_MAX).clamp_min(1e-30)

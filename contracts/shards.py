@@ -1,10 +1,10 @@
 """Shards of a stage's run: FOLDER/shards/<i>-of-<n>/, each written by one process.
 
-A conversation's id decides its shard, so the shard is the same in every stage, on every machine and for every order of
-the input. A run may continue with another number of shards: the rows that the earlier shards finished stay valid.
+A conversation's id decides its shard, so it has the same shard in every stage, on every machine and for every order of
+the input. A run may continue with another shard count: rows that earlier shards finished stay valid.
 
-The shards of one number are a generation. Each run.json records its number (key `generation`), which copying keeps:
-the largest one is the generation that was worked on last.
+All shards of one count are a generation. Each run.json records its generation's number (key `generation`); the largest
+one was worked on last. Unlike file times, the number survives copying.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SHARD_NAME = re.compile(r"(\d{5,})-of-(\d{5,})")
 
 
 def shard_of(conversation_id: str, count: int) -> int:
-    """Return which of `count` shards a conversation belongs to. Its id is 32 hex digits of a content hash."""
+    """Return a conversation's shard, in [0, count). Its id is 32 hex digits of a content hash."""
     return int(conversation_id, 16) % count
 
 
@@ -30,7 +30,7 @@ def shard_folder(folder: Path, number: int, count: int) -> Path:
 
 
 def folders_by_count(folder: Path) -> dict[int, list[Path]]:
-    """Return the existing shard folders in order, by their number of shards; the latest generation comes last."""
+    """Return the existing shard folders in order, by shard count; the latest generation comes last."""
     found: dict[int, list[Path]] = {}
     for path in sorted((folder / "shards").glob("*-of-*")):
         if (match := SHARD_NAME.fullmatch(path.name)) and (path / "run.json").exists():
@@ -40,9 +40,9 @@ def folders_by_count(folder: Path) -> dict[int, list[Path]]:
 
 
 def next_generation(folder: Path) -> int | None:
-    """Return the generation that a shard's `folder` belongs to if work on it begins now; None if it is not a shard.
+    """Return the generation of a shard's `folder` if work on it begins now; None if it is not a shard.
 
-    It is that of the other shards of the same number, unless shards of another number were worked on since.
+    It is that of the other shards of the same count, unless shards of another count were worked on since.
     """
     match = SHARD_NAME.fullmatch(folder.name)
     if match is None or folder.parent.name != "shards":
@@ -54,9 +54,9 @@ def next_generation(folder: Path) -> int | None:
 
 
 def folders_of_others(folder: Path, count: int) -> list[Path]:
-    """Return the folders of other numbers of shards than `count`.
+    """Return the folders of all shard counts but `count`.
 
-    Raises UserError while a process works on one of them: its rows would be done twice.
+    Raises UserError while a process works on one of them: rows would be done twice.
     """
     others = [path for other, paths in folders_by_count(folder).items() if other != count for path in paths]
     for path in others:
@@ -71,7 +71,7 @@ def folders_of_others(folder: Path, count: int) -> list[Path]:
 
 
 def is_at_work(folder: Path) -> bool:
-    """Return whether a process holds the run in a folder. The folder may be read-only."""
+    """Return whether a process holds a run's lock. The folder may be read-only."""
     path = folder / "run.lock"
     if not path.exists():
         return False

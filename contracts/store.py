@@ -1,6 +1,6 @@
-"""The hidden-state store: what `dump` writes and `train` reads.
+"""The hidden-state store, which `dump` writes and `train` reads.
 
-    manifest.json                     what the states are (target, layers, dtype, checksums)
+    manifest.json                     target, layers, dtype and checksums of the states
     ledger.jsonl                      one line per sample: size and sha256 of its file
     samples/3f/3f9c...-0.safetensors  one sample: conversation id, dash, number of the sample in the conversation
 
@@ -51,11 +51,11 @@ __all__ = ["DTYPES", "Manifest", "Store", "StoredSample", "find_token", "open_st
 
 SAMPLE_ID = re.compile(r"[0-9a-f]{32}-[0-9]+")
 READERS = 16
-"""Threads that look for a token: opening many small files mostly waits for the disk."""
+"""Threads of `find_token`: opening many small files mostly waits for the disk."""
 
 
 class Manifest(BaseModel):
-    """What the states in a store are."""
+    """The description of a store's states."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -78,7 +78,7 @@ class Manifest(BaseModel):
 
 
 class Store:
-    """A store's folder. All its file names are decided here."""
+    """A store's folder and the only place that knows its file names."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -93,11 +93,11 @@ class Store:
 
     @property
     def checksum(self) -> str:
-        """The hash of the ledger, which holds the hash of every sample."""
+        """Hash of the ledger, which holds the hash of every sample."""
         return hash_file(self.ledger_path)
 
     def sample_path(self, sample_id: str) -> Path:
-        """Return a sample's path. Raises ValueError for an id that `dump` does not make: it could leave the folder."""
+        """Return a sample's path. Raises ValueError for a malformed id, which could point outside the folder."""
         if not SAMPLE_ID.fullmatch(sample_id):
             raise ValueError(f"sample id {sample_id!r} is not <32 hex digits>-<number>")
         return self.folder / "samples" / sample_id[:2] / f"{sample_id}.safetensors"
@@ -110,9 +110,9 @@ class Store:
         write_json(self.manifest_path, manifest.model_dump())
 
     def claim(self, manifest: Manifest) -> None:
-        """Write the manifest, or compare it with the existing one. Raises UserError when they differ.
+        """Write the manifest, or compare it with the existing one. Raises UserError if they differ.
 
-        A shard does not know the checksum of all conversations, so an empty one is not compared.
+        An empty checksum of the conversations is not compared: a shard does not know it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "claim.lock").open("a") as lock:
@@ -120,7 +120,7 @@ class Store:
             if not self.manifest_path.exists():
                 return self.write_manifest(manifest)
         found = self.read_manifest()
-        # The states are those before the final norm: its kind is a note for readers.
+        # The states are un-normed, so the kind of final norm does not change them.
         ignored = {"target", "conversations_folder", "final_norm"}
         if not (manifest.conversations and found.conversations):
             ignored.add("conversations")
@@ -135,7 +135,7 @@ class Store:
         return None
 
     def read_manifest(self) -> Manifest:
-        """Read the manifest. Raises UserError when the folder is not a store."""
+        """Read the manifest. Raises UserError if the folder is not a store."""
         value = read_json(self.manifest_path, "a hidden-state store's manifest, as `dump run` writes it")
         try:
             return Manifest.model_validate(value)
@@ -154,7 +154,7 @@ class Store:
         return write_sample_file(self.sample_path(sample_id), sample, dtype, buffer or Buffer())
 
     def read_sample(self, sample_id: str) -> StoredSample:
-        """Read one sample. Raises UserError when its file is missing or broken."""
+        """Read one sample. Raises UserError if its file is missing or broken."""
         return read_sample_file(self.sample_path(sample_id))
 
     def read_mask(self, sample_id: str) -> torch.Tensor:
@@ -166,7 +166,7 @@ class Store:
         return read_sample_tensor(self.sample_path(sample_id), "input_ids")
 
     def sample_ids(self) -> list[str]:
-        """Return the ids of all stored samples, sorted, so that no resume changes their order."""
+        """Return the ids of all stored samples, sorted, so that a resume does not change their order."""
         return sorted(Ledger(self.ledger_path).ids("done"))
 
     def lengths(self) -> dict[str, int]:
@@ -190,7 +190,7 @@ class Store:
 def open_store(folder: Path, target: TargetIdentity) -> tuple[Store, Manifest]:
     """Open a finished store made from `target`; return it with its manifest.
 
-    Raises UserError when the dump is unfinished, or when the states are those of another target.
+    Raises UserError if the dump is unfinished or of another target.
     """
     store = Store(folder)
     manifest = store.read_manifest()
@@ -206,13 +206,13 @@ def open_store(folder: Path, target: TargetIdentity) -> tuple[Store, Manifest]:
 
 
 class TokenSource(Protocol):
-    """What `find_token` reads: a `Store` or a `contracts.modelopt.ModelOptStore`."""
+    """The part of `Store` and `contracts.modelopt.ModelOptStore` that `find_token` reads."""
 
     def read_token_ids(self, sample_id: str) -> torch.Tensor: ...
 
 
 def find_token(store: TokenSource, token_id: int, ids: Sequence[str]) -> str | None:
-    """Return the first of the samples `ids` that holds `token_id`; None if none does. Reads their token ids alone."""
+    """Return the first of the samples `ids` that holds `token_id`, or None. Only token ids are read."""
 
     def holds(sample_id: str) -> bool:
         return bool((store.read_token_ids(sample_id) == token_id).any())

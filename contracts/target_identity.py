@@ -1,4 +1,4 @@
-"""Which target an artifact was made from: what conversations, stores and drafts record and compare."""
+"""The identity of a target, which conversations, stores and drafts record and compare."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 class TargetIdentity(Protocol):
     """The properties of `target.target.Target` that contracts read.
 
-    `final_norm` is rms, gemma or layer; checksums and the fingerprint are sha256 as hex.
+    `final_norm` is rms, gemma, layer or layer1p; checksums and the fingerprint are sha256 as hex.
     """
 
     @property

@@ -18,12 +18,12 @@ from common.files import explain_unwritable
 
 @dataclass
 class Trace:
-    """One sample: `start` is where its reply begins; T = start, n layers, H hidden, V vocabulary, K draft tokens.
+    """One sample, whose reply begins at `start`; T = start, n layers, H hidden, V vocabulary, K draft tokens.
 
-    `tensors`: token_ids, the prompt and the reply's first R tokens (of the trainer only); layers (T, n, H), the states
-    that the draft reads, at the prompt; teacher (R,), the target's greedy tokens of the reply; mask_token () and
-    mask_embedding (H,), of methods that have one; vocabulary (D,), the target's ids of the tokens that the draft
-    knows, if not all; draft_logits (K, V), after the first token of the reply; -inf for tokens that the draft lacks.
+    `tensors`: token_ids, the prompt and the reply's first R tokens (trainer only); layers (T, n, H), the prompt's
+    captured states; teacher (R,), the target's greedy tokens of the reply; mask_token () and mask_embedding (H,) if the
+    method has them; vocabulary (D,), the target's ids of a reduced vocabulary; draft_logits (K, V) after the reply's
+    first token, -inf for tokens outside the draft's vocabulary.
     """
 
     sample_id: str
@@ -32,7 +32,7 @@ class Trace:
 
 
 def write_traces(path: Path, traces: Sequence[Trace]) -> None:
-    """Write traces to `path`. Raises UserError when it cannot be written."""
+    """Write traces to `path`. Raises UserError if it cannot be written."""
     from safetensors.torch import save_file
 
     tensors = {
@@ -47,7 +47,7 @@ def write_traces(path: Path, traces: Sequence[Trace]) -> None:
 
 
 def read_traces(path: Path) -> list[Trace]:
-    """Read the traces of `path`. Raises UserError when it is not such a file."""
+    """Read the traces of `path`. Raises UserError if it is not a trace file."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,4 +1,4 @@
-"""Attention of a block's queries over the context before its anchor and over its own block, in both directions.
+"""Attention of a block's queries over the context before its anchor and, bidirectionally, over the block itself.
 
 On CPUs, blocks are sorted by anchor and computed in groups, each against the prefix of its last anchor, as matrix
 products with a hand-written gradient. Only the columns between the first and the last anchor of a group are masked. On
@@ -23,7 +23,7 @@ from drafts.threads import share_out
 
 QUERIES_A_GROUP = 128
 ALIGNMENT = 16
-"""Rows of scores are padded to a multiple of this: the elements of a vector register."""
+"""Rows of scores are padded to a multiple of this many elements, those of a vector register."""
 KEPT_BYTES = 256 << 20
 """Attention weights of one layer up to this size are kept for the backward pass; larger ones are recomputed."""
 
@@ -43,7 +43,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which context each block of a batch sees: groups for CPUs, rows of the packed context (and masks) for GPUs.
+    """The context that each block of a batch sees: groups for CPUs, rows of the packed context and masks for GPUs.
 
     Shapes: first_rows and anchor_rows (A,): block a sees the context rows first_rows[a] <= row < anchor_rows[a].
     """
@@ -56,7 +56,7 @@ class Layout:
     masks: dict[int, BlockMask] = field(default_factory=dict)
 
     def mask(self, num_queries: int) -> BlockMask:
-        """FlexAttention's mask for the last `num_queries` queries of each block."""
+        """Return FlexAttention's mask for the last `num_queries` queries of each block."""
         if num_queries not in self.masks:
             num_context, block_size = self.num_context, self.block_size
             first_rows, anchor_rows = self.first_rows, self.anchor_rows
@@ -80,7 +80,7 @@ def lay_out(
     device: torch.device,
     num_queries: int | None = None,
 ) -> Layout:
-    """Blocks at `anchors[i]`, ascending positions in document i, which is `lengths[i]` tokens long.
+    """Lay out blocks at `anchors[i]`, ascending positions in document i of `lengths[i]` tokens.
 
     Blocks have `block_size` keys of their own, and as many queries unless `num_queries` says otherwise.
     """
@@ -95,7 +95,7 @@ def lay_out(
 def plan_groups(
     lengths: Sequence[int], anchors: Sequence[torch.Tensor], block_size: int, num_queries: int
 ) -> list[Group]:
-    """Group the blocks at `anchors[i]`, ascending positions in document i, which is `lengths[i]` tokens long."""
+    """Group the blocks at `anchors[i]`, ascending positions in document i of `lengths[i]` tokens."""
     groups, first = [], 0
     size = max(1, QUERIES_A_GROUP // num_queries)
     for offset, positions in zip([0, *accumulate(lengths)], anchors, strict=False):
@@ -136,7 +136,7 @@ def _attend_on_cpu(*arguments: Any) -> torch.Tensor:
 def attend_flex(
     query: torch.Tensor, pairs: KeyValues, layout: Layout, attention: Callable[..., torch.Tensor]
 ) -> torch.Tensor:
-    """Return what `attend` does, by FlexAttention: keys are the packed context, then all blocks, under one mask."""
+    """Compute `attend` with FlexAttention: keys are the packed context, then all blocks, under one mask."""
     key = torch.cat([pairs.context_key, pairs.block_key.flatten(0, 1)]).transpose(0, 1)[None]
     value = torch.cat([pairs.context_value, pairs.block_value.flatten(0, 1)]).transpose(0, 1)[None]
     output = attention(
@@ -154,8 +154,8 @@ def _compiled_flex() -> Callable[..., torch.Tensor]:
 class _BlockAttention(torch.autograd.Function):
     """Softmax over `[context | own block]`, group by group; threads share the groups.
 
-    The context's keys are padded so that one product fills a buffer with room for the block's own scores: its last B
-    columns are overwritten with them.
+    The context's keys are padded by B columns, so one product fills the whole score buffer; the block's own scores then
+    overwrite its last B columns.
     """
 
     @staticmethod
@@ -278,7 +278,7 @@ class _Memory:
 
 
 def _take_memory(like: torch.Tensor, shapes: Sequence[tuple[int, int, int]]) -> _Memory | None:
-    """A buffer for the weights of all groups, or None if they exceed `KEPT_BYTES`."""
+    """Return a buffer for the weights of all groups, or None if they exceed `KEPT_BYTES`."""
     size = sum(math.prod(shape) for shape in shapes)
     if size * like.itemsize > KEPT_BYTES:
         return None
@@ -293,18 +293,18 @@ def _count(part: slice) -> int:
 
 
 def _heads_first(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """`(A, B', KV*R, D)` as a new `(KV, A, R*B', D)`."""
+    """Copy `(A, B', KV*R, D)` into a new `(KV, A, R*B', D)`."""
     split = x.unflatten(2, (kv_heads, -1)).permute(2, 0, 3, 1, 4)
     return split.clone(memory_format=torch.contiguous_format).flatten(2, 3)
 
 
 def _heads_last(x: torch.Tensor, num_queries: int) -> torch.Tensor:
-    """`(KV, A, R*B', D)` as `(A, B', KV*R, D)`."""
+    """Rearrange `(KV, A, R*B', D)` to `(A, B', KV*R, D)`."""
     return x.unflatten(2, (-1, num_queries)).permute(1, 3, 0, 2, 4).flatten(2, 3)
 
 
 def _pad(context: torch.Tensor, width: int) -> torch.Tensor:
-    """`(T, KV, D)` as `(KV, T + ALIGNMENT + width, D)`."""
+    """Copy `(T, KV, D)` into `(KV, T + ALIGNMENT + width, D)`, zero-padded."""
     length, heads, size = context.shape
     padded = context.new_zeros((heads, length + ALIGNMENT + width, size))
     padded[:, :length] = context.transpose(0, 1)
@@ -316,7 +316,7 @@ def _padded(group: Group, width: int) -> slice:
 
 
 def _weigh(weights: torch.Tensor, q: torch.Tensor, k: torch.Tensor, bk: torch.Tensor, group: Group) -> None:
-    """Write a group's attention weights `(KV, n*R*B', m + B)`: over its context, then over each block's own keys."""
+    """Write a group's attention weights `(KV, n*R*B', m + B)`: over its context, then own keys."""
     width = bk.shape[2]
     queries = q[:, group.blocks]
     torch.bmm(queries.flatten(1, 2), k[:, _padded(group, width)].transpose(1, 2), out=weights)

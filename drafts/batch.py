@@ -1,4 +1,4 @@
-"""One training batch: documents packed one after another, without attention between them."""
+"""One training batch: packed documents that do not attend to each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 class Batch:
     """Shapes: token_ids (T,) int64; loss_mask (T,) bool; aux_hidden_states (T, n*H); hidden_states (T, H), pre-norm.
 
-    `lengths` of the documents sum to T; `seeds`, one a document, seed what a draft draws at this step.
+    `lengths` of the documents sum to T. `seeds` has one seed per document for what a draft draws at this step.
     """
 
     token_ids: torch.Tensor
@@ -23,7 +23,7 @@ class Batch:
     seeds: list[int]
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with its tensors on a device."""
+        """Return the batch with its tensors on a device."""
         tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if _is_tensor(value)}
         return Batch(**{**vars(self), **tensors})
 

@@ -34,43 +34,48 @@ class Draft(nn.Module, ABC):
     config: DraftConfig
 
     def initialize(self, seed: int, head: TargetHead, count_tokens: Callable[[], torch.Tensor]) -> str:  # noqa: ARG002
-        """Set the first weights, the same for a seed on every machine; return a line to print, or "".
+        """Set the initial weights; return a line to print, or "".
 
-        `count_tokens()` walks the training samples and returns how often each token is supervised, `(V,)`.
+        A seed gives the same weights on every machine. `count_tokens()` walks the training samples and returns how
+        often each token is supervised, `(V,)`.
         """
         init_weights(self, seed)
         return ""
 
     def layers_to_compile(self) -> list[nn.Module]:
-        """Layers that torch.compile takes one by one."""
+        """Return the layers that torch.compile compiles one by one."""
         return []
 
     def layers_to_shard(self) -> list[nn.Module]:
-        """Layers that FSDP2 shards one by one: those that are only ever called through their forward."""
+        """Return the layers that FSDP2 shards one by one; they must only be called through their forward."""
         return []
 
     @abstractmethod
     def plan(self, batch: Batch) -> Any:
-        """Plan a training step of a batch. Raises UserError, with the sample's id, where nothing can be drafted."""
+        """Plan a batch's training step. Raises UserError with the id of a sample that has nothing to draft."""
 
     @abstractmethod
     def forward(self, batch: Batch, plan: Any, head: TargetHead) -> StepLoss:
-        """The training loss of a planned batch."""
+        """Return the training loss of a planned batch."""
 
     @abstractmethod
     def draft(self, sample: StoredSample, head: TargetHead) -> torch.Tensor:
-        """Greedy draft tokens after every position that serving can draft from: `(T, K)` on the CPU, -1 elsewhere."""
+        """Return the greedy draft tokens after every position that serving can draft from.
+
+        Shapes: (T, K) on the CPU, -1 at all other positions.
+        """
 
     @abstractmethod
     def taps(self, sample: StoredSample, head: TargetHead, start: int) -> dict[str, torch.Tensor]:
-        """What `bench parity` compares: draft_logits (K, V) after token `start`, and the method's own tensors.
+        """Return the tensors that `bench parity` compares: draft_logits and the method's own.
 
-        -inf marks tokens that the draft does not know. Names: see `contracts.trace.Trace`.
+        Shapes: draft_logits (K, V) after token `start`; -inf marks tokens outside the draft's vocabulary. Names: see
+        `contracts.trace.Trace`.
         """
 
 
 def init_weights(model: nn.Module, seed: int) -> None:
-    """Normal with standard deviation 0.02 for matrices, ones for norms; the same for a seed on every machine."""
+    """Initialize matrices from N(0, 0.02^2) and norms with ones; a seed gives the same weights on every machine."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

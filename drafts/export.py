@@ -1,4 +1,4 @@
-"""What the exports of transformer drafts have in common: config.json of the native and the speculators layout."""
+"""The config.json of exported transformer drafts, in the native and the speculators layout."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ NOT_OF_THE_LAYER = ("architectures", "dtype", "block_size", "dflash_config", "dr
 
 
 def native_config(config: TransformerConfig, facts: ExportFacts, own: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json in transformers' names; `rope_parameters` is transformers 5's schema, `rope_scaling` the one before.
+    """Return config.json with transformers' names and the method's keys `own`.
 
-    `own`: the method's keys.
+    `rope_parameters` is the schema of transformers 5, `rope_scaling` that of transformers 4.
     """
     rope = rope_parameters(config)
     return {
@@ -47,9 +47,9 @@ def native_config(config: TransformerConfig, facts: ExportFacts, own: Mapping[st
 def speculators_config(
     config: TransformerConfig, native: Mapping[str, Any], facts: ExportFacts, own: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """config.json in the format of speculators 0.9 (its SpeculatorModelConfig), from the native one.
+    """Return config.json in speculators 0.9's format (SpeculatorModelConfig), from the native one.
 
-    speculators counts captured layers as vLLM does, from the embeddings on; `own` has the ids in its key.
+    `own`: the method's keys, with the captured layers, which speculators counts as vLLM does: 0 is the embeddings.
     """
     return {
         "speculators_model_type": config.method,
@@ -70,7 +70,7 @@ def speculators_config(
 def describe_transformer(
     config: Mapping[str, Any], method: str, *, layer_ids: list[int], num_tokens: int | None, mask_token_id: int | None
 ) -> Descriptor:
-    """The descriptor of a config.json in either layout; the arguments are what the method reads of it itself."""
+    """Return the descriptor of a config.json in either layout; methods read the keyword arguments."""
     layer = {**config, **(config.get("transformer_layer_config") or {})}
     proposals = (config.get("speculators_config") or {}).get("proposal_methods")
     rope = layer.get("rope_parameters") or layer.get("rope_scaling") or {}

@@ -66,12 +66,12 @@ class TransformerConfig(DraftConfig):
 
 
 class DraftMethod(ABC):
-    """A draft method. `name` stands in recipes, draft.json and draftline.json.
+    """A draft method. Recipes, draft.json and draftline.json refer to it by `name`.
 
-    `layouts`: what `train export --format` takes, the default first. `uses_mask_token`: the target must have a token
-    that never occurs. `autoregressive`: each draft token is an input of the next one, so that one that differs between
-    trainer and engine changes all after it. `renamed`: keys of `train` in earlier recipes that this method now has
-    under another name in its section, with that name.
+    `layouts`: values of `train export --format`, the default first. `uses_mask_token`: the target needs a token that
+    never occurs in text. `autoregressive`: each draft token is an input of the next one, so one that differs between
+    trainer and engine changes all after it. `renamed`: keys of `train` in older recipes, mapped to their name in this
+    method's section.
     """
 
     name: str
@@ -86,7 +86,7 @@ class DraftMethod(ABC):
         """Raise UserError for a section that does not fit the target."""
 
     def make_config(self, section: DraftSection, shared: Mapping[str, Any]) -> DraftConfig:
-        """The config of a draft to be trained: the section's dimensions and the fields shared by all methods."""
+        """Return the config of a new draft: the section's dimensions and the fields shared by all methods."""
         own = {key: value for key, value in section.model_dump().items() if key in self.config.model_fields}
         return self.config(**{**shared, **own})
 
@@ -94,20 +94,20 @@ class DraftMethod(ABC):
     def build(
         self, config: DraftConfig, section: DraftSection | None = None, *, gradient_checkpointing: bool = False
     ) -> Draft:
-        """The torch module. `section` says how it is trained; None where it only drafts."""
+        """Return the torch module. `section` says how to train it; None if it only drafts."""
 
     @abstractmethod
     def export(
         self, config: DraftConfig, weights: Mapping[str, Tensor], layout: str, facts: ExportFacts
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """config.json and tensors of an export in one of `layouts`, as vLLM loads them."""
+        """Return config.json and the tensors of an export in one of `layouts`, as vLLM loads them."""
 
     @abstractmethod
     def describe(self, config: Mapping[str, Any]) -> Descriptor | None:
-        """The descriptor of a draft with this config.json, ours or published; None if it is of another method."""
+        """Return the descriptor of a draft with this config.json; None if it is of another method."""
 
     def describe_trained(self, config: DraftConfig) -> Descriptor:
-        """The descriptor of a draft of ours, without what its export adds."""
+        """Return the descriptor of a draft trained here, without the fields that its export adds."""
         return Descriptor(
             method=self.name,
             speculative=self.speculative_config(config),
@@ -126,19 +126,20 @@ class DraftMethod(ABC):
         )
 
     def speculative_config(self, config: DraftConfig) -> dict[str, Any]:  # noqa: ARG002 (a method may need it)
-        """vLLM's speculative config without model and number of draft tokens."""
+        """Return vLLM's speculative config without the model and the number of draft tokens."""
         return {"method": self.name}
 
     def engine_taps(self, noted: Mapping[str, list[Tensor]], model: nn.Module) -> dict[str, Tensor]:  # noqa: ARG002
-        """What `bench parity` compares beside layers and logits, from what vLLM's draft model was given.
+        """Return the engine's tensors that `bench parity` compares in addition to layers and logits.
 
-        `noted`: the tensors of each call since the trace began: slots (input ids) and embeddings, of the first call.
+        `noted`: the inputs of each call of vLLM's draft model since the trace began: slots (input ids) and embeddings
+        of the first call.
         """
         return {}
 
 
 class ExportFacts(Section):
-    """What a config.json needs beside the draft's config: the dtype, and the target's names and end tokens."""
+    """Fields of config.json that the draft's config lacks: the dtype, and the target's names and end tokens."""
 
     dtype: str
     target: str

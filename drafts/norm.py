@@ -1,6 +1,6 @@
 """RMSNorm and the MLP's gate with hand-written gradients.
 
-On CPUs torch's own are chains of operations, each of which passes through memory and saves tensors for the backward.
+On CPUs, torch's own are chains of operations that each read and write memory and save tensors for the backward pass.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class _RMSNorm(torch.autograd.Function):
         gradient = gradients[0].float()
         product = gradient * normed
         grad_weight = product.flatten(0, -2).sum(0)
-        # mean(g*w*x*r) is a product with a vector: one pass through memory less.
+        # mean(g*w*x*r) as a matrix-vector product saves a pass through memory.
         mean = (product @ weight.float()).div_(weight.shape[0]).unsqueeze(-1)
         grad_x = torch.addcmul(gradient * weight, normed, mean, value=-1).mul_(scale)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """`silu(gate) * up`, of which only gate and up are kept."""
+    """Return `silu(gate) * up`; only gate and up are saved for the backward pass."""
     product: torch.Tensor = _Gated.apply(gate, up)
     return product
 

@@ -21,7 +21,7 @@ MIN_CHUNK_ROWS = 64
 Weights = torch.Tensor | Callable[[slice, torch.Tensor], torch.Tensor]
 """Weights (N,), or a function from a slice of rows and their losses to their weights."""
 Teacher = Callable[[slice], torch.Tensor]
-"""Gives the target's probabilities `(n, V)` at a slice of rows."""
+"""A function from a slice of rows to the target's probabilities `(n, V)`."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class StepLoss:
     num_blocks: torch.Tensor
 
     def counts(self) -> torch.Tensor:
-        """All fields in one vector, to be summed over batches and processes: `(4 + 2K,)`."""
+        """Return all fields in one vector `(4 + 2K,)`, to be summed over batches and processes."""
         parts = [getattr(self, field.name).detach().reshape(-1) for field in fields(self)]
         return torch.cat([part.to(self.loss_sum.device, torch.float64) for part in parts])
 
@@ -54,11 +54,11 @@ def fused_cross_entropy(
     teacher: Teacher | None = None,
     bounds: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weighted sum of the rows' cross-entropies, whether each label is the argmax, and each loss `(sum, (N,), (N,))`.
+    """Return the weighted sum of the rows' cross-entropies, whether each label is the argmax, and each row's loss.
 
-    Shapes: hidden (N, H), lm_head (V, H), labels (N,). With a teacher a row's loss is -sum_v q_v log p_v instead of
-    -log p_label. `bounds` are the rows at which a chunk may end (default: any); weights that need whole blocks pass
-    theirs.
+    Shapes: hidden (N, H), lm_head (V, H), labels (N,) -> scalar, (N,), (N,). With a teacher, a row's loss is
+    -sum_v q_v log p_v instead of -log p_label. `bounds`: the rows at which a chunk may end (default: any), for weights
+    that need whole blocks.
     """
     total, hits, losses = _FusedCrossEntropy.apply(hidden, lm_head, labels, weights, teacher, bounds)
     return total, hits, losses
@@ -124,7 +124,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
 
 def chunks(num_rows: int, vocab_size: int, bounds: Sequence[int] | None = None) -> list[slice]:
-    """Slices of rows whose logits fit into a cache; each ends at one of `bounds`, if these are given."""
+    """Return slices of rows whose logits fit into a cache; with `bounds`, each slice ends at one of them."""
     size = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size)
     ends = [*range(size, num_rows, size), num_rows] if bounds is None else []
     start = 0
@@ -136,13 +136,16 @@ def chunks(num_rows: int, vocab_size: int, bounds: Sequence[int] | None = None) 
 
 
 def make_teacher(head: TargetHead, hidden_states: torch.Tensor, places: torch.Tensor) -> Teacher:
-    """The target's own distribution after each of `places`, from its final states `(T, H)` before the final norm."""
+    """Return the target's distribution after each of `places`, from states `(T, H)` before the final norm."""
     return lambda rows: head.logits(hidden_states[places[rows]]).softmax(-1)
 
 
 @torch.no_grad()
 def teacher_argmax(head: TargetHead, hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """The target's own greedy token after each of `places (N,)`: `(N,)`. Each place is computed once."""
+    """Return the target's greedy token after each of `places`; duplicates are computed once.
+
+    Shapes: hidden_states (T, H) before the final norm, places (N,) -> (N,).
+    """
     needed, inverse = places.unique(return_inverse=True)
     found = [
         head.logits(hidden_states[needed[rows]]).max(-1).indices for rows in chunks(len(needed), head.lm_head.shape[0])
@@ -151,15 +154,15 @@ def teacher_argmax(head: TargetHead, hidden_states: torch.Tensor, places: torch.
 
 
 def slot_weights(block_size: int, decay: float) -> torch.Tensor:
-    """`w_k = exp(-(k-1)/gamma)` for slots k = 1..B-1; slot 0 is the anchor and has no loss. Shape (B-1,)."""
+    """Return `w_k = exp(-(k-1)/gamma)`, k = 1..B-1, shape (B-1,); slot 0, the anchor, has no loss."""
     return torch.exp(-torch.arange(block_size - 1).float() / decay)
 
 
 def dpace_weights(losses: torch.Tensor, valid: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """D-PACE's weights (arXiv 2605.18810): slot j's contribution to the expected acceptance. Shapes (A, K).
+    """Return D-PACE's weights (arXiv 2605.18810): slot j's contribution to the expected acceptance.
 
-    With q_i = exp(-loss_i) and q~ = (1-a)*q + a: w_j = sum over m >= j of prod over i <= m of q~_i; slots that are not
-    valid have weight 0, and so do all after them.
+    With q_i = exp(-loss_i) and q~ = (1-a)*q + a: w_j = sum over m >= j of prod over i <= m of q~_i. An invalid slot and
+    all slots after it have weight 0. Shapes: losses and valid (A, K) -> (A, K).
     """
     q = (1.0 - smoothing) * torch.exp(-losses) + smoothing
     reach = (q * valid).cumprod(dim=1)

@@ -11,7 +11,7 @@ from drafts import METHODS
 
 
 def read_config(run: DraftRun) -> DraftConfig:
-    """The config of a training run's draft. Raises UserError for a method that is not known."""
+    """Return the config of a training run's draft. Raises UserError for an unknown method."""
     values = read_json(run.config_path, "a training run's draft.json")
     method = METHODS.get(str(values.get("method")))
     if method is None:
@@ -25,7 +25,7 @@ def read_config(run: DraftRun) -> DraftConfig:
 
 
 def read_descriptor(folder: Path) -> Descriptor:
-    """What a draft's folder says of itself. Raises UserError for a folder that no method recognizes."""
+    """Return the descriptor of a draft's folder. Raises UserError if no method recognizes the folder."""
     path = folder / DESCRIPTOR_FILE
     ours = read_json(path, "a draft's descriptor") if path.exists() else {}
     if "speculative" in ours:
@@ -35,7 +35,7 @@ def read_descriptor(folder: Path) -> Descriptor:
 
 
 def describe_config(folder: Path) -> Descriptor:
-    """What a draft's config.json says. Raises UserError when it is of no known method."""
+    """Return the descriptor of a draft's config.json. Raises UserError if it is of no known method."""
     path = folder / "config.json"
     config = read_json(path, "a draft exported by `train export`")
     for method in METHODS.values():
@@ -50,7 +50,7 @@ def describe_config(folder: Path) -> Descriptor:
 
 
 def num_speculative_tokens(descriptor: Descriptor, folder: Path) -> int:
-    """Draft tokens per step. Raises UserError when the draft does not say."""
+    """Return the number of draft tokens per step. Raises UserError if the descriptor has none."""
     if descriptor.num_speculative_tokens is None:
         raise UserError(
             folder / "config.json",

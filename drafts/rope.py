@@ -17,7 +17,7 @@ Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 class Rope(nn.Module):
-    """Tables for the positions of a step, computed once and used by every layer; any position has them."""
+    """Tables for the positions of a step, computed once and used by every layer. Positions have no upper limit."""
 
     inverse_frequencies: torch.Tensor
 
@@ -38,7 +38,7 @@ class Rope(nn.Module):
         self.register_buffer("inverse_frequencies", inverse_frequencies, persistent=False)
 
     def at(self, positions: torch.Tensor) -> Tables:
-        """Tables at `positions (...)`: two of (..., 1, D)."""
+        """Return the tables at `positions (...)`: two of (..., 1, D)."""
         angles = positions[..., None, None].float() * self.inverse_frequencies
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos() * self.scale, angles.sin() * self.scale

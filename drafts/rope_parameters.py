@@ -6,7 +6,7 @@ from drafts.method import TransformerConfig
 
 
 def rope_parameters(config: TransformerConfig) -> dict[str, str | float | int]:
-    """The draft's rope in transformers' schema (`rope_parameters`, before transformers 5 `rope_scaling`)."""
+    """Return the draft's rope in transformers' schema (`rope_parameters`; `rope_scaling` before transformers 5)."""
     if config.yarn is None:
         return {"rope_type": "default", "rope_theta": config.rope_theta}
     return {

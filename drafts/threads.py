@@ -18,12 +18,15 @@ Result = TypeVar("Result")
 
 
 def share_out(work: Callable[[Sequence[Item]], Result], items: Sequence[Item]) -> list[Result]:
-    """`work` on every nth item, for n threads, as many as torch may use; the results in order. Without gradients."""
+    """Run `work` on every nth item in each of n threads, without gradients; return results in order.
+
+    n is torch's number of threads, or the number of items if that is less.
+    """
     count = min(torch.get_num_threads(), len(items))
     inference = torch.is_inference_mode_enabled()
 
     def work_without_gradients(part: Sequence[Item]) -> Result:
-        with torch.inference_mode(inference), torch.no_grad():  # each thread has modes of its own
+        with torch.inference_mode(inference), torch.no_grad():  # these modes are per thread
             return work(part)
 
     if count <= 1:
@@ -33,7 +36,7 @@ def share_out(work: Callable[[Sequence[Item]], Result], items: Sequence[Item]) -
 
 @cache
 def _pool(count: int) -> ThreadPoolExecutor:
-    # The number of threads is each thread's own setting.
+    # torch's number of threads is a setting per thread.
     return ThreadPoolExecutor(count, "share", initializer=_use_one_core)
 
 

@@ -1,4 +1,4 @@
-"""The capture backends by the name that `dump.backend` has in the recipe."""
+"""The capture backends, by the value of `dump.backend` in the recipe."""
 
 from __future__ import annotations
 

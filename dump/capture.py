@@ -1,8 +1,8 @@
 """The protocol of capture backends: samples in, staged files of hidden states out.
 
-A staged file is what vLLM's connector writes: safetensors with `hidden_states (T, n+1, H)`, the captured layers in
-order and last the final state before the final norm, and `token_ids (T,)`. Beside it lies a `.lock` file that the
-writer holds until the file is whole.
+A staged file has the format of vLLM's connector: safetensors with `hidden_states (T, n+1, H)`, the captured layers in
+order followed by the final state before the final norm, and `token_ids (T,)`. The writer holds a `.lock` file beside it
+until the file is complete.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Staged:
 
 
 class CaptureBackend(Protocol):
-    """What runs the target; made with `(recipe, target, layer_ids, staging)`. `dump/backends.py` lists all."""
+    """Runs the target; constructed with `(recipe, target, layer_ids, staging)`. `dump/backends.py` lists all."""
 
     @property
     def token_bytes(self) -> int:
@@ -39,9 +39,9 @@ class CaptureBackend(Protocol):
         ...
 
     def capture(self, samples: Iterator[tuple[str, list[int]]], staging: Staging) -> Iterator[Staged]:
-        """Yield each `(sample id, token ids)` once it is captured, in any order.
+        """Yield each of `samples`, `(sample id, token ids)`, once it is captured, in any order.
 
-        Takes samples only as fast as it can use them, and never stages more bytes than `staging` allows.
+        Takes samples only as it can use them, and never stages more bytes than `staging` allows.
         """
         ...
 
@@ -57,11 +57,11 @@ class Captured:
 
 
 class CaptureError(Exception):
-    """A backend's answer for one sample is unusable; the message is the reason."""
+    """An unusable answer of a backend for one sample; the message is the reason."""
 
 
 class Staging:
-    """The folder in which states wait until they are stored, and the bytes of them that may wait."""
+    """The folder in which states wait to be stored, and the limit of their bytes."""
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder = folder
@@ -70,7 +70,7 @@ class Staging:
         self._changed = threading.Condition()
 
     def take(self, num_bytes: int) -> bool:
-        """Reserve room for a sample; return False if there is none. A sample larger than the limit gets in alone."""
+        """Reserve room for a sample; return False if there is none. One above the limit is admitted alone."""
         with self._changed:
             if self.taken_bytes and self.taken_bytes + num_bytes > self.limit_bytes:
                 return False
@@ -78,21 +78,21 @@ class Staging:
             return True
 
     def give(self, num_bytes: int) -> None:
-        """Free the room of a sample that is stored."""
+        """Free the room of a stored sample."""
         with self._changed:
             self.taken_bytes -= num_bytes
             self._changed.notify_all()
 
     def wait(self, timeout_s: float = 0.05) -> None:
-        """Wait until room is freed, at most `timeout_s`: the engine may have work."""
+        """Wait until room is freed, at most `timeout_s`, since the engine may have work."""
         with self._changed:
             self._changed.wait(timeout_s)
 
 
 def load_staged(staged: Staged, token_ids: Sequence[int], num_layers: int, hidden_size: int) -> Captured:
-    """Wait until a staged file is whole, read and check it, and delete it.
+    """Wait until a staged file is complete, read and check it, and delete it.
 
-    vLLM only logs a failed write. Hence the checks: presence, shape, token ids, finite values. Raises CaptureError with
+    vLLM only logs a failed write, so presence, shape, token ids and finite values are checked. Raises CaptureError with
     the reason.
     """
     if staged.path is None:
@@ -112,15 +112,15 @@ def load_staged(staged: Staged, token_ids: Sequence[int], num_layers: int, hidde
         raise CaptureError(f"hidden states of shape {tuple(states.shape)}, expected {expected}")
     if stored_ids != list(token_ids):
         raise CaptureError("hidden states of other token ids than were asked for")
-    if not bool(states.sum(dtype=torch.float32).isfinite()):  # a value that is not finite makes the sum so
+    if not bool(states.sum(dtype=torch.float32).isfinite()):  # one such value makes the sum not finite
         raise CaptureError("hidden states that are not finite")
     return Captured(layers=states[:, :-1], final=states[:, -1])
 
 
 def staged_path(kv_transfer_params: Mapping[str, Any] | None, folder: Path, engine: str) -> Path | None:
-    """Return the staged file that an answer of vLLM names, or None where it names none.
+    """Return the staged file that an answer of vLLM names, or None.
 
-    Raises UserError for a file outside of `folder`, symlinks resolved: it is neither read nor deleted.
+    Raises UserError for a file outside `folder` after resolving symlinks: it is neither read nor deleted.
     """
     named = (kv_transfer_params or {}).get("hidden_states_path")
     if not named:

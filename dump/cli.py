@@ -25,11 +25,11 @@ def plan(
     conversations: Annotated[Path | None, typer.Option(help="Output folder of `synth generate`.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Without --conversations: number of samples.")] = None,
     mean_tokens: Annotated[int, typer.Option(min=1, help="With --samples: mean tokens of a sample.")] = 2000,
-    rate: Annotated[float | None, typer.Option(help="Tokens/s of one process, as an earlier run printed it.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Tokens/s of one process, printed by an earlier run.")] = None,
     shards: Annotated[int, typer.Option(help="Processes that share the work.")] = 1,
     set_: OverridesOption = None,
 ) -> None:
-    """Print what a dump will take: samples, tokens, bytes, files, hours."""
+    """Print the size of a dump: samples, tokens, bytes, files, hours."""
     from common.errors import UserError
     from dump.plan import make_plan, show_plan, suppose_plan
     from dump.rendered import TemplateMasks
@@ -94,7 +94,7 @@ def verify(
     reference: Annotated[int, typer.Option(help="Samples whose layers are compared with transformers.")] = 8,
     set_: OverridesOption = None,
 ) -> None:
-    """Prove the store: checksums, tokens, masks, states that predict the tokens, layers equal to transformers'."""
+    """Prove the store: checksums, tokens, masks, states that predict the tokens, transformers' layers."""
     from dump.verify import verify as verify_store
 
     verify_store(load_checked(recipe, set_), store, once=once, num_reference=reference)

@@ -1,8 +1,8 @@
 """Write a store in the layouts of other trainers.
 
-modelopt:    OUTPUT/<sample id>.pt as in contracts/modelopt.py; hidden_states before the final norm, and flagged so.
-speculators: OUTPUT/hidden_states/hs_<row>.safetensors with hidden_states (T, n+1, H), last the final state before the
-             final norm, and token_ids (T,); OUTPUT itself is a `datasets` folder with input_ids, loss_mask, seq_len.
+modelopt:    OUTPUT/<sample id>.pt (contracts/modelopt.py) with hidden_states before the final norm and the flag for it.
+speculators: OUTPUT/hidden_states/hs_<row>.safetensors with hidden_states (T, n+1, H), the last being the final state
+             before the final norm, and token_ids (T,); OUTPUT is a `datasets` folder of input_ids, loss_mask, seq_len.
 
 Both have our manifest in OUTPUT/manifest.json. Existing files of states are kept.
 """
@@ -30,7 +30,7 @@ ROWS_IN_MEMORY = 16
 
 
 def convert(folder: Path, output: Path, layout: str) -> int:
-    """Convert every sample of a finished store; return their number. Raises UserError for an unknown layout."""
+    """Convert all samples of a finished store; return their number. Raises UserError for an unknown layout."""
     if layout not in LAYOUTS:
         raise UserError("--to", found=layout, expected=f"one of {', '.join(LAYOUTS)}", fix="Correct it.")
     store = Store(folder)
@@ -56,7 +56,7 @@ def convert(folder: Path, output: Path, layout: str) -> int:
 
 
 def _write_speculators(output: Path, samples: Iterable[tuple[str, StoredSample]]) -> None:
-    """Write the folder that speculators reads. Token ids go to disk a few samples at a time."""
+    """Write the folder that speculators reads; token ids are written a few samples at a time."""
     import datasets
     from datasets.arrow_writer import ArrowWriter
 
@@ -70,8 +70,8 @@ def _write_speculators(output: Path, samples: Iterable[tuple[str, StoredSample]]
                 row = {"input_ids": sample.input_ids.long().numpy(), "loss_mask": sample.loss_mask.long().numpy()}
                 writer.write({**row, "seq_len": sample.num_tokens})
             writer.finalize()
-        dataset = datasets.Dataset.from_file(str(path))  # mapped into memory, not read
-        dataset.set_format("torch")  # the trainer compares its tokens with those of the states
+        dataset = datasets.Dataset.from_file(str(path))  # memory-mapped
+        dataset.set_format("torch")  # the trainer compares these ids with the states' tensors
         dataset.save_to_disk(str(output))
 
 
@@ -82,7 +82,7 @@ def _features() -> Any:
 
 
 def _write_states(path: Path, sample: StoredSample) -> None:
-    """Write one sample's states and token ids, unless they are there. A retried dump may have moved its row."""
+    """Write one sample's states and token ids, unless they exist. A retried dump may change row numbers."""
     if path.exists():
         with safe_open(path, framework="pt") as file:
             if torch.equal(file.get_tensor("token_ids"), sample.input_ids.long()):

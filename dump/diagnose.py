@@ -1,4 +1,4 @@
-"""Name the defect of final states that do not predict their tokens."""
+"""Name the defect of final states that do not predict the sample's tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENOUGH = 0.9
 
 @torch.inference_mode()
 def find_plain_defect(head: TargetHead, sample: StoredSample) -> str:
-    """Return a defect that a state can have and still predict its token; "" if there is none.
+    """Return a defect that states may have although they predict their tokens; "" if there is none.
 
     Zero states make all logits equal, and a norm with weights near 1 hardly changes states that are already normed.
     """

@@ -1,4 +1,4 @@
-"""Move samples from a capture backend into the store while the ledger accounts for them."""
+"""Move samples from a capture backend into the store and the ledger."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from target.layers import captured_layers
 from target.target import Target
 
 MIN_FAILURES = 20
-"""While samples are captured, too many failures stop the run only from this number on."""
+"""Fewer failures than this do not stop a run while it captures."""
 
 
 @contextmanager
 def open_filler(recipe: Recipe, target: Target, store: Store, ledger: DumpLedger) -> Iterator[Filler]:
     """Start the capture backend, its staging folder and the writer processes; stop them at the end.
 
-    The writers end first: closing a backend may delete the files that they are reading.
+    The writers end first, because closing a backend may delete the files that they read.
     """
     layer_ids = captured_layers(recipe.target, target)
     job = StoreJob(store, recipe.dump.dtype, len(layer_ids), target.hidden_size)
@@ -47,7 +47,7 @@ def open_filler(recipe: Recipe, target: Target, store: Store, ledger: DumpLedger
 
 
 class Filler:
-    """One pass over the rows: the backend captures, the pool's processes store, the ledger gets an entry each."""
+    """One pass over the rows: the backend captures, the pool's processes store, the ledger gets an entry per row."""
 
     def __init__(
         self, backend: CaptureBackend, staging: Staging, pool: ProcessPoolExecutor, job: StoreJob, ledger: DumpLedger
@@ -60,7 +60,7 @@ class Filler:
     def run(self, rows: Iterator[Row], num_rows: int, tick: Callable[[], None] = lambda: None) -> None:
         """Capture and store all rows; call `tick` after each.
 
-        Raises UserError when the disk is full, IncompleteError when too many samples are rejected or a writer dies.
+        Raises UserError if the disk is full, IncompleteError if too many samples are rejected or a writer dies.
         """
         with Progress(num_rows, "dump", "sample") as progress:
             note = self._make_note()
@@ -74,7 +74,7 @@ class Filler:
                         break
                 while self._storing and not self._problems:
                     wait(list(self._storing), timeout=0.2)
-            except BrokenExecutor as error:  # a writer died, and the pool takes no more
+            except BrokenExecutor as error:  # a writer died, and the pool takes no more work
                 self._problems.append(error)
             finally:
                 for future in list(self._storing):
@@ -94,7 +94,7 @@ class Filler:
         future.add_done_callback(partial(self._account, row))
 
     def _account(self, row: Row, future: Future[dict[str, Any]]) -> None:
-        """Add the ledger entry of a sample that is durable now. Runs in a thread of the pool."""
+        """Add the ledger entry of a sample that is now durable. Runs in a thread of the pool."""
         try:
             if not future.cancelled():
                 self._ledger.add(future.result())
@@ -106,7 +106,7 @@ class Filler:
             self._storing.discard(future)
 
     def _make_note(self) -> Callable[[], str]:
-        """Return a function that describes the rates since now."""
+        """Return a function that describes the rates since this call."""
         ledger, started = self._ledger, time.monotonic()
         first_tokens, first_bytes = ledger.tokens, ledger.bytes
 

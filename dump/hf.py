@@ -1,6 +1,6 @@
-"""Capture with transformers: for models that vLLM cannot run on this machine, and as the reference for vLLM's states.
+"""Capture with transformers, for models that vLLM cannot run on this machine and as the reference for vLLM's states.
 
-Runs one sample at a time in the target's own dtype, or in the engine's `dtype` argument. Hooks take the outputs of the
+Runs one sample at a time in the target's dtype, or in the engine's `dtype` argument. Hooks keep the outputs of the
 decoder layers and the input of the final norm.
 """
 
@@ -27,7 +27,7 @@ class Transformers:
     """The target in transformers, with hooks that keep its hidden states."""
 
     def __init__(self, recipe: Recipe, target: Target, layer_ids: Sequence[int], _: Staging | None = None) -> None:
-        """Load the target. Raises UserError when its decoder layers cannot be found."""
+        """Load the target. Raises UserError if its decoder layers cannot be found."""
         name = str({**recipe.serve.args, **recipe.dump.args}.get("dtype", "auto"))
         dtype = name if name == "auto" else getattr(torch, name)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,7 +48,7 @@ class Transformers:
         return torch.stack([self._states[place][0] for place in sorted(self._states)], dim=1).cpu()
 
     def capture(self, samples: Iterator[tuple[str, list[int]]], staging: Staging) -> Iterator[Staged]:
-        """Run one forward for each `(sample id, token ids)`."""
+        """Run one forward pass for each `(sample id, token ids)`; yield the staged samples."""
         for sample_id, token_ids in samples:
             while not staging.take(len(token_ids) * self.token_bytes):
                 staging.wait()
@@ -74,7 +74,7 @@ class Transformers:
 
 
 def load_model(target: Target, dtype: Any) -> Any:
-    """Load the target in transformers, also if its language model is part of a vision-language model."""
+    """Load the target with transformers, also if its language model is part of a vision-language model."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -86,7 +86,7 @@ def load_model(target: Target, dtype: Any) -> Any:
 
 
 def find_layers(model: torch.nn.Module, target: Target) -> tuple[torch.nn.ModuleList, torch.nn.Module]:
-    """Return the decoder layers and the final norm beside them. Raises UserError unless there is exactly one match."""
+    """Return the decoder layers and the final norm. Raises UserError unless exactly one module has both."""
     found = []
     for module in model.modules():
         layers = getattr(module, "layers", None)

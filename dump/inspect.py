@@ -1,4 +1,4 @@
-"""Show one sample of a store (tokens coloured by the mask, norms by layer) or statistics of all of them."""
+"""Show one sample of a store (tokens coloured by the mask, norms by layer) or statistics of all samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from target.view import Decoder, print_tokens, write_html
 
 
 def inspect_sample(folder: Path, id_: str, html: Path | None) -> None:
-    """Show the sample whose id is, or begins with, `id_`. Raises UserError for none or several."""
+    """Show the sample whose id is or begins with `id_`. Raises UserError unless there is exactly one."""
     store = Store(folder)
     manifest = store.read_manifest()
     found = [sample_id for sample_id in store.sample_ids() if sample_id.startswith(id_)]
@@ -42,7 +42,7 @@ def inspect_sample(folder: Path, id_: str, html: Path | None) -> None:
 
 
 def _norms(sample: StoredSample, manifest: Manifest) -> dict[str, str]:
-    """Return the mean and range over all tokens of the norm of each layer's states."""
+    """Return the mean and range over all tokens of each layer's state norms."""
     aux = sample.aux_hidden_states.float().unflatten(1, (sample.num_layers, -1)).norm(dim=-1)
     final = sample.hidden_states.float().norm(dim=-1, keepdim=True)
     names = [f"norm of layer {layer_id}" for layer_id in manifest.layer_ids] + ["norm of the final state"]
@@ -74,7 +74,7 @@ def show_stats(folder: Path) -> None:
 
 
 def _last_entries(store: Store) -> list[dict[str, Any]]:
-    """Return the last entry of each sample, of shards that are not joined yet, too."""
+    """Return the last entry of each sample, also from shards that are not joined yet."""
     if store.ledger_path.exists():
         return list(Ledger(store.ledger_path).entries.values())
     shards = [path for paths in folders_by_count(store.folder).values() for path in paths]

@@ -1,4 +1,4 @@
-"""The ledger of a dump in progress: which samples it has, and counts."""
+"""The ledger of a dump in progress: its samples and counts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from contracts.ledger import STATUSES, LedgerWriter
 class DumpLedger:
     """Appends entries and counts them; may be used from several threads.
 
-    `max_failed` is the number of failed samples above which the run stops. `tokens` and `bytes` are those of the stored
+    `max_failed`: the number of failed samples above which the run stops. `tokens` and `bytes` are totals of the stored
     samples.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open `path` and count what is there."""
+        """Open `path` and count its entries."""
         self.path = path
         self.tokens = self.bytes = 0
         self.max_failed = float("inf")
@@ -60,9 +60,9 @@ class DumpLedger:
             self._count(entry)
 
     def refuse_failures(self, at_least: int = 0) -> None:
-        """Raise IncompleteError when more than `max_failed` samples, and `at_least` so many, failed.
+        """Raise IncompleteError if more than `max_failed` samples failed, and no fewer than `at_least`.
 
-        Samples that are still to be retried do not count.
+        Samples still to be retried do not count.
         """
         with self._lock:
             num_failed = self._statuses["failed"] - len(self._to_retry)

@@ -1,4 +1,4 @@
-"""What a dump will cost, before it starts: samples, tokens, bytes, files and hours.
+"""Compute the size of a dump before it starts: samples, tokens, bytes, files and hours.
 
 Reads: the recipe and the lengths of the conversations. No engine is loaded.
 """
@@ -24,7 +24,7 @@ FILE_OVERHEAD_BYTES = 1024
 
 @dataclass
 class Plan:
-    """Number of samples to capture with their sizes, of rows left out by reason, and of rows that other shards have."""
+    """Numbers and sizes of the samples to capture, and numbers of rows left out (by reason) or in other shards."""
 
     samples: int = 0
     tokens: int = 0
@@ -36,7 +36,7 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Rows that the ledger has at the end."""
+        """Rows in the finished ledger."""
         return self.samples + self.left_out.total()
 
 
@@ -47,7 +47,7 @@ def make_plan(
     is_done: Callable[[str], bool] = lambda _: False,
     elsewhere: Container[str] = frozenset(),
 ) -> Plan:
-    """Plan the capture of `rows`. Those that are done (`is_done`, or `elsewhere`) only count as rows."""
+    """Plan the capture of `rows`; rows that are done (`is_done` or in `elsewhere`) are only counted."""
     plan, row_filter = Plan(), Filter.of(recipe, target)
     for row in rows:
         if is_done(row.sample_id):
@@ -97,7 +97,7 @@ def show_plan(recipe: Recipe, plan: Plan, target: Target, rate: float | None, sh
 
 
 def refuse_full_disk(folder: Path, num_bytes: int) -> None:
-    """Raise UserError when the disk of `folder` has less than `num_bytes` free."""
+    """Raise UserError if the disk of `folder` has less than `num_bytes` free."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if num_bytes > free:

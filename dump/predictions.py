@@ -16,7 +16,7 @@ TOKENS_PER_CHUNK = 2048
 
 
 def sampling_of(sample: StoredSample) -> dict[str, Any] | None:
-    """Return the sampling parameters that generated a sample, None if its temperature was not recorded."""
+    """Return the sampling parameters of a sample; None if its temperature was not recorded."""
     sampling = {
         "temperature": sample.metadata.get("temperature"),
         **json.loads(sample.metadata.get("sampling") or "{}"),
@@ -26,7 +26,7 @@ def sampling_of(sample: StoredSample) -> dict[str, Any] | None:
 
 @torch.inference_mode()
 def logit_gaps(head: TargetHead, sample: StoredSample, sampling: dict[str, Any]) -> torch.Tensor:
-    """Return how far each generated token's logit is below the largest: `(number of them,)`, 0 = argmax."""
+    """Return how far each generated token's logit is below the largest, `(generated tokens,)`; 0 is the argmax."""
     gaps = []
     for logits, tokens in predict(head, sample, sampling):
         gaps.append(logits.amax(-1) - logits.gather(1, tokens[:, None])[:, 0])
@@ -35,10 +35,10 @@ def logit_gaps(head: TargetHead, sample: StoredSample, sampling: dict[str, Any])
 
 @torch.inference_mode()
 def sampled_deviations(head: TargetHead, sample: StoredSample, sampling: dict[str, Any]) -> tuple[float, int]:
-    """Return by how many standard deviations the tokens' summed log-probability is off, and the number of tokens.
+    """Return the summed log-probability's deviation in standard deviations, and the number of tokens.
 
-    With q the distribution that was sampled, log q(token) is -H(q) on average; variances add up over the tokens.
-    A token that the filters (top_p, top_k, min_p) exclude, by more than rounding explains, gives infinity.
+    With q the sampled distribution, the mean of log q(token) is -H(q); variances add up over the tokens. A token that
+    the filters (top_p, top_k, min_p) exclude, by more than rounding explains, gives infinity.
     """
     total = variance = 0.0
     count = 0
@@ -63,7 +63,7 @@ def sampled_deviations(head: TargetHead, sample: StoredSample, sampling: dict[st
 def predict(
     head: TargetHead, sample: StoredSample, sampling: dict[str, Any]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield penalized logits `(t, V)` at the places before generated tokens and these tokens `(t,)`, in chunks."""
+    """Yield in chunks the penalized logits `(t, V)` before generated tokens, and these tokens `(t,)`."""
     context = Context.of_generated(sample.input_ids, sample.loss_mask)
     for start in range(0, len(context.ends), TOKENS_PER_CHUNK):
         rows = context.rows(start, start + TOKENS_PER_CHUNK)

@@ -1,4 +1,4 @@
-"""Compare a store's layers with those that transformers computes."""
+"""Compare a store's layers with transformers' outputs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from contracts.store import Manifest, Store
 from recipe.recipe import Recipe
 from target.target import Target
 
-# Largest norm of the difference over the norm of the reference. Other layers differ several times more.
+# Largest relative difference (norm over norm of the reference). Wrong layers differ several times more.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "fp8_e4m3": 8e-2}
 
 
 def fits_memory(target: Target) -> bool:
-    """Return whether the target's weights take less than half of the free memory."""
+    """Return whether the target's weights fit into half of the free memory."""
     size = sum(file.stat().st_size for file in Path(target.path).glob("*.safetensors"))
     return size < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
 
 
 def compare_layers(recipe: Recipe, target: Target, store: Store, manifest: Manifest, sample_ids: list[str]) -> None:
-    """Raise IncompleteError for the first sample whose layers are not those of the manifest; name the layers found."""
+    """Raise IncompleteError for the first sample with other layers than the manifest's; name the layer."""
     from dump.hf import Transformers
 
     reference = Transformers(recipe, target, list(range(target.num_layers)))

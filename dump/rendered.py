@@ -1,4 +1,4 @@
-"""Loss spans of rendered rows: those whose token ids come from a tokenizer, since the server returned none.
+"""Loss spans of rendered rows, whose token ids are from a tokenizer because the server returned none.
 
 Reads: the target's tokenizer and chat template, or the recipe's training template.
 
@@ -13,16 +13,15 @@ import json
 from typing import Any
 
 from contracts.conversation import Conversation, Sample
+from contracts.prompts import SHAREGPT_ROLES
 from target.section import TargetSection
 from target.target import Target
 from target.templates import tagged_template
 from target.thinking import template_arguments
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-
 
 class TemplateMasks:
-    """Renders rows again. Loads the tokenizer at the first rendered row."""
+    """Renders rows again; loads the tokenizer at the first rendered row."""
 
     def __init__(self, section: TargetSection, target: Target) -> None:
         self._section = section
@@ -57,7 +56,7 @@ class TemplateMasks:
         return Sample(token_ids=sample.token_ids, loss_spans=spans)
 
     def _render(self, conversation: Conversation) -> tuple[list[int], list[tuple[int, int]]] | None:
-        """Return the token ids of the whole conversation and its generated spans; None for a template without tags."""
+        """Return the conversation's token ids and generated spans; None for a template without tags."""
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 

@@ -4,8 +4,8 @@ Reads:  the output folder of `synth generate`.
 Writes: a store (contracts/store.py). Every sample of every conversation gets a ledger entry: done, truncated (a reply
         was cut), filtered (too long, nothing supervised, a loop, the mask token) or failed (its capture failed).
 
-Samples stream: they are read as the engine takes them, and other processes store them as the engine hands them out. A
-shard keeps its ledger in shards/<i>-of-<n>/; the shard that finishes last joins the ledgers.
+Samples are streamed: they are read as the engine takes them, and other processes store them as the engine captures
+them. A shard keeps its ledger in shards/<i>-of-<n>/; the shard that finishes last joins the ledgers.
 """
 
 from __future__ import annotations
@@ -45,12 +45,11 @@ def dump(
     force: bool = False,
     retry_failed: bool = False,
 ) -> dict[str, Any]:
-    """Capture every sample that the store still lacks; return the summary (counts by status, tokens, bytes).
+    """Capture every sample that the store lacks; return the summary (counts by status, tokens, bytes).
 
     `shard` (i, n) takes the conversations whose id is i modulo n. Of a synthesis in n shards only its shard i must be
-    finished. `force` continues when the disk seems too small. `retry_failed` also captures the samples that failed.
-    Raises UserError for conversations of another target and for a full disk, IncompleteError for too many rejected
-    samples.
+    finished. `force` starts even if the disk seems too small. `retry_failed` captures failed samples again. Raises
+    UserError for conversations of another target and for a full disk, IncompleteError for too many rejected samples.
     """
     target = Target.here(recipe.target)
     folders = find_part(conversations, shard)
@@ -87,7 +86,7 @@ def dump(
             with open_filler(recipe, target, store, ledger) as filler:
                 filler.run(rows, plan.samples, run.tick)
         else:
-            assert next(rows, None) is None  # only adds the entries of the rows that are left out
+            assert next(rows, None) is None  # reading it adds the entries of the rows that are left out
         masks.print_counts()
         _finish(run, ledger, plan)
     if shard is not None:
@@ -96,7 +95,7 @@ def dump(
 
 
 def make_manifest(recipe: Recipe, target: Target, conversations: Path, checksum: str) -> Manifest:
-    """Describe the states of this dump. `checksum`: of all conversations; "" in a shard, which reads a part of them."""
+    """Return the manifest of this dump. `checksum`: of all conversations; "" in a shard."""
     engine = engine_name() if recipe.dump.backend != "hf" else _transformers_version()
     return Manifest(
         target=str(target.path),
@@ -123,9 +122,9 @@ def _transformers_version() -> tuple[str, str]:
 
 
 def _settings(recipe: Recipe, target: Target, shard: tuple[int, int] | None) -> dict[str, Any]:
-    """Return what changes the output; a resume refuses other values."""
+    """Return the settings that change the output; a resume refuses other values."""
     section = recipe.dump.settings()
-    del section["args"]  # among the flags of "serve", without those that do not change the states
+    del section["args"]  # "serve" has them, without flags that do not change the states
     template = recipe.target.training_template
     return {
         "dump": section,
@@ -143,7 +142,7 @@ def _read(recipe: Recipe, target: Target, folders: list[Path], shard: tuple[int,
 
 
 def _take_rows(row_filter: Filter, ledger: DumpLedger, rows: Iterable[Row], elsewhere: Container[str]) -> Iterator[Row]:
-    """Yield the rows to capture; add the ledger entries of those that are left out."""
+    """Yield the rows to capture; add ledger entries for the rows that are left out."""
     for row in rows:
         if ledger.has(row.sample_id) or row.sample_id in elsewhere:
             continue
@@ -157,7 +156,7 @@ def _take_rows(row_filter: Filter, ledger: DumpLedger, rows: Iterable[Row], else
 def _finish(run: Run, ledger: DumpLedger, plan: Plan) -> None:
     """Check that every row is accounted for, print the counts and mark the run complete.
 
-    Raises IncompleteError when rows are missing or when too many samples were rejected.
+    Raises IncompleteError if rows are missing or too many samples were rejected.
     """
     ledger.close()
     counts = ledger.counts

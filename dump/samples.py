@@ -1,4 +1,4 @@
-"""The samples of a conversations file, and the filter that decides which of them are dumped."""
+"""The samples of a synthesis, and the filter that decides which of them are dumped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from target.target import Target
 
 @dataclass(frozen=True)
 class Row:
-    """One sample of one conversation, with the id that its file in the store has."""
+    """One sample of one conversation, with its id in the store."""
 
     sample_id: str
     conversation: Conversation
@@ -47,7 +47,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Filter:
-    """Decides which samples are captured. `mask_token` is the draft's, None if its method has none."""
+    """Decides which samples are captured. `mask_token` is the draft's; None if its method has none."""
 
     section: DumpSection
     max_tokens: int
@@ -58,7 +58,7 @@ class Filter:
         return cls(recipe.dump, longest_sample(recipe, target), mask_token_of(recipe, target))
 
     def judge(self, row: Row) -> Verdict:
-        """Return the row to capture, cut to `max_tokens` if the recipe says so, or why it is left out."""
+        """Return the row to capture, cut to `max_tokens` if the recipe allows it, or why it is left out."""
         if row.conversation.finish_reason == "length" and not self.section.include_truncated:
             return Verdict(None, "truncated", "a reply reached max_tokens")
         if row.conversation.loop is not None and not self.section.include_loops:

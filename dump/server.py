@@ -1,6 +1,6 @@
 """Capture with servers that run elsewhere with extraction on (`serve command --extract FOLDER`).
 
-The servers write each sample's states into a folder that this machine sees under the same path; their answers name the
+The servers write each sample's states into a folder that this machine has under the same path; their answers name the
 files.
 """
 
@@ -34,15 +34,15 @@ FIRST_POLL_S, MAX_POLL_S = 0.005, 0.1
 
 
 class Servers:
-    """Servers of one target, asked from a thread with an event loop of its own."""
+    """Servers of one target; requests run in the event loop of a separate thread."""
 
     def __init__(self, recipe: Recipe, target: Target, layer_ids: Sequence[int], _: Staging | None = None) -> None:
-        """Ask each server for its model. Raises UserError for missing keys and when no server answers."""
+        """Ask each server for its model. Raises UserError for missing keys or if no server answers."""
         section = recipe.dump
         folder = find_server_folder(section)
         num_requests = section.concurrency * len(section.endpoints)
         self.token_bytes = (len(layer_ids) + 1) * target.hidden_size * 4
-        # A sample that was answered waits for its file without holding up the next request.
+        # An answered sample waits for its file without delaying the next request.
         self._max_samples = 2 * num_requests
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="dump-servers", daemon=True)
@@ -56,9 +56,9 @@ class Servers:
             raise
 
     def capture(self, samples: Iterator[tuple[str, list[int]]], staging: Staging) -> Iterator[Staged]:
-        """Yield each of `(sample id, token ids)` once its file is whole, or once it failed for good.
+        """Yield each of `samples`, `(sample id, token ids)`, once its file is complete or it has failed.
 
-        Waits for servers that are lost. Raises IncompleteError when none comes back within `dump.patience_s`.
+        Waits for lost servers. Raises IncompleteError if none comes back within `dump.patience_s`.
         """
         running: set[Future[Staged]] = set()
         for sample_id, token_ids in samples:
@@ -72,7 +72,7 @@ class Servers:
             yield from _collect(running)
 
     def close(self) -> None:
-        """Cancel the requests in flight and delete the files that nobody took."""
+        """Cancel the requests in flight and delete the remaining files."""
         if self._loop.is_closed():
             return
         with contextlib.suppress(TimeoutError):
@@ -103,10 +103,10 @@ class Requests:
         self._flushes: dict[str, tuple[float, Path | None]] = {}
 
     async def capture(self, sample_id: str, token_ids: list[int]) -> Staged:
-        """Let a server write a sample's states until they are whole.
+        """Send a sample to a server, again if needed, until the file of its states is complete.
 
-        A server that dies after its answer leaves a torn file or none: the sample is sent again. Raises UserError and
-        IncompleteError (see `Endpoints.complete`).
+        A server that dies after its answer leaves a torn file or none, so the sample is sent again. Raises UserError
+        and IncompleteError (see `Endpoints.complete`).
         """
         for attempt in range(1, self._section.max_attempts + 1):
             try:
@@ -126,7 +126,7 @@ class Requests:
         return Staged(sample_id, None, f"the server wrote no whole file of hidden states ({attempt} tries)")
 
     async def close(self) -> None:
-        """Cancel everything in flight, close the connections, delete this dump's files."""
+        """Cancel all tasks, close the connections, delete this dump's files."""
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
@@ -147,9 +147,9 @@ class Requests:
         return staged_path(answer.get("kv_transfer_params"), self._folder, endpoint.url), endpoint
 
     async def _wait_for_writer(self, path: Path, endpoint: Endpoint) -> None:
-        """Return once nobody holds the lock of a staged file.
+        """Return once no process holds the lock of a staged file.
 
-        A server writes a request's states at its next step. A dummy request makes it take one when nothing else does.
+        A server writes a request's states at its next step. A dummy request forces one if no other request does.
         """
         answered_at, pause_s = time.monotonic(), FIRST_POLL_S
         while is_locked(path):
@@ -161,7 +161,7 @@ class Requests:
             pause_s = min(MAX_POLL_S, 2 * pause_s)
 
     async def _flush(self, endpoint: Endpoint) -> None:
-        """Make a server take a step. The dummy request's own states are written at a later one: delete the last's."""
+        """Force one more step of a server; delete the states of the previous dummy request, written by now."""
         _, last = self._flushes.get(endpoint.url, (0.0, None))
         self._flushes[endpoint.url] = (time.monotonic(), None)
         discard(last)
@@ -171,7 +171,7 @@ class Requests:
 
 
 def find_server_folder(section: DumpSection) -> Path:
-    """Return the folder that the servers write to. Raises UserError where the recipe does not name servers and it."""
+    """Return the servers' output folder. Raises UserError unless the recipe names it and the servers."""
     if not section.endpoints:
         raise UserError(
             "dump.endpoints",
@@ -191,7 +191,7 @@ def find_server_folder(section: DumpSection) -> Path:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether the writer of a staged file still holds its lock."""
+    """Return whether the writer of a staged file still holds its lock."""
     try:
         with Path(f"{path}.lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -203,7 +203,7 @@ def is_locked(path: Path) -> bool:
 
 
 def is_whole(path: Path, token_ids: Sequence[int]) -> bool:
-    """Whether a staged file was written to its end: its token ids come last."""
+    """Return whether a staged file was written to its end, where its token ids are."""
     try:
         with safe_open(path, framework="np") as file:
             return bool(file.get_tensor("token_ids").tolist() == list(token_ids))

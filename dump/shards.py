@@ -1,4 +1,4 @@
-"""Join the ledgers of a store's shards once all of them are finished. Their samples are already in the store.
+"""Join the ledgers of a store's shards once all are finished. Their samples are already in the store.
 
 Writes: the store's ledger.jsonl and run.json, and the checksum of all conversations in its manifest.
 """
@@ -22,9 +22,9 @@ from recipe.recipe import Recipe
 
 
 def join_shards(store: Store, count: int, recipe: Recipe) -> dict[str, Any]:
-    """Join the shards if all are finished; return the store's summary, or an empty one when some are not.
+    """Join the shards if all are finished; return the store's summary, or {} if some are not.
 
-    Raises UserError when the store was begun with other conversations, IncompleteError when the counts do not add up.
+    Raises UserError if the store was begun with other conversations, IncompleteError if the counts do not add up.
     """
     folders = [store.shard_folder(number, count) for number in range(count)]
     states = [_read_state(folder) for folder in folders]
@@ -39,7 +39,7 @@ def join_shards(store: Store, count: int, recipe: Recipe) -> dict[str, Any]:
         inputs = {**states[0]["inputs"], "conversations": checksum}
         run = Run.open(store.folder, "dump run", settings=settings, inputs=inputs, recipe_yaml=recipe.to_yaml())
         ledgers = _find_ledgers([*folders_of_others(store.folder, count), *folders])
-        sizes = [path.stat().st_size for path in ledgers]  # ledgers only grow, so these tell of a retry
+        sizes = [path.stat().st_size for path in ledgers]  # ledgers only grow, so other sizes mean a retry
         if run.complete and run.state["summary"].get("shard_ledgers") == sizes:
             return dict(run.state["summary"])
         entries = _join_entries([*_find_ledgers([store.folder]), *ledgers])
@@ -64,7 +64,7 @@ def join_shards(store: Store, count: int, recipe: Recipe) -> dict[str, Any]:
 
 
 def _join_entries(ledgers: list[Path]) -> list[dict[str, Any]]:
-    """Return one entry per sample, sorted by id: the last one, but a failure never replaces another status."""
+    """Return each sample's last entry, sorted by id; a failure never replaces another status."""
     latest: dict[str, dict[str, Any]] = {}
     for path in ledgers:
         for id_, entry in Ledger(path).entries.items():
@@ -86,13 +86,13 @@ def _name_conversations(store: Store, checksum: str) -> None:
 
 
 def ids_elsewhere(store: Store, count: int) -> frozenset[str]:
-    """Return the samples that shards of another number than `count` have accounted for, without those that failed."""
+    """Return the samples in the ledgers of shards of another count than `count`, without failed ones."""
     ledgers = _find_ledgers(folders_of_others(store.folder, count))
     return frozenset(id_ for path in ledgers for id_ in Ledger(path).ids("done", "truncated", "filtered"))
 
 
 def _find_ledgers(folders: list[Path]) -> list[Path]:
-    """Return the ledgers in `folders`. A run that was stopped at once has none."""
+    """Return the ledgers in `folders`. A run that was stopped at its start has none."""
     return [path for folder in folders if (path := folder / "ledger.jsonl").exists()]
 
 

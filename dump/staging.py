@@ -1,8 +1,8 @@
-"""The folder in which captured states wait until they are stored.
+"""The folder in which captured states wait to be stored.
 
 Several runs may share the parent folder, also from different containers: /dev/shm can be one file system with several
-PID namespaces. Each run therefore holds a lock in its folder, and deletes a folder of its host only if it can take the
-lock, which the kernel releases when a process dies.
+PID namespaces. So each run holds a lock in its folder, and deletes another folder of its host only if it can take that
+folder's lock, which the kernel releases when a process dies.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ LOCK_FILE = "run.lock"
 
 @contextlib.contextmanager
 def open_staging(section: DumpSection, store_folder: Path) -> Iterator[Staging]:
-    """Make an empty staging folder, delete what killed runs left beside it, and delete it at the end.
+    """Make an empty staging folder and delete it at the end; delete the staging folders of killed runs.
 
-    It lies in the recipe's `dump.staging_dir`, else in local memory, else in the store.
+    Its parent is the recipe's `dump.staging_dir`, else /dev/shm, else a folder in the store.
     """
     in_memory = os.access(LOCAL_MEMORY, os.W_OK)
     parent = section.staging_dir or (LOCAL_MEMORY if in_memory else store_folder / "staging")
@@ -49,7 +49,7 @@ def _make_locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=f"-{os.getpid()}", dir=parent))
         lock = os.open(folder / LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o600)
-        with contextlib.suppress(OSError):  # a file system without locks: then nobody can take it, either
+        with contextlib.suppress(OSError):  # a file system without locks: other runs cannot take it either
             fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder / LOCK_FILE).exists():
             return folder, lock
@@ -57,11 +57,11 @@ def _make_locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
 
 
 def _delete_abandoned(parent: Path, prefix: str) -> None:
-    """Delete the staging folders of this host that no process holds."""
+    """Delete the staging folders of this host whose lock no process holds."""
     name = re.compile(re.escape(prefix) + r"\w+-\d+")
     for folder in parent.iterdir():
         if name.fullmatch(folder.name):
-            # Errors: a folder of another user or without a lock file, a lock that is held.
+            # Errors: another user's folder, a folder without a lock file, a lock that is held.
             with contextlib.suppress(OSError), (folder / LOCK_FILE).open("r+b") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)

@@ -1,11 +1,11 @@
-"""Prove a store: its files are whole, hold the tokens that were generated, and states that predict them.
+"""Prove a store: its files are complete, hold the generated tokens, and hold states that predict them.
 
-Reads:  a finished store, the target's head, the conversations (if they are still there), and the target itself in
+Reads:  a finished store, the target's head, the conversations (if they still exist), and the whole target with
         transformers for a few samples, if it fits into memory.
-Writes: verified.json in the store: the counts, and the checksum of the ledger that was proven. Not if it is read-only.
+Writes: verified.json in the store, unless it is read-only: the counts, and the checksum of the proven ledger.
 
 Greedy samples: argmax(lm_head(final_norm(hidden_states[t]))), with the sampling penalties applied, must be the token at
-t + 1 wherever that one was generated. Batches of other shapes round differently: a token whose logit is within the
+t + 1 if that one was generated. Batches of other shapes round differently, so a token whose logit is within the
 tolerance of the largest counts as a tie.
 Sampled ones: the tokens' log-probability under the row's sampling parameters must be near its mean, the negative
 entropy (see `sampled_deviations`).
@@ -37,14 +37,14 @@ from recipe.recipe import Recipe
 from target.head import TargetHead, read_head
 from target.target import Target
 
-# Largest logit gap that rounding explains, by the dtype of the stored states (logits are of the order of 10).
+# Largest logit gap that rounding explains, by the dtype of the stored states (logits are around 10).
 TIE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "fp8_e4m3": 2.0}
 MAX_DEVIATIONS = 8.0
 
 
 @dataclass
 class Counts:
-    """Number of files, samples and tokens that were checked. `coverage`: tokens by thinking mode."""
+    """Numbers of checked files, samples and tokens. `coverage`: tokens by thinking mode."""
 
     files: int = 0
     greedy: int = 0
@@ -69,8 +69,8 @@ class Counts:
 def verify(recipe: Recipe, folder: Path, *, once: bool = False, num_reference: int = 8) -> dict[str, Any]:
     """Check every sample, and the layers of `num_reference` of them; return the counts.
 
-    Raises UserError for a broken file, IncompleteError that names the defect and the first sample that has it. `once`
-    accepts an earlier proof of the same ledger; damage since then is not noticed.
+    `once` accepts an earlier proof of the same ledger and does not notice damage since then. Raises UserError for a
+    broken file, IncompleteError with the defect and the first sample that has it.
     """
     target = Target.here(recipe.target)
     store, manifest = open_store(folder, target)
@@ -125,13 +125,13 @@ def _check_manifest(store: Store, manifest: Manifest, target: Target) -> None:
     for key, value in expected.items():
         if getattr(manifest, key) != value:
             raise IncompleteError(
-                f"{store.manifest_path} ({key}): found {getattr(manifest, key)!r}, expected {value!r} as the target "
-                f"has it: every sample would be read wrongly. {fixes[key]}"
+                f"{store.manifest_path} ({key}): found {getattr(manifest, key)!r}, expected {value!r} as in the "
+                f"target; otherwise every sample is misread. {fixes[key]}"
             )
 
 
 def _find_sources(manifest: Manifest) -> Path | None:
-    """Return the folder of the conversations if they are still there, unchanged."""
+    """Return the folder of the conversations if they still exist, unchanged."""
     folder = Path(manifest.conversations_folder)
     there = manifest.conversations_folder and (folder / CONVERSATIONS_FILE).exists()
     if there and hash_conversations([folder]) == manifest.conversations:
@@ -143,7 +143,7 @@ def _find_sources(manifest: Manifest) -> Path | None:
 def _walk(
     store: Store, recipe: Recipe, target: Target, conversations: Path, ledger: Ledger
 ) -> Iterator[tuple[str, Sample | None]]:
-    """Yield every stored sample with its source: the tokens and spans as generated, cut where the dump cut them."""
+    """Yield every stored sample with its source: generated tokens and spans, cut where the dump cut them."""
     max_tokens = read_run(store.folder, "dump run")["settings"]["max_tokens"]
     for row in read_rows([conversations], TemplateMasks(recipe.target, target)):
         if ledger.entries.get(row.sample_id, {}).get("status") == "done":
@@ -177,7 +177,7 @@ def _check_tokens(store: Store, sample_id: str, sample: StoredSample, source: Sa
 def _check_states(
     store: Store, manifest: Manifest, sample_id: str, sample: StoredSample, head: TargetHead, counts: Counts
 ) -> None:
-    """Raise IncompleteError that names the defect unless the final states predict the generated tokens."""
+    """Raise IncompleteError with the defect unless the final states predict the generated tokens."""
     if plain := find_plain_defect(head, sample):
         raise IncompleteError(
             f"{store.sample_path(sample_id)}: found that {plain}, expected the target's un-normed states. Dump again."

@@ -1,4 +1,4 @@
-"""Capture with vLLM in this process: one prefill a sample; the engine's connector stages its states."""
+"""Capture with vLLM in this process: one prefill per sample; the engine's connector stages the states."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FLUSH = "flush"
 REQUESTS_AHEAD = 2
-"""Requests in the engine for each that it runs at a time: enough to fill every batch."""
+"""Requests in the engine per request that it can run concurrently, enough to fill every batch."""
 
 
 class VllmOffline:
@@ -27,7 +27,7 @@ class VllmOffline:
 
     def __init__(self, recipe: Recipe, target: Target, layer_ids: Sequence[int], staging: Staging) -> None:
         """Load the target."""
-        # The engine logs to this process's terminal: show its errors only.
+        # The engine logs to this process's terminal, so show only its errors.
         quiet = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
         os.environ.update({**quiet, **engine_env({**recipe.serve.env, **recipe.dump.env})})
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
@@ -44,7 +44,7 @@ class VllmOffline:
         self._parameters = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
 
     def capture(self, samples: Iterator[tuple[str, list[int]]], staging: Staging) -> Iterator[Staged]:
-        """Run one prefill for each `(sample id, token ids)`; keeps the engine's batches full."""
+        """Run one prefill for each `(sample id, token ids)`, keeping the engine's batches full."""
         running: set[str] = set()
         self._held: list[Staged] = []
         for sample_id, token_ids in samples:
@@ -59,7 +59,7 @@ class VllmOffline:
             yield from self._step(running)
 
     def close(self) -> None:
-        """The engine ends with its process."""
+        """Do nothing: the engine ends with the process."""
 
     def _add(self, request_id: str, token_ids: list[int]) -> None:
         self._engine.add_request(request_id, {"prompt_token_ids": token_ids}, self._parameters)
@@ -67,8 +67,8 @@ class VllmOffline:
     def _step(self, running: set[str]) -> Iterator[Staged]:
         """Run one step of the engine; yield the samples that finished in the step before.
 
-        In one process a request's states are written at the step after its last: yielded earlier, they would only
-        block the writer that waits for them. After the last sample a dummy request forces one more step.
+        The engine writes a request's states one step after its last: yielded earlier, the sample would only block the
+        writer that waits for them. After the last sample a dummy request forces one more step.
         """
         if not running:
             self._add(FLUSH, [0])

@@ -1,7 +1,7 @@
 """Store staged samples in separate processes.
 
-In the engine's process they would compete with it for the GIL. As processes of lower priority they use the processor
-time that the engine leaves.
+In the engine's process, writers would compete with it for the GIL. As processes of lower priority they use the CPU time
+that the engine leaves idle.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _buffer = Buffer()  # of this writer process, reused for every sample
 
 @dataclass(frozen=True)
 class StoreJob:
-    """What is the same for every sample of a run."""
+    """The settings that all samples of a run share."""
 
     store: Store
     dtype: str
@@ -40,7 +40,7 @@ class StoreJob:
 
 
 def make_pool(num_writers: int) -> ProcessPoolExecutor:
-    """Start writer processes that end with this one, even if it is killed. Not forked: they would copy the engine."""
+    """Start writer processes that end with this one, even if killed. Forked ones would copy the engine."""
     return ProcessPoolExecutor(num_writers, multiprocessing.get_context("spawn"), initializer=_set_up)
 
 
@@ -53,7 +53,7 @@ def _set_up() -> None:
 
 
 def _yield_to_the_engine() -> None:
-    """Run at idle priority: if one thread of the engine waits for a core, all its threads wait."""
+    """Run at idle priority, because all threads of the engine wait if one of them waits for a core."""
     if sys.platform.startswith("linux"):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     else:
@@ -61,7 +61,7 @@ def _yield_to_the_engine() -> None:
 
 
 def store_sample(job: StoreJob, row: Row, staged: Staged) -> dict[str, Any]:
-    """Check one staged sample, store it durably and return its ledger entry. Raises OSError, as for a full disk."""
+    """Check and durably store a staged sample; return its ledger entry. Raises OSError, e.g. for a full disk."""
     try:
         captured = load_staged(staged, row.sample.token_ids, job.num_layers, job.hidden_size)
     except CaptureError as error:
@@ -72,7 +72,7 @@ def store_sample(job: StoreJob, row: Row, staged: Staged) -> dict[str, Any]:
 
 
 def make_stored(conversation: Conversation, sample: Sample, captured: Captured) -> StoredSample:
-    """Return a sample with its mask and metadata as the store keeps them."""
+    """Return the stored form of a sample, with its mask and metadata."""
     mask = torch.zeros(len(sample.token_ids), dtype=torch.bool)
     for start, end in sample.loss_spans:
         mask[start:end] = True

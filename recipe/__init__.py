@@ -1,1 +1,1 @@
-"""The recipe: sections of the stages, loading, checks, the recipe command."""
+"""The recipe: sections of the stages, loading, checks, the `recipe` command."""

@@ -21,7 +21,7 @@ class LayoutSpace(Section):
         if self.ep not in (1, self.tp):
             raise ValueError(f"ep is 1 or tp ({self.tp}): vLLM spreads experts over all GPUs or none")
         if self.dp_attn and self.ep == 1:
-            raise ValueError("dp_attn needs ep = tp > 1: the experts go over all replicas")
+            raise ValueError("dp_attn needs ep = tp > 1: the experts are spread over all replicas")
         if self.conc_end < self.conc_start:
             raise ValueError("conc_end is below conc_start")
         return self
@@ -46,7 +46,7 @@ class ScenarioSection(Section):
 class SweepSection(Section):
     scenarios: list[ScenarioSection] = operational(default=[], description="finished points are kept if this changes")
     range_ratio: float = Field(
-        default=0.8, gt=0, le=1, description="lengths are uniform between this share of isl and osl and the whole"
+        default=0.8, gt=0, le=1, description="lengths are uniform between this share of isl (or osl) and all of it"
     )
     dataset: str = Field(
         default="random", description="random tokens, or a JSONL of prompts (rows with prompt, turns or messages)"

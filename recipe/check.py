@@ -1,4 +1,4 @@
-"""Check a recipe against itself, its template and its target, before anything starts.
+"""Check a recipe, its template and its target before anything starts.
 
 Reads: the recipe; `target.training_template`; the target's config, tokenizer and chat template if they are on this
 machine, else `target.facts`. Rules that need a missing file are skipped; the stage that reads the file applies them.
@@ -21,7 +21,7 @@ from target.templates import TAG, check_training_template, variables_of
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raise UserError for the first rule that the recipe breaks."""
+    """Raise the UserError of the first rule that the recipe breaks."""
     for problem in _problems(recipe):
         raise problem
 
@@ -65,21 +65,21 @@ def _problems(recipe: Recipe) -> Iterator[UserError]:
                 "target.training_template_sha256",
                 found=str(section.training_template_sha256)[:12],
                 expected=f"{checksum[:12]}, the checksum of {template}",
-                fix="Find out who changed the template; then write its own checksum there.",
+                fix="Check why the template changed; then set its new checksum.",
             )
         if not TAG.search(text):
             yield UserError(
                 f"target.training_template ({template})",
                 found="no {% generation %} tags",
-                expected="them around what the assistant says",
-                fix="Add them: they tell which tokens are supervised.",
+                expected="tags around the assistant's turns",
+                fix="Add them: they mark the supervised tokens.",
             )
     try:
         target = Target.of(section)
     except UserError:
         if section.path.exists():
             raise
-        return  # made by an earlier step, as the tiny recipe's
+        return  # an earlier step creates the target, as in Tiny-DFlash
     yield from _check_facts(recipe, target)
     yield from _check_layers(recipe, target)
     if recipe.train is not None:
@@ -127,7 +127,7 @@ def _check_facts(recipe: Recipe, target: Target) -> Iterator[UserError]:
             yield UserError(
                 f"target.facts.{name}",
                 found=str(getattr(facts, name)),
-                expected=f"{value} as {target.path} has it",
+                expected=f"{value}, as in {target.path}",
                 fix=f"Correct the recipe, or target.path{override}.",
             )
 
@@ -162,7 +162,7 @@ def _check_thinking(recipe: Recipe, target: Target) -> Iterator[UserError]:
             yield UserError(
                 "target.thinking_mode_name",
                 found=section.thinking_mode_name,
-                expected="a variable of the chat template: nothing would change with the mode",
+                expected="a variable of the chat template; otherwise the mode has no effect",
                 fix="Look it up in the template, or set synth.thinking_modes to [].",
             )
     check_training_template(section, target)

@@ -21,7 +21,7 @@ OverridesOption = Annotated[
 
 
 def load_checked(path: Path, overrides: list[str] | None, flags: dict[str, Any] | None = None) -> Recipe:
-    """Load a stage's recipe and check it as `recipe check` does. Raises UserError for the first mistake."""
+    """Load a recipe and check it as `recipe check` does. Raises UserError for the first mistake."""
     from recipe.check import check_recipe
     from recipe.load import load_recipe
 

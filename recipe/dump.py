@@ -14,10 +14,10 @@ from recipe.serve import Args
 
 class DumpSection(Retries):
     backend: Literal["vllm", "server", "hf"] = Field(
-        default="vllm", description="vLLM in this process, servers of it (dump.endpoints), or transformers"
+        default="vllm", description="vLLM in this process, vLLM servers (dump.endpoints), or transformers"
     )
     dtype: Literal["bfloat16", "float32", "fp8_e4m3"] = Field(
-        default="bfloat16", description="of the stored states; fp8: one scale a token and layer"
+        default="bfloat16", description="of the stored states; fp8: one scale per token and layer"
     )
     include_truncated: bool = Field(default=False, description="whether conversations with a cut reply are dumped")
     include_loops: bool = Field(default=False, description="whether conversations that fell into a loop are dumped")
@@ -30,8 +30,8 @@ class DumpSection(Retries):
         default=None, description="folder that the servers write states to; default: staging_dir"
     )
     staging_dir: Path | None = operational(
-        default=None, description="where states wait to be stored; default: /dev/shm if it is there, else the store"
+        default=None, description="where states wait to be stored; default: /dev/shm if it exists, else the store"
     )
-    staging_gib: float = operational(default=8.0, gt=0, description="states that wait to be stored, at most")
+    staging_gib: float = operational(default=8.0, gt=0, description="most GiB of states that wait to be stored")
     writers: int = operational(default=2, gt=0, description="processes that store samples")
     max_reject_fraction: float = operational(default=0.01, ge=0, le=1, description="above it the stage exits 1")

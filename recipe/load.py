@@ -1,4 +1,4 @@
-"""Read a recipe: its file, its `base`, `--set` overrides and flags, checked against the sections.
+"""Load a recipe from its file, its `base`, `--set` overrides and flags, and validate it against the sections.
 
 Precedence: flag > `--set a.b=c` > recipe > its `base` > default. Unknown keys are errors that name the nearest key.
 `base` names another recipe, relative to the folder of the file that names it; all other relative paths are relative to
@@ -23,10 +23,10 @@ from recipe.renamed import dotted_keys, refuse_renamed
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe, lay `--set` overrides ("a.b=c", YAML values) and flags ({"a.b": value}) over it, check it.
+    """Read a recipe, apply `--set` overrides ("a.b=c", YAML) and flags ({"a.b": value}), validate it.
 
-    Raises UserError for a missing file, broken YAML, an unknown key or a value that does not fit. Flags that are None
-    were not given.
+    Flags with the value None are ignored. Raises UserError for a missing file, broken YAML, an unknown key or a wrong
+    value.
     """
     values, _ = read_values(path, overrides, flags)
     try:
@@ -38,7 +38,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, A
 def read_values(
     path: Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], set[str]]:
-    """The recipe's values as `load_recipe` takes them, unchecked; and the dotted keys that --set or a flag gave."""
+    """Return the recipe's merged values, not validated, and the dotted keys that `--set` or a flag gave."""
     values: dict[str, Any] = {}
     for file, above in reversed(read_files(path)):
         refuse_renamed(str(file), dotted_keys(above), _method_of(above))
@@ -47,12 +47,12 @@ def read_values(
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
-            raise UserError(f"--set {override}", found="no '='", expected="section.key=value", fix="Write it so.")
+            raise UserError(f"--set {override}", found="no '='", expected="section.key=value", fix="Add a value.")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(
-                f"--set {override}", found=f"broken YAML {text!r}", expected="a YAML value", fix="Mend or quote it."
+                f"--set {override}", found=f"broken YAML {text!r}", expected="a YAML value", fix="Fix or quote it."
             ) from None
         refuse_renamed(f"--set {override}", _given(key.strip(), value), _method_of(values))
         _put(values, key.strip(), value, f"--set {override}")
@@ -66,12 +66,12 @@ def read_values(
 
 
 def _given(key: str, value: Any) -> set[str]:
-    """The dotted keys that one --set gives: its own, or those of the section that it replaces."""
+    """Return the dotted keys that one `--set` gives: its key, or those of the section that it replaces."""
     return dotted_keys({key: value}) or {key}
 
 
 def _method_of(values: Mapping[str, Any]) -> str | None:
-    """The draft method that a recipe names, in the form of today or of an earlier version."""
+    """Return the draft method that a recipe names (`train.draft.method`, in older recipes `train.method`)."""
     train = values.get("train")
     train = train if isinstance(train, Mapping) else {}
     draft = train.get("draft")
@@ -80,7 +80,7 @@ def _method_of(values: Mapping[str, Any]) -> str | None:
 
 
 def read_files(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """A recipe's file and what it says, then its base's, and so on. Raises UserError for one that cannot be read."""
+    """Return path and values of the recipe and its bases. Raises UserError for an unreadable file."""
     files: list[tuple[Path, dict[str, Any]]] = []
     while True:
         try:
@@ -91,7 +91,7 @@ def read_files(path: Path) -> list[tuple[Path, dict[str, Any]]]:
             ) from None
         except yaml.YAMLError as error:
             raise UserError(
-                path, found=f"broken YAML ({error})", expected="a recipe", fix="Mend the indentation or the quotes."
+                path, found=f"broken YAML ({error})", expected="a recipe", fix="Fix the indentation or quotes."
             ) from None
         if not isinstance(values, dict):
             raise UserError(path, found=type(values).__name__, expected="sections", fix="See recipes/Tiny-DFlash.")
@@ -105,7 +105,7 @@ def read_files(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Lay `above` over `below`, section by section; a value that is no section, or null, replaces."""
+    """Merge `above` over `below`, section by section; null or a value that is not a section replaces."""
     merged = dict(below)
     for key, value in above.items():
         lower = merged.get(key)
@@ -118,14 +118,14 @@ def _lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _keep_shared(draft: dict[str, Any], method: Any) -> dict[str, Any]:
-    """The keys of a `train.draft` that another method has as well: what a change of the method leaves."""
+    """Return the keys of a `train.draft` that `method` has too: a change of the method drops the others."""
     if draft.get("method") == method or method not in METHODS:
         return draft
     return {key: value for key, value in draft.items() if key in METHODS[method].section.model_fields}
 
 
 def _put(values: dict[str, Any], dotted: str, value: Any, where: str) -> None:
-    """Set one dotted key. Raises UserError where a part of it is no section."""
+    """Set one dotted key. Raises UserError if one of its parents is not a section."""
     *parents, last = dotted.split(".")
     place: Any = values
     for part in parents:
@@ -138,7 +138,7 @@ def _put(values: dict[str, Any], dotted: str, value: Any, where: str) -> None:
 
 
 def _refuse_redacted(path: Path, values: Mapping[str, Any], place: str = "") -> None:
-    """Raise UserError for a value that was removed when a recipe was written to disk (common/redact.py)."""
+    """Raise UserError for a value that was redacted when a recipe was written to disk (common/redact.py)."""
     for key, value in values.items():
         where = f"{place}{key}"
         if isinstance(value, Mapping):
@@ -153,7 +153,7 @@ def _refuse_redacted(path: Path, values: Mapping[str, Any], place: str = "") -> 
 
 
 def _explain(path: Path, error: ValidationError, values: Mapping[str, Any]) -> UserError:
-    """The first error of a recipe, with the nearest known key where a key is unknown."""
+    """Return the first validation error as a UserError; for an unknown key it names the nearest known one."""
     first = error.errors()[0]
     keys = [str(part) for part in first["loc"]]
     where = f"{path} ({'.'.join(keys) or 'recipe'})"
@@ -173,12 +173,12 @@ def _explain(path: Path, error: ValidationError, values: Mapping[str, Any]) -> U
 
 
 def _keys_at(keys: Sequence[str], values: Mapping[str, Any]) -> list[str]:
-    """The keys that the section at a dotted place may have."""
+    """Return the keys that the section at a dotted path may have."""
     if list(keys) == ["train", "draft"]:
         return list(METHODS[values["train"]["draft"]["method"]].section.model_fields)
     model: type[BaseModel] = Recipe
     for key in keys:
-        if key not in model.model_fields:  # a place in a list, or a name in a dictionary of sections
+        if key not in model.model_fields:  # an index of a list, or a name in a dictionary of sections
             continue
         annotation = model.model_fields[key].annotation
         options = [annotation, *get_args(annotation)]

@@ -9,7 +9,7 @@ from target.target import Target
 
 
 def mask_token_of(recipe: Recipe, target: Target) -> int | None:
-    """Return the mask token of the draft that the recipe trains; None when it trains none, or one without mask token.
+    """Return the mask token of the recipe's draft; None without a draft or if its method has none.
 
     Raises: see `choose_mask_token`.
     """

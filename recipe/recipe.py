@@ -1,7 +1,6 @@
-"""The recipe: one YAML that says everything about a pipeline, checked before anything starts.
+"""The recipe: one YAML with all settings of a pipeline, checked before anything starts.
 
-Sections `target, serve, synth, dump, train, export, bench`; facts that several stages share live only in `target`.
-A stage needs `target` and its own section.
+Sections: `target`, `serve`, `synth`, `dump`, `train`, `export`, `bench`. What several stages share is only in `target`.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Recipe(Section):
     bench: BenchSection = BenchSection()
 
     def training(self) -> TrainSection:
-        """The `train` section. Raises UserError for a recipe without one."""
+        """Return the `train` section. Raises UserError for a recipe without one."""
         if self.train is None:
             raise UserError(
                 "train",
@@ -42,7 +41,7 @@ class Recipe(Section):
         return self.train
 
     def redacted(self) -> dict[str, Any]:
-        """Return every field, defaults filled in, without secrets: what may be written to disk."""
+        """Return every field, defaults included, without secrets; this may be written to disk."""
         values: dict[str, Any] = redact(self.model_dump(mode="json"))
         return values
 

@@ -1,4 +1,4 @@
-"""Keys of earlier versions of the recipe, and what each is called now."""
+"""Renamed keys of older recipes: refuse them with their new names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RENAMED: Mapping[str, str] = {
 
 
 def refuse_renamed(where: str, keys: set[str], method: str | None) -> None:
-    """Raise one UserError that lists every dotted key of an earlier version among `keys`, with its new name.
+    """Raise one UserError that lists all renamed keys among the dotted `keys`, with their new names.
 
     `method` is the recipe's draft method, if it names one: not every method has every key.
     """
@@ -45,9 +45,9 @@ def _advise(key: str, method: str | None) -> str:
     if method is None or name not in _DRAFT or name in METHODS[method].section.model_fields:
         return f"rename {key} to {new}"
     own = METHODS[method].renamed.get(name)
-    return f"rename {key} to train.draft.{own}" if own else f"remove {key}, which {method} has not"
+    return f"rename {key} to train.draft.{own}" if own else f"remove {key}, which {method} does not have"
 
 
 def dotted_keys(values: Mapping[str, Any]) -> set[str]:
-    """`section.key` of every key of every section."""
+    """Return `section.key` of every key of every section."""
     return {f"{section}.{key}" for section, keys in values.items() if isinstance(keys, Mapping) for key in keys}

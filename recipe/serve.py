@@ -16,9 +16,9 @@ Args = dict[str, str | int | float | bool]
 class VariantSection(Section):
     """The target in one precision."""
 
-    path: str = Field(description="folder or hub name of these weights")
-    memory_gb: float = Field(gt=0, description="GPU memory for weights and some KV cache, in GB of 1e9 bytes")
-    hardware: list[str] = Field(default=[], description="nodes that it runs on; []: any")
+    path: str = Field(description="folder or hub name of the weights")
+    memory_gb: float = Field(gt=0, description="GPU memory for weights and a minimal KV cache, in GB (1e9 bytes)")
+    hardware: list[str] = Field(default=[], description="hardware that it runs on; []: any")
     args: Args = Field(default={}, description="over serve.args")
     env: dict[str, str] = operational(default={})
     speculative: Args = Field(default={}, description="over serve.speculative")
@@ -32,7 +32,7 @@ class PurposeSection(Section):
 
 
 class HeadSection(Section):
-    """A published draft, not trained by us."""
+    """A published draft."""
 
     path: str = Field(description="folder or hub name")
     method: str

@@ -1,4 +1,4 @@
-"""A recipe as it will be used: valid YAML, each value with its source: a file's name, --set or default."""
+"""Print a resolved recipe: valid YAML, each value with its source (a file's name, --set or default)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NESTED = ("train.draft",)
 
 
 def show_recipe(path: Path, overrides: Sequence[str]) -> str:
-    """Every key of every section and its source. Raises: see `load_recipe`."""
+    """Return every key of every section with its source, as YAML. Raises: see `load_recipe`."""
     resolved = load_recipe(path, overrides).redacted()
     _, given = read_values(path, overrides)
     sources = Sources([(file.name, values) for file, values in read_files(path)], given)
@@ -23,7 +23,7 @@ def show_recipe(path: Path, overrides: Sequence[str]) -> str:
 
 
 def _show(name: str, values: Any, sources: Sources, indent: str) -> Iterator[str]:
-    """The lines of one section, or of one key."""
+    """Yield the lines of one section or key."""
     key = name.rpartition(".")[2]
     if isinstance(values, Mapping) and (not indent or name in NESTED):
         yield f"{indent}{key}:"
@@ -34,14 +34,14 @@ def _show(name: str, values: Any, sources: Sources, indent: str) -> Iterator[str
 
 
 class Sources:
-    """Which file, or --set, gave a key."""
+    """The sources of a recipe's keys: the files and --set."""
 
     def __init__(self, files: Sequence[tuple[str, Mapping[str, Any]]], given: set[str]) -> None:
-        """`files`: names and values, the recipe first, then its bases; `given`: keys of --set."""
+        """Keep `files`, names and values of the recipe and then its bases, and the keys `given` by --set."""
         self._files, self._given = files, given
 
     def find(self, name: str) -> str:
-        """The source of a dotted key."""
+        """Return the source of a dotted key."""
         if any(other == name or other.startswith(f"{name}.") for other in self._given):
             return "--set"
         return next((file for file, values in self._files if _has(values, name.split("."))), "default")

@@ -25,8 +25,8 @@ class SynthSection(Retries):
     repetition_penalty: float | None = Field(default=None, gt=0, description=OF_TARGET)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2, description=OF_TARGET)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description=OF_TARGET)
-    max_tokens: int = Field(default=2048, gt=0, description="tokens of one reply at most")
-    num_samples: int = Field(default=1, gt=0, description="conversations for each prompt and temperature")
+    max_tokens: int = Field(default=2048, gt=0, description="most tokens of one reply")
+    num_samples: int = Field(default=1, gt=0, description="conversations per prompt and temperature")
     seed: int = Field(default=0, description="each conversation's seed follows from this and its id")
     supervise_end: bool = Field(default=True, description="whether the end-of-turn token is in the loss spans")
     output_format: Literal["oai", "sharegpt"] = Field(
@@ -35,10 +35,10 @@ class SynthSection(Retries):
     min_loop_tokens: int = Field(default=128, gt=0, description="repeating tokens from which a reply counts as a loop")
     tool_call_parser: str | None = Field(
         default=None,
-        description="vLLM's parser of the target's tool calls, run on whole replies; default: that of "
+        description="vLLM's parser of the target's tool calls, run on complete replies; default: that of "
         "serve.purposes.production, else by the chat template",
     )
-    endpoints: list[str] = operational(default=[], description="running servers' URLs; []: one is started")
+    endpoints: list[str] = operational(default=[], description="URLs of running servers; []: start one")
     concurrency: int | None = operational(
         default=None, gt=0, description="conversations in flight; default: as many as the server keeps up with"
     )
@@ -48,7 +48,7 @@ class SynthSection(Retries):
         default=20.0, ge=0, description="for conversations in flight at Ctrl-C, SIGTERM"
     )
     max_failed_fraction: float = operational(default=0.05, ge=0, le=1, description="above it the stage exits 1")
-    max_failures_in_row: int = operational(default=50, gt=0, description="from so many on the stage exits 1")
+    max_failures_in_row: int = operational(default=50, gt=0, description="consecutive failures at which it exits 1")
 
     @field_validator("thinking_modes")
     @classmethod
@@ -61,7 +61,7 @@ class SynthSection(Retries):
 
     @property
     def modes_in_turn(self) -> list[str]:
-        """The modes that rows take in turn, each as often as its weight says."""
+        """The modes that rows take in turn, each repeated by its weight."""
         return [name for name, weight in map(_mode_and_weight, self.thinking_modes) for _ in range(weight)]
 
     @field_validator("temperature")
@@ -79,7 +79,7 @@ class SynthSection(Retries):
 
 
 def _mode_and_weight(text: str) -> tuple[str, int]:
-    """Split `"enabled:2"` into ("enabled", 2); the default weight is 1. Raises ValueError for anything else."""
+    """Split `"enabled:2"` into ("enabled", 2); default weight 1. Raises ValueError for anything else."""
     name, separator, weight = text.partition(":")
     if not name.strip() or (separator and not (weight.isdecimal() and int(weight) > 0)):
         raise ValueError(f"{text!r} is neither a mode nor mode:weight with a whole weight above 0")

@@ -1,6 +1,6 @@
-"""The recipe's `train` and `export` sections: the draft, the optimizer and the loop; what the export is served with.
+"""The recipe's `train` section (draft, optimizer, training loop) and `export` section (rope and dtype in serving).
 
-`train.draft` holds the keys of the draft method that `train.draft.method` names; each method defines its own
+`train.draft.method` names the draft method; the other keys of `train.draft` are that method's
 (drafts/<method>/config.py).
 """
 
@@ -18,7 +18,7 @@ from drafts.method import DraftSection
 
 
 def parse_draft(value: Any) -> Any:
-    """Validate `train.draft` with the section of the method that it names (a union discriminated by `method`)."""
+    """Validate `train.draft` with the section of its method (a union discriminated by `method`)."""
     if not isinstance(value, Mapping):
         return value
     method = METHODS.get(str(value.get("method")))
@@ -33,9 +33,9 @@ class TrainSection(Section):
     )
     num_steps: int = Field(gt=0, description="optimizer steps")
     global_batch_size: int = Field(
-        default=2, gt=0, description="samples of an optimizer step, over all processes and accumulated batches"
+        default=2, gt=0, description="samples per optimizer step, over all processes and accumulated batches"
     )
-    gradient_accumulation_steps: int = Field(default=1, gt=0, description="batches of an optimizer step")
+    gradient_accumulation_steps: int = Field(default=1, gt=0, description="batches per optimizer step")
     learning_rate: float = Field(default=1.2e-3, gt=0)
     lr_schedule: Literal["cosine", "linear", "wsd"] = Field(
         default="cosine", description="after the warm-up; wsd: constant, then linear over the last fifth"
@@ -44,16 +44,16 @@ class TrainSection(Section):
     weight_decay: float = Field(default=0.01, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     seed: int = 0
-    max_samples: int | None = Field(default=None, gt=0, description="only the store's first so many samples")
+    max_samples: int | None = Field(default=None, gt=0, description="train on the store's first N samples only")
     held_out_fraction: float = Field(
-        default=0.0, ge=0, lt=0.5, description="conversations kept from training, for the best checkpoint"
+        default=0.0, ge=0, lt=0.5, description="share of conversations held out to choose the best checkpoint"
     )
     yarn: bool = Field(default=True, description="train with the rope scaling that export writes")
     evaluate_every: int = operational(
         default=0, ge=0, description="steps between evaluations on held-out rows; 0: never"
     )
     checkpoint_every: int = operational(default=100, gt=0, description="steps between checkpoints")
-    keep_checkpoints: int = operational(default=2, gt=0, description="the last so many, and the best")
+    keep_checkpoints: int = operational(default=2, gt=0, description="latest checkpoints kept, besides the best")
     gradient_checkpointing: bool = operational(default=False, description="recompute activations: slower, less memory")
     compile: bool = operational(default=False, description="torch.compile, layer by layer; for GPUs")
     parallel: Literal["ddp", "fsdp2"] = operational(default="ddp", description="under torchrun with several processes")
@@ -74,6 +74,6 @@ class TrainSection(Section):
 class ExportSection(Section):
     yarn: Yarn | None = None
     max_position_embeddings: int | None = Field(
-        default=None, gt=0, description="the served context length, YaRN's whole window; default: target.max_model_len"
+        default=None, gt=0, description="the served context length (YaRN's full window); default: target.max_model_len"
     )
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

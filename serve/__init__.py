@@ -1,1 +1,1 @@
-"""The vLLM command of a target, a running server, and the CPU fixes for vLLM."""
+"""The vLLM command of a target, a running server, clients of it, and CPU fixes for vLLM."""

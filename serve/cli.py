@@ -22,7 +22,7 @@ app = make_app("Serve a recipe's target with vLLM, with or without a draft.")
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """The options of both commands: what to serve, on which hardware, for what."""
+    """The options of both commands: target, draft, hardware, purpose and load."""
 
     recipe: RecipeOption
     draft: Annotated[
@@ -36,7 +36,7 @@ class ServerOptions:
     ] = None
     hardware: Annotated[
         str | None,
-        typer.Option(help="The node: h100, h200, b200, b300, gb200, gb300, mi355x.", show_default="the recipe's"),
+        typer.Option(help="The GPU node: h100, h200, b200, b300, gb200, gb300, mi355x.", show_default="the recipe's"),
     ] = None
     purpose: Annotated[
         str | None,
@@ -54,18 +54,18 @@ class ServerOptions:
     port: Annotated[
         int | None, typer.Option(help="Port to listen on.", show_default="the recipe's, else a free one")
     ] = None
-    extra: Annotated[
-        list[str] | None, typer.Argument(help="More flags of vLLM, after --. They override all others.")
-    ] = None
+    extra: Annotated[list[str] | None, typer.Argument(help="More vLLM flags, after --. They override all others.")] = (
+        None
+    )
     set_: OverridesOption = None
 
     def load(self) -> Recipe:
-        """Load and check the recipe, with the flags that stand for recipe keys."""
+        """Load and check the recipe; --port, --variant and --hardware override its keys."""
         keys = {"serve.port": self.port, "serve.variant": self.variant, "serve.hardware": self.hardware}
         return load_checked(self.recipe, self.set_, keys)
 
     def build(self, recipe: Recipe, port: int) -> ServeCommand:
-        """Build the command. Raises UserError for an unknown purpose or flags that contradict each other."""
+        """Build the command. Raises UserError for an unknown purpose or contradictory flags."""
         from recipe.serve import Purpose
         from serve.command import Serving, build_command
         from serve.flags import Sizes, parse_flags
@@ -98,9 +98,9 @@ class ServerOptions:
 @expand_options
 def command(
     options: ServerOptions,
-    format_: Annotated[str, typer.Option("--format", help="How to print it: shell, json or docker.")] = "shell",
+    format_: Annotated[str, typer.Option("--format", help="Output format: shell, json or docker.")] = "shell",
 ) -> None:
-    """Print the command, ready to paste."""
+    """Print the command that serves the target, ready to paste."""
     from serve.hardware import find_node
 
     loaded = options.load()

@@ -19,7 +19,7 @@ import openai
 import orjson
 
 PROBE_TIMEOUT_S = 10.0
-LARGE_ANSWER_BYTES = 1 << 19  # parsed in a thread: it would block the event loop for milliseconds
+LARGE_ANSWER_BYTES = 1 << 19  # parsed in a thread, since parsing blocks the event loop for milliseconds
 FINISH_REASONS = ("stop", "length", "tool_calls")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
@@ -30,7 +30,7 @@ _CONNECTION_ERRORS = (httpx2.HTTPError, httpx2.InvalidURL, aiohttp.ClientError, 
 class AnswerError(Exception):
     """A request without a usable answer; the message is the reason.
 
-    `status` is the HTTP status, 0 when there was none. `wait_s` is the server's Retry-After.
+    `status` is the HTTP status, 0 if there was none. `wait_s` is the server's Retry-After.
     """
 
     def __init__(self, reason: str, status: int = 0, wait_s: float = 0.0) -> None:
@@ -40,7 +40,7 @@ class AnswerError(Exception):
 
 
 def api_key() -> str:
-    """Return the servers' API key, from OPENAI_API_KEY. It goes into no log and no record."""
+    """Return the servers' API key, from OPENAI_API_KEY. It is never logged or recorded."""
     return os.environ.get("OPENAI_API_KEY", "EMPTY")
 
 
@@ -56,10 +56,10 @@ class Client:
     async def __aenter__(self) -> Client:
         limit = self._max_connections
         self._http = openai.DefaultAioHttpClient(
-            # vLLM closes connections that are idle for 5 s: drop them earlier.
+            # vLLM closes connections that are idle for 5 s; a request on a closed one fails.
             limits=httpx2.Limits(max_connections=limit, max_keepalive_connections=limit, keepalive_expiry=4),
             timeout=httpx2.Timeout(None, connect=30),
-            mounts={f"all://{host}": None for host in LOOPBACK},  # never through a proxy of the environment
+            mounts={f"all://{host}": None for host in LOOPBACK},  # bypass a proxy set in the environment
             headers={"Authorization": f"Bearer {api_key()}", "Content-Type": "application/json"},
         )
         return self
@@ -80,14 +80,14 @@ class Client:
         return await self._post(f"{_root(url)}/tokenize", body, timeout_s, _parse_tokens)
 
     async def is_healthy(self, url: str) -> bool:
-        """Whether GET /health answers 200. Raises nothing."""
+        """Return whether GET /health answers 200. Raises nothing."""
         try:
             return (await self._get(f"{_root(url)}/health")).status_code == 200
         except AnswerError:
             return False
 
     async def read_model(self, url: str) -> str:
-        """Return the name of the served model; a server that reports bad health is an error, too."""
+        """Return the name of the served model. Raises AnswerError also if the server reports bad health."""
         health = await self._get(f"{_root(url)}/health")
         if health.status_code >= 500:  # servers other than vLLM may lack the route
             raise AnswerError(f"HTTP {health.status_code}: {_error_message(health.content)}", health.status_code)
@@ -100,7 +100,7 @@ class Client:
             raise AnswerError(f"no model list ({type(error).__name__}: {error})"[:200], 200) from None
 
     async def read_load(self, url: str) -> tuple[float, float]:
-        """Return how many requests the server is running and has waiting, summed over engines."""
+        """Return the numbers of running and waiting requests, summed over the server's engines."""
         values = await self._read_metrics(url, "num_requests_")
         try:
             return values["running"], values["waiting"]
@@ -166,15 +166,15 @@ class Connection:
 
 
 def ask(request: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
-    """Run one request on a connection of its own (see `Connection.ask`)."""
+    """Run one request on a new connection (see `Connection.ask`)."""
     with Connection() as connection:
         return connection.ask(request)
 
 
 def parse_metrics(text: str, prefix: str) -> dict[str, float]:
-    """Sum the metrics named `vllm:<prefix>...` of a Prometheus text over engines; keys lack `vllm:<prefix>`.
+    """Sum the metrics `vllm:<prefix><name>` of a Prometheus text over engines; return them by `<name>`.
 
-    A metric with a `position` label has a key for each position: `<name>_<position>`.
+    A metric with a `position` label has a key per position: `<name>_<position>`.
     """
     from prometheus_client.parser import text_string_to_metric_families
 
@@ -182,7 +182,7 @@ def parse_metrics(text: str, prefix: str) -> dict[str, float]:
     values: dict[str, float] = {}
     for family in text_string_to_metric_families("\n".join(lines) + "\n"):
         for sample in family.samples:
-            if sample.name.endswith("_created"):  # when a counter began
+            if sample.name.endswith("_created"):  # a counter's start time
                 continue
             name = sample.name.removeprefix(f"vllm:{prefix}").removesuffix("_total")
             if "position" in sample.labels:
@@ -192,9 +192,9 @@ def parse_metrics(text: str, prefix: str) -> dict[str, float]:
 
 
 def to_counters(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Name the `spec_decode_` metrics: num_drafts, num_draft_tokens, num_accepted_tokens, accepted_at_<i> (i from 0).
+    """Rename `spec_decode_` metrics: num_drafts, num_draft_tokens, num_accepted_tokens, accepted_at_<i>.
 
-    The first three are 0 on a server without a draft.
+    The position i is from 0. The first three are 0 on a server without a draft.
     """
     per_position = "num_accepted_tokens_per_pos_"
     positions = {
@@ -206,7 +206,7 @@ def to_counters(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _root(url: str) -> str:
-    """The URL that health and metrics are under: without /v1."""
+    """Return a server's URL without /v1, the base of health and metrics."""
     return url.rstrip("/").removesuffix("/v1")
 
 
@@ -234,7 +234,7 @@ def _parse_completion(content: bytes) -> dict[str, Any]:
 
 
 def _check_finish_reason(answer: dict[str, Any]) -> dict[str, Any]:
-    """Return the answer. Raises AnswerError for a reply that the server broke off ("abort", "error", "repetition")."""
+    """Return the answer. Raises AnswerError if the server aborted the reply (abort, error, repetition)."""
     reason = answer["choices"][0]["finish_reason"]
     if reason not in FINISH_REASONS:
         raise AnswerError(f"a reply that the server broke off (finish_reason {reason!r})", 200)
@@ -258,7 +258,7 @@ def _error_message(content: bytes) -> str:
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds that a Retry-After header asks for: a number or a date (RFC 9110)."""
+    """Return the seconds to wait by a Retry-After header, which is a number or a date (RFC 9110)."""
     if not value:
         return 0.0
     try:

@@ -43,7 +43,7 @@ MODEL_NAME = "target"
 
 @dataclass(frozen=True)
 class ServeCommand:
-    """What starts a server: vLLM's arguments after `vllm`, the environment additions, and where it listens."""
+    """The command that starts a server: vLLM's arguments after `vllm`, environment additions, host and port."""
 
     args: list[str]
     env: dict[str, str]
@@ -54,7 +54,7 @@ class ServeCommand:
 
     @property
     def argv(self) -> list[str]:
-        """The command as our own processes start it."""
+        """The command as stages start it."""
         return [sys.executable, "-m", self.module, *self.args]
 
     @property
@@ -64,18 +64,18 @@ class ServeCommand:
         return ["vllm"] if is_vllm else ["python", "-m", self.module]
 
     def to_shell(self) -> str:
-        """The command for a person to paste: environment first, one flag a line."""
+        """Return the command for a shell: environment first, one flag per line."""
         lines = [f"{key}={shlex.quote(value)}" for key, value in sorted(self.env.items())]
         return " \\\n".join([*lines, shlex.join([*self.program, *self.args[:2]]), *_indent(self.args[2:])])
 
     def to_json(self) -> str:
-        """Environment and arguments as JSON."""
+        """Return environment and command as JSON."""
         return json.dumps({"env": self.env, "command": [*self.program, *self.args]}, indent=2)
 
     def to_docker(self, image: str, *, rocm: bool = False) -> str:
-        """The command in a container of `image`, whose entry point is `vllm serve`.
+        """Return the command in a container of `image`, whose entry point is `vllm serve`.
 
-        Folders of this machine are mounted under their own paths; the port is published where the server would listen.
+        Folders of this machine are mounted under their own paths; the port is published on the server's host.
         """
         lines = ["docker run --rm --ipc=host"]
         lines += ["  --device /dev/kfd", "  --device /dev/dri", "  --group-add video"] if rocm else ["  --gpus all"]
@@ -93,7 +93,7 @@ class ServeCommand:
 
 @dataclass(frozen=True)
 class Serving:
-    """What a server is for: its draft, the purpose and the load that choose flags, and flags that override all others.
+    """The use of a server: its draft, its purpose and load (which choose flags), and flags that override all others.
 
     `draft` is the folder of an export, or the name of one of serve.heads.
     """
@@ -107,8 +107,8 @@ class Serving:
 def build_command(recipe: Recipe, target: Target, *, port: int, serving: Serving | None = None) -> ServeCommand:
     """Return the command that serves `target` on `port`.
 
-    Layers of flags, of which the last one wins: those of `layer_flags`, the sizes, `extra_args`.
-    Raises UserError when the draft was not made for this target, or when the flags contradict target, purpose or node.
+    Later flags override earlier ones: `layer_flags`, the sizes, `extra_args`.
+    Raises UserError if the draft was not made for this target, or the flags contradict target, purpose or hardware.
     """
     serving = serving or Serving()
     section, purpose = recipe.serve, serving.purpose
@@ -138,12 +138,12 @@ def build_command(recipe: Recipe, target: Target, *, port: int, serving: Serving
     on_cpu = section.hardware is None and is_cpu_engine()
     environment = engine_env(env, on_cpu=on_cpu)
     if not Path(model).exists():
-        environment.pop("HF_HUB_OFFLINE")  # a hub name may have to be fetched
+        environment.pop("HF_HUB_OFFLINE")  # vLLM may have to download a hub name
     return ServeCommand(["serve", model, *to_flags(flags)], environment, section.host, port, on_cpu=on_cpu)
 
 
 def _check_node(section: ServeSection, flags: Mapping[str, Any]) -> None:
-    """Raise UserError when the recipe's variant does not run, or does not fit, on the recipe's hardware."""
+    """Raise UserError if the recipe's variant does not run on its hardware or exceeds its memory."""
     variant, hardware = find_variant(section), section.hardware
     if variant is None or hardware is None:
         return
@@ -158,9 +158,9 @@ def _check_node(section: ServeSection, flags: Mapping[str, Any]) -> None:
 
 
 def _build_sglang_command(recipe: Recipe, target: Target, port: int, serving: Serving) -> ServeCommand:
-    """Return SGLang's command for the target: flags of `serve.sglang_args`, and the node's GPUs.
+    """Return SGLang's command for the target, with the flags of `serve.sglang_args` and the node's GPUs.
 
-    Raises UserError with a draft: drafts are served, and measured, by vLLM.
+    Raises UserError with a draft, since drafts are served and measured with vLLM.
     """
     section = recipe.serve
     if serving.draft is not None:
@@ -179,16 +179,16 @@ def _build_sglang_command(recipe: Recipe, target: Target, port: int, serving: Se
 
 
 def speculation_of(recipe: Recipe, target: Target, draft: Path | str) -> dict[str, Any]:
-    """vLLM's speculative config of an export's folder, or of one of serve.heads, by its name.
+    """Return vLLM's speculative config for an export's folder or the name of one of serve.heads.
 
-    Raises UserError when the draft was made for another target.
+    Raises UserError if the draft was made for another target.
     """
     head = recipe.serve.heads.get(str(draft))
     return of_head(head, target) if head else speculative_config(Path(draft), target)
 
 
 def fingerprint_draft(recipe: Recipe, draft: Path | str) -> str:
-    """What a draft is: the content of an export's folder, or the recipe's words for one of serve.heads."""
+    """Hash a draft: the config and weights in an export's folder, or the recipe's entry in serve.heads."""
     if (head := recipe.serve.heads.get(str(draft))) is not None:
         return hash_json(head.model_dump(mode="json"))
     files = [Path(draft) / "config.json", *sorted(Path(draft).glob("*.safetensors"))]
@@ -196,7 +196,7 @@ def fingerprint_draft(recipe: Recipe, draft: Path | str) -> str:
 
 
 def of_head(head: HeadSection, target: Target) -> dict[str, Any]:
-    """vLLM's speculative config of a published draft, whose sizes are checked if it is on this machine."""
+    """Return vLLM's speculative config of a published draft; check the draft if its files are here."""
     folder = Path(head.path)
     if (folder / "config.json").exists():
         check_draft(folder, read_descriptor(folder), target)
@@ -204,9 +204,9 @@ def of_head(head: HeadSection, target: Target) -> dict[str, Any]:
 
 
 def speculative_config(draft: Path, target: Target) -> dict[str, Any]:
-    """vLLM's speculative config of an exported draft, from its descriptor.
+    """Return vLLM's speculative config of an exported draft, from its descriptor.
 
-    Raises UserError when hidden size, vocabulary, layers or fingerprint are not the target's.
+    Raises UserError if hidden size, vocabulary, layers or fingerprint are not the target's.
     """
     descriptor = read_descriptor(draft)
     check_draft(draft, descriptor, target)
@@ -218,7 +218,7 @@ def speculative_config(draft: Path, target: Target) -> dict[str, Any]:
 
 
 def check_draft(draft: Path, descriptor: Descriptor, target: Target) -> None:
-    """Raise UserError for a draft that was made for another target."""
+    """Raise UserError if the draft was made for another target."""
     expected = {
         "hidden_size": (descriptor.hidden_size, target.hidden_size),
         "vocab_size": (descriptor.vocab_size, target.vocab_size),
@@ -250,7 +250,7 @@ def check_draft(draft: Path, descriptor: Descriptor, target: Target) -> None:
 
 
 def _indent(args: Sequence[str], by: str = "  ") -> list[str]:
-    """One line for each flag with its value."""
+    """Return one indented line per flag with its value."""
     lines: list[str] = []
     for word in args:
         if word.startswith("--") or not lines:
@@ -261,5 +261,5 @@ def _indent(args: Sequence[str], by: str = "  ") -> list[str]:
 
 
 def _strings_in_json(args: Sequence[str]) -> list[str]:
-    """Strings inside of arguments that are JSON objects: a draft's folder."""
+    """Return the strings in arguments that are JSON objects, such as a draft's folder."""
     return [v for word in args if word.startswith("{") for v in json.loads(word).values() if isinstance(v, str)]

@@ -1,4 +1,4 @@
-"""A pool of servers of one target: least loaded first, retries with back-off, a failing server set aside."""
+"""A pool of servers of one target: choose the least loaded, retry with back-off, set failing servers aside."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from serve.client import AnswerError, Client
 
 MAX_BACKOFF_S = 60.0
 FAILURES_TO_SET_ASIDE = 3
-# The last is vLLM's answer to a prompt that fills its context to the last token.
+# The last alternative is vLLM's answer to a prompt that fills its context completely.
 TOO_LONG = re.compile(r"maximum context length|context_length_exceeded|max_tokens must be at least 1, got 0", re.I)
 
 
 class RequestError(Exception):
-    """A request that failed for good; the message is the reason."""
+    """A request that failed and is not tried again; the message is the reason."""
 
 
 class PromptTooLongError(Exception):
@@ -38,15 +38,15 @@ class Endpoint:
     in_flight: int = 0
     failures: int = 0
     resting_until: float = 0.0
-    """When its Retry-After ends."""
+    """End of its Retry-After (monotonic time)."""
     times_aside: int = 0
-    """How often it was set aside since its last answer."""
+    """Times it was set aside since its last answer."""
     probe: asyncio.Task[None] | None = field(default=None, repr=False)
-    """Probes its health while it is set aside."""
+    """Task that probes its health while it is set aside."""
     load_told: tuple[float, float] | None = None
-    """Requests that it had running and waiting when last asked."""
+    """Its running and waiting requests at the last query."""
     others: float = 0.0
-    """Requests of other clients when last asked."""
+    """Requests of other clients at the last query."""
 
     @property
     def usable(self) -> bool:
@@ -60,8 +60,8 @@ class Endpoint:
 class Endpoints:
     """The servers of a run; use as an async context manager.
 
-    `stage` begins the messages and names the recipe's section. `is_gone` tells that a server of our own has ended and
-    will not come back.
+    `stage` is the prefix of messages and the recipe's section. `is_gone` returns whether the stage's own server has
+    exited and will not come back.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Endpoints:
         self._all_gone_since = 0.0
 
     async def __aenter__(self) -> Endpoints:
-        """Ask every server for its model; those that do not answer are set aside. Raises UserError when none does."""
+        """Ask every server for its model; set silent ones aside. Raises UserError if none answers."""
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._client)
             errors = await asyncio.gather(*(self._ask_model(endpoint) for endpoint in self.endpoints))
@@ -107,10 +107,10 @@ class Endpoints:
         await self._client.__aexit__()
 
     async def chat(self, body: Mapping[str, Any], prefer: Endpoint | None = None) -> tuple[dict[str, Any], Endpoint]:
-        """Return the answer to a chat completion and the server that gave it; a healthy `prefer` is asked first.
+        """Return the answer to a chat completion and its server; a healthy `prefer` is asked first.
 
-        Raises RequestError after `max_attempts` tries or a refusal, PromptTooLongError, UserError for a key or a route
-        that will never work, and IncompleteError when no server came back within `patience_s`.
+        Raises RequestError after `max_attempts` tries or a refusal, PromptTooLongError, UserError for a wrong API key
+        or route, and IncompleteError if no server came back within `patience_s`.
         """
         return await self._send(self._client.chat, body, prefer)
 
@@ -121,13 +121,13 @@ class Endpoints:
         return await self._send(self._client.complete, body, prefer)
 
     async def read_load(self) -> tuple[float, float] | None:
-        """Requests that all servers together have running and waiting; None where none tells."""
+        """Return the running and waiting requests of all servers together; None if no server reports them."""
         await asyncio.gather(*(self._read_load(endpoint) for endpoint in self.endpoints if endpoint.usable))
         told = [e.load_told for e in self.endpoints if e.usable and e.load_told is not None]
         return (sum(running for running, _ in told), sum(waiting for _, waiting in told)) if told else None
 
     def backoff_s(self, times: int) -> float:
-        """The wait before the try after failure number `times` (from 1), jittered."""
+        """Return the jittered wait after failure number `times`, from 1."""
         return min(MAX_BACKOFF_S, self._retries.backoff_s * 2 ** (times - 1)) * random.uniform(0.5, 1.0)
 
     async def _send(
@@ -158,8 +158,8 @@ class Endpoints:
         raise AssertionError("unreachable")
 
     def _take_fault(self, endpoint: Endpoint, fault: AnswerError) -> None:
-        """Note what a fault says about its server; return when the request may be tried again, else raise."""
-        if fault.status == 200:  # an answer that is broken
+        """Update the server's state after a fault; return if the request may be tried again, else raise."""
+        if fault.status == 200:  # a broken answer
             return
         if fault.status == 429:
             endpoint.resting_until = max(endpoint.resting_until, time.monotonic() + fault.wait_s)
@@ -175,7 +175,7 @@ class Endpoints:
         raise RequestError(str(fault))
 
     def _refuse_wrong_server(self, endpoint: Endpoint, fault: AnswerError) -> None:
-        """Raise UserError for a refusal that every request would get."""
+        """Raise UserError for a refusal that all requests would get."""
         if fault.status in (401, 403):
             raise UserError(
                 endpoint.url,
@@ -192,7 +192,7 @@ class Endpoints:
             )
 
     async def _choose(self, prefer: Endpoint | None, avoid: Endpoint | None) -> Endpoint:
-        """Wait for a usable endpoint: the preferred one, else the least loaded, other than `avoid` if possible."""
+        """Wait for a usable endpoint: the preferred one, else the least loaded, not `avoid` if possible."""
         while True:
             now = time.monotonic()
             usable = [endpoint for endpoint in self.endpoints if endpoint.usable]
@@ -210,7 +210,7 @@ class Endpoints:
                 await asyncio.wait_for(self._returned.wait(), 1.0)
 
     def _refuse_lost_servers(self) -> None:
-        """Raise IncompleteError once no server is left to wait for; the rows are left to the next run."""
+        """Raise IncompleteError if no server can be waited for any longer; open rows are left to the next run."""
         patience = self._retries.patience_s
         if self._is_gone() or time.monotonic() - self._all_gone_since > patience:
             urls = ", ".join(endpoint.url for endpoint in self.endpoints)
@@ -221,7 +221,7 @@ class Endpoints:
             )
 
     def _set_aside(self, endpoint: Endpoint, reason: str) -> None:
-        """Send the server nothing until a probe finds it healthy; the first probe waits longer each time."""
+        """Send the server no request until a probe finds it healthy; the first probe comes later each time."""
         if not any(other.usable for other in self.endpoints if other is not endpoint):
             self._all_gone_since = time.monotonic()
         endpoint.times_aside += 1
@@ -242,7 +242,7 @@ class Endpoints:
         self._returned.set()
 
     async def _ask_model(self, endpoint: Endpoint) -> str:
-        """Learn which model the endpoint serves; return the reason if it does not answer well."""
+        """Ask which model the endpoint serves; return the reason if it does not answer, else ""."""
         try:
             endpoint.model = await self._client.read_model(endpoint.url)
         except AnswerError as error:

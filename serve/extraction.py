@@ -1,4 +1,4 @@
-"""vLLM's arguments for hidden state extraction: its `extract_hidden_states` method and a connector that writes files.
+"""vLLM's arguments for hidden-state extraction: its `extract_hidden_states` method and a connector that writes files.
 
 They are the same for an engine in this process and for a server. A client cannot choose a path: the engine writes to
 `staging`.
@@ -21,16 +21,16 @@ JSON_ARGS = ("speculative_config", "kv_transfer_config")
 
 
 def longest_sample(recipe: Recipe, target: Target) -> int:
-    """Return the most tokens of a sample; one position is left for the token that the engine generates after it."""
+    """Return the most tokens of a sample; one position is left for the token that the engine generates."""
     positions = target.config.get("max_position_embeddings")
     limit = recipe.target.max_model_len
     return min(limit, int(positions) - 1) if positions else limit
 
 
 def extraction_args(recipe: Recipe, target: Target, layer_ids: Sequence[int], staging: Path) -> dict[str, Any]:
-    """Return engine arguments (flags with underscores): extraction, under `serve.args`, under `dump.args`.
+    """Return engine arguments (with underscores): `dump.args` over `serve.args` over extraction's.
 
-    Raises UserError for a quantized KV cache: the states pass through it and would be quantized, too.
+    Raises UserError for a quantized KV cache: the states pass through it and would be quantized too.
     """
     args: dict[str, Any] = {
         key.replace("-", "_"): value for key, value in {**recipe.serve.args, **recipe.dump.args}.items()

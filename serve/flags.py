@@ -1,6 +1,6 @@
-"""vLLM's flags as the recipe layers them, and checks of flags that would spoil a stage's output.
+"""Merge the layers of vLLM's flags in a recipe, and refuse flags that would corrupt a stage's output.
 
-A flag is a name without dashes in front; true stands for `--name`, false for `--no-name`.
+A flag is a name without leading dashes; true stands for `--name`, false for `--no-name`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from target.target import Target
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tokens in and out of a request, and requests at a time, for which a server is sized."""
+    """Input and output tokens per request and concurrent requests, which size a server."""
 
     isl: int | None = None
     osl: int | None = None
@@ -35,11 +35,11 @@ SGLANG_ALIASES = {
     "dp": "dp-size",
     "data-parallel-size": "dp-size",
 }
-"""SGLang's other names of its flags for parallelism. worker.sh counts GPUs by the names on the right."""
+"""SGLang's aliases of its parallelism flags. worker.sh counts GPUs by the names on the right."""
 
 
 def uses_sglang(section: ServeSection, purpose: Purpose | None) -> bool:
-    """Return whether SGLang serves for a purpose. `serve.backend` is that of synthesis; all else needs vLLM."""
+    """Return whether SGLang serves a purpose. `serve.backend` applies to synthesis; all else needs vLLM."""
     return section.backend == "sglang" and purpose in (None, "synth")
 
 
@@ -55,15 +55,15 @@ def find_variant(section: ServeSection) -> VariantSection | None:
 
 
 def find_purpose(section: ServeSection, purpose: Purpose | None) -> PurposeSection:
-    """Return what the recipe adds for a purpose, which may be nothing."""
+    """Return the recipe's flags and environment for a purpose, which may be empty."""
     return section.purposes.get(purpose, PurposeSection()) if purpose else PurposeSection()
 
 
 def layer_flags(recipe: Recipe, purpose: Purpose | None) -> dict[str, Any]:
-    """Return the flags of the recipe's backend that are in force for a purpose.
+    """Return the flags of the recipe's backend for a purpose.
 
-    Layers, of which the last one wins: `serve.args`; the node's GPUs; `serve.variants`; `serve.purposes`; for a dump
-    `dump.args`. SGLang has the GPUs and `serve.sglang_args` alone.
+    Later layers override earlier ones: `serve.args`; the node's GPUs; `serve.variants`; `serve.purposes`; for a dump
+    `dump.args`. SGLang has only the GPUs and `serve.sglang_args`.
     """
     section, variant = recipe.serve, find_variant(recipe.serve)
     num_gpus = find_node(section.hardware).num_gpus if section.hardware else None
@@ -80,13 +80,13 @@ def layer_flags(recipe: Recipe, purpose: Purpose | None) -> dict[str, Any]:
 
 
 def speculative_overrides(section: ServeSection) -> dict[str, Any]:
-    """Return what the recipe adds to the speculative config of every draft; a variant's keys win."""
+    """Return the recipe's additions to every draft's speculative config; the variant's keys win."""
     variant = find_variant(section)
     return {**section.speculative, **(variant.speculative if variant else {})}
 
 
 def normalize(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return flags under vLLM's names, so that layers meet: dashes, and `no-x: true` as `x: false`."""
+    """Rename flags so that layers override each other: dashes, and `no-x: true` becomes `x: false`."""
     normal: dict[str, Any] = {}
     for name, value in flags.items():
         name = name.replace("_", "-")
@@ -97,14 +97,14 @@ def normalize(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def normalize_sglang(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return SGLang's flags under one name each."""
+    """Rename SGLang's flags so that each has one name."""
     return {SGLANG_ALIASES.get(name, name): value for name, value in normalize(flags).items()}
 
 
 def size_flags(sizes: Sizes, num_draft_tokens: int) -> dict[str, int]:
-    """Flags for a load: a context of ISL + OSL + 256, 2 * ISL batched tokens, CUDA graphs for all that run at a time.
+    """Return the flags for a load: a context of ISL + OSL + 256, 2 * ISL batched tokens, CUDA graphs.
 
-    The capture size is the next power of two from concurrency * (1 + draft tokens) on, from 4 to 2048.
+    The capture size is the smallest power of two that is at least concurrency * (1 + draft tokens), within 4 to 2048.
     """
     flags = {}
     if sizes.isl is not None and sizes.osl is not None:
@@ -117,7 +117,7 @@ def size_flags(sizes: Sizes, num_draft_tokens: int) -> dict[str, int]:
 
 
 def check_flags(flags: Mapping[str, Any], target: Target, purpose: str | None) -> None:
-    """Raise UserError for flags that would spoil what comes out."""
+    """Raise UserError for flags that would corrupt a stage's output."""
     check_block_size("", flags, target)
     if purpose == "dump":
         check_kv_dtype(str(flags.get("kv-cache-dtype", "auto")))
@@ -132,7 +132,7 @@ def check_flags(flags: Mapping[str, Any], target: Target, purpose: str | None) -
 
 
 def check_parsers(flags: Mapping[str, Any], purpose: str | None) -> None:
-    """Raise UserError for parsers that take tokens out of the replies of a synthesis; both engines name them so."""
+    """Raise UserError for parsers that strip tokens from replies in synth and dump, with any engine."""
     if purpose in ("synth", "dump"):
         for flag in ("reasoning-parser", "tool-call-parser"):
             if flag in flags:
@@ -145,7 +145,7 @@ def check_parsers(flags: Mapping[str, Any], purpose: str | None) -> None:
 
 
 def parse_flags(words: Sequence[str]) -> dict[str, str | bool]:
-    """vLLM's own words (`--name value`, `--name=value`, `--name`) as flags. Raises UserError for a word of no flag."""
+    """Parse `--name value`, `--name=value` and `--name`. Raises UserError for a value without a flag."""
     flags: dict[str, str | bool] = {}
     name = None
     for word in words:
@@ -161,7 +161,7 @@ def parse_flags(words: Sequence[str]) -> dict[str, str | bool]:
 
 
 def to_flags(values: Mapping[str, Any]) -> list[str]:
-    """vLLM flags: true becomes `--name`, false `--no-name`, anything else `--name value`."""
+    """Convert flags to arguments: true becomes `--name`, false `--no-name`, anything else `--name value`."""
     flags: list[str] = []
     for name, value in values.items():
         if isinstance(value, bool):
@@ -172,6 +172,6 @@ def to_flags(values: Mapping[str, Any]) -> list[str]:
 
 
 def count_gpus(flags: Mapping[str, Any]) -> int:
-    """Return the GPUs that a server with these flags takes."""
+    """Return the number of GPUs of a server with these flags."""
     names = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
     return math.prod(int(flags.get(name, 1)) for name in names)

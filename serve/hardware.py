@@ -1,6 +1,6 @@
 """GPU nodes: number of GPUs, memory, and whether a target fits.
 
-Memory is in GB of 1e9 bytes, as the vendors print it on the device.
+Memory is in GB (1e9 bytes), as vendors state it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def find_node(name: str) -> Node:
 
 
 def check_fit(variant: str, memory_gb: float, hardware: str, node: Node, num_gpus: int) -> None:
-    """Raise UserError when the node lacks `num_gpus` GPUs, or these lack the `memory_gb` that a variant needs."""
+    """Raise UserError if the node lacks `num_gpus` GPUs, or they lack the variant's `memory_gb`."""
     if num_gpus > node.num_gpus:
         raise UserError(
             "tensor-parallel-size",

@@ -31,7 +31,7 @@ PROGRESS_INTERVAL_S = 15.0
 
 @dataclass(frozen=True)
 class Server:
-    """A healthy server, its URL without /v1, and how long its start took."""
+    """A healthy server, its URL without /v1, and its startup time."""
 
     url: str
     log_path: Path
@@ -39,7 +39,7 @@ class Server:
     process: subprocess.Popen[bytes]
 
     def wait(self) -> None:
-        """Block while the server runs. Raises UserError when it ends."""
+        """Block while the server runs. Raises UserError when it exits."""
         code = self.process.wait()
         raise UserError(
             self.log_path,
@@ -50,7 +50,7 @@ class Server:
 
 
 def find_port(host: str, port: int | None) -> int:
-    """Return `port`, or any free port for None. Raises UserError when `port` is in use."""
+    """Return `port`, or any free port for None. Raises UserError if `port` is in use."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -68,10 +68,10 @@ def find_port(host: str, port: int | None) -> int:
 
 @contextmanager
 def run_server(command: ServeCommand, *, log_path: Path, startup_timeout_s: float) -> Iterator[Server]:
-    """Run the command's server for the length of the block; it is healthy when the block begins.
+    """Run the command's server during the block; it is healthy when the block begins.
 
-    Raises UserError when the port is in use, when the server exits before it is healthy, or when it is not healthy
-    within `startup_timeout_s`.
+    Raises UserError if the port is in use, if the server exits before it is healthy, or if it is not healthy within
+    `startup_timeout_s`.
     """
     find_port(command.host, command.port)
     started = time.monotonic()
@@ -129,7 +129,7 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log_path: Pa
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Send SIGTERM, then SIGKILL, to the process group; return when the server is gone."""
+    """Send SIGTERM, then SIGKILL, to the process group; return when the server has exited."""
     for signal_number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, signal_number)
@@ -154,5 +154,5 @@ def _tail(log_path: Path, num_lines: int = 15) -> str:
 
 
 def _read_lines(log_path: Path) -> list[str]:
-    """Return the lines of a log that are not empty."""
+    """Return a log's non-empty lines."""
     return [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]

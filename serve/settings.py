@@ -1,7 +1,6 @@
-"""The settings of a server that change what it computes, for stages that resume.
+"""Server settings that change a stage's output, which a resume must not change.
 
-A stage compares them with those its output was begun with. Flags of other purposes and variants, ports, names, logs,
-time-outs and sizes of memory may differ.
+Flags of other purposes and variants, ports, names, logs, time-outs and memory sizes may change.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ NEUTRAL_FLAGS = frozenset(
         "profiler-config", "use-tqdm-on-load", "jit-monitor-mode", "jit-monitor-verbose",
     }
 )  # fmt: skip
-"""vLLM's flags that change neither what the model computes nor how fast."""
+"""vLLM's flags that change neither the model's output nor its speed."""
 
 SPEED_FLAGS = frozenset(
     {
@@ -56,18 +55,18 @@ SPEED_FLAGS = frozenset(
         "max-num-queued-reqs", "max-num-queued-tokens", "max-num-partial-prefills", "max-long-partial-prefills",
         "long-prefill-token-threshold", "async-scheduling", "scheduling-policy", "prefill-schedule-interval",
         "enable-prefix-caching", "prefix-caching-hash-algo", "enable-chunked-prefill",
-        # Parallelism and graphs: other rounding, as with other batches.
+        # Parallelism and graphs: they change the rounding, as other batches do.
         "tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size", "enable-expert-parallel", "tp",
         "pp-size", "dp-size", "enforce-eager", "cudagraph-capture-sizes", "max-cudagraph-capture-size",
-        # Parsers: the stages that resume work on token ids.
+        # Parsers: the stages that resume use token ids.
         "enable-auto-tool-choice", "tool-call-parser", "tool-parser-plugin",
     }
 )  # fmt: skip
-"""Flags that may change how fast the model computes, and how it rounds, but not what."""
+"""Flags that may change the model's speed and rounding, but not its output otherwise."""
 
 
 def measured_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return what a resumed measurement must find unchanged: `output_settings`, and what changes the speed."""
+    """Return the settings that a resumed measurement must not change: `output_settings` and those that change speed."""
     return {
         **output_settings(recipe, "bench", NEUTRAL_FLAGS),
         "speculative": speculative_overrides(recipe.serve),
@@ -78,9 +77,9 @@ def measured_settings(recipe: Recipe) -> dict[str, Any]:
 def output_settings(
     recipe: Recipe, purpose: Purpose, ignored: frozenset[str] = NEUTRAL_FLAGS | SPEED_FLAGS
 ) -> dict[str, Any]:
-    """Return what a resumed stage must find unchanged: backend, weights and the flags in force for `purpose`.
+    """Return the settings that a resumed stage must not change: backend, weights, flags for `purpose`.
 
-    A variant's weights are compared by their fingerprint, or by name on the hub. The target's own are an input of the
+    A variant's weights are compared by fingerprint, or by name if on the hub. The target's own are an input of the
     stage.
     """
     section = recipe.serve
@@ -93,7 +92,7 @@ def output_settings(
 
 
 def engine_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return what a dump that runs its own engine must find unchanged: flags. Variants and nodes are for servers."""
+    """Return the flags that a resumed dump with its own engine must not change. Variants and nodes are for servers."""
     flags = {**normalize(recipe.serve.args), **normalize(recipe.dump.args)}
     return {"flags": _select(flags, NEUTRAL_FLAGS | SPEED_FLAGS)}
 

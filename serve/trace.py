@@ -1,7 +1,7 @@
-"""What vLLM computes on the way to the draft's logits, for a few samples: the engine's side of `bench parity`.
+"""Record vLLM's tensors on the way to the draft's logits for a few samples, for `bench parity`.
 
-The engine runs in this process with the exported draft; an extension of its workers records the inputs and outputs of
-the draft model's methods, with any number of GPUs.
+The engine runs in this process with the exported draft, on any number of GPUs. An extension of its workers records
+inputs and outputs of the draft model's methods.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TraceExtension:
     rank: int
 
     def start_trace(self) -> None:
-        """From here on, note what the draft model's methods are given and what they give."""
+        """Record inputs and outputs of the draft model's methods from now on."""
         self.trace_noted: dict[str, list[torch.Tensor]] = {}
         if hasattr(self, "trace_draft"):
             return
@@ -49,7 +49,7 @@ class TraceExtension:
 
         def compute_logits(hidden_states: torch.Tensor) -> torch.Tensor:
             logits = compute(hidden_states)
-            if logits is not None:  # another rank has them
+            if logits is not None:  # None on ranks that do not hold the logits
                 note("draft_logits", logits)
             return logits
 
@@ -64,7 +64,7 @@ class TraceExtension:
         model.forward = forward_noting
 
     def take_trace(self, start: int, num_draft_tokens: int, method: str, path: str) -> None:
-        """Write what was noted since `start_trace`, of one request whose prompt has `start` tokens, as safetensors."""
+        """Write one request's tensors since `start_trace` as safetensors; its prompt has `start` tokens."""
         noted = self.trace_noted
         if self.rank != 0:
             return
@@ -82,9 +82,9 @@ class TraceExtension:
 def trace_engine(
     recipe: Recipe, target: Target, draft: Path, samples: Sequence[tuple[str, int, list[int]]], reply_tokens: int
 ) -> list[Trace]:
-    """Traces of `(sample id, start of its reply, token ids)`, with the recipe's engine arguments, eager.
+    """Trace samples `(id, reply start, token ids)` with the recipe's engine arguments, in eager mode.
 
-    Raises UserError when the draft is not the target's.
+    Raises UserError if the draft was made for another target.
     """
     speculative = {**speculative_config(draft, target), **recipe.serve.speculative}
     method = read_descriptor(draft).method
@@ -99,7 +99,7 @@ def trace_engine(
             "max_model_len": recipe.target.max_model_len,
             **args,
             "enforce_eager": True,
-            "enable_prefix_caching": False,  # the draft is to be given the whole prompt's states
+            "enable_prefix_caching": False,  # the draft must read the whole prompt's states
             "speculative_config": speculative,
             "worker_extension_cls": "serve.trace.TraceExtension",
         },

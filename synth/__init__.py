@@ -1,1 +1,1 @@
-"""Prompts to conversations written by the target."""
+"""Generate conversations with the target from prompts."""

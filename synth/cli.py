@@ -1,4 +1,4 @@
-"""`synth`: prompts to conversations written by the target."""
+"""`synth`: generate conversations with the target from prompts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def generate(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also try the failed rows again.")] = False,
     set_: OverridesOption = None,
 ) -> None:
-    """Let the target take every turn of every prompt, each row exactly once; resumes where it stopped."""
+    """Generate the target's replies to every prompt, each row exactly once. Run again to resume."""
     from synth.generate import generate as generate_all
 
     flags = {
@@ -66,7 +66,7 @@ def generate(
 
 @app.command(epilog="Example: synth merge runs/synth")
 def merge(run: RunArgument) -> None:
-    """Join the shards of a run in the order of the input; all must be finished and their counts add up."""
+    """Join the finished shards of a run in the order of the input, and check that their counts add up."""
     from synth.merge import merge as merge_shards
 
     merge_shards(run)
@@ -91,7 +91,7 @@ def inspect(
     ],
     html: Annotated[Path | None, typer.Option(help="Write one HTML file instead.")] = None,
 ) -> None:
-    """Show a conversation's tokens, those in the loss coloured."""
+    """Show a conversation's tokens, with those in the loss coloured."""
     from synth.inspect import inspect_conversation
 
     inspect_conversation(run, id_, html)

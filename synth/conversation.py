@@ -1,6 +1,6 @@
-"""Write one conversation with a served target: every turn in order, with the server's token ids.
+"""Generate one conversation with a served target: every turn in order, with the server's token ids.
 
-The target's own replies, thoughts included, are the history of its later turns, as in serving.
+The target's own replies, reasoning included, are the history of its later turns, as in serving.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NEEDS_PARSER = "--enable-auto-tool-choice"
 
 @dataclass(frozen=True)
 class Writer:
-    """Everything that all conversations of a run share."""
+    """The objects that all conversations of a run share."""
 
     endpoints: Endpoints
     recipe: Recipe
@@ -49,16 +49,16 @@ class Writer:
 
     @property
     def tool_choice(self) -> dict[str, str]:
-        """What to send with tools, so that the prompt has them and the reply stays whole.
+        """The request's tool_choice, with which the prompt has the tools and the reply stays complete.
 
-        A vLLM server of our own gets "none". Unknown servers get nothing: SGLang would leave the tools out.
+        It is "none" for the stage's own vLLM server. Other servers get no tool_choice: SGLang would drop the tools.
         """
         ours = self.recipe.serve.backend == "vllm" and not self.recipe.synth.endpoints
         return {"tool_choice": "none"} if ours else {}
 
 
 def check_modes(recipe: Recipe) -> None:
-    """Raise UserError when a thinking mode has no value for the template."""
+    """Raise UserError if a thinking mode has no value for the template."""
     values = recipe.target.thinking_mode_values
     for mode in recipe.synth.modes_in_turn:
         if values and mode not in values:
@@ -87,23 +87,23 @@ class Progress:
 
 
 async def write_conversation(writer: Writer, prompt: Prompt) -> Conversation:
-    """Let the target take every turn of `prompt`.
+    """Generate the target's replies to `prompt`; return the record.
 
     The conversation ends early after a reply that was cut by max_tokens, after a tool call without results in the
-    source, and when the history fills the context. Raises PromptTooLongError when the first prompt does not fit,
-    RequestError when a request failed for good, and UserError when the server strips reasoning.
+    source, and when the history fills the context. Raises PromptTooLongError if the first prompt does not fit,
+    RequestError if a request failed, and UserError if the server strips reasoning.
     """
     progress = Progress()
     sampling = writer.sampling.of(prompt)
     endpoint: Endpoint | None = None
-    calls: list[dict[str, Any]] = []  # the target's last tool calls that still lack a result
+    calls: list[dict[str, Any]] = []  # the target's last tool calls without a result yet
     for message in prompt.messages:
         if message["role"] != "assistant":
             _add_message(progress, message, calls)
             continue
         body = _make_request(writer, prompt, progress.messages, sampling)
         try:
-            # The same server for all turns: it has the history in its KV cache.
+            # Use the same server for all turns, since it has the history in its KV cache.
             answer, endpoint = await _ask(writer, body, endpoint)
         except PromptTooLongError as error:
             if not progress.num_replies:
@@ -153,7 +153,7 @@ def _to_record(writer: Writer, prompt: Prompt, progress: Progress, sampling: dic
 
 
 async def _ask(writer: Writer, body: dict[str, Any], prefer: Endpoint | None) -> tuple[dict[str, Any], Endpoint]:
-    """Return the answer and its server. A vLLM without a tool call parser is asked again, to leave the reply whole."""
+    """Return the answer and its server; retry with tool_choice "none" if vLLM has no tool call parser."""
     try:
         return await writer.endpoints.chat(body, prefer=prefer)
     except RequestError as error:
@@ -181,13 +181,13 @@ def _make_request(
     if values := template_arguments(writer.recipe.target, prompt.thinking_mode):
         body["chat_template_kwargs"] = values
     if prompt.tools:
-        # Some targets mark calls by special tokens, which the text lacks otherwise.
+        # Some targets mark calls with special tokens, which the text would lack otherwise.
         body |= {"tools": prompt.tools, "skip_special_tokens": False, **writer.tool_choice}
     return body
 
 
 def _refuse_parsed_calls(choice: Mapping[str, Any]) -> None:
-    """Raise UserError for a reply without token ids whose calls were taken out of its text: nothing has its tokens."""
+    """Raise UserError for a reply without token ids whose tool calls were stripped: its tokens are lost."""
     if choice["message"].get("tool_calls"):
         raise UserError(
             "the server's answer",
@@ -198,7 +198,7 @@ def _refuse_parsed_calls(choice: Mapping[str, Any]) -> None:
 
 
 async def _read_reply(writer: Writer, prompt: Prompt, choice: Mapping[str, Any]) -> Reply:
-    """Return a reply's message with its tool calls: the server's, or parsed here. Raises UserError: see `Reply`."""
+    """Return a reply with the server's tool calls, or parsed ones. Raises: see `Reply.of_server`."""
     tags, parser = writer.recipe.target.thinking_tags, writer.tool_calls
     reply = Reply.of_server(choice, tags, is_parsed=not prompt.tools or parser is not None)
     if not prompt.tools or reply.message.get("tool_calls") or parser is None or choice["finish_reason"] not in ENDED:
@@ -226,9 +226,9 @@ def _add_reply(
 
 
 def _compare_calls(calls: list[dict[str, Any]], with_results: list[str], *, is_parsed: bool) -> str:
-    """Return why the conversation cannot go on after a reply, or "".
+    """Return why the conversation cannot continue after a reply, or "".
 
-    The source must have results of exactly these tools. Where calls are not parsed, it must have none.
+    The source must have results of exactly these tools; if calls are not parsed, it must have none.
     """
     called = [str(call["function"]["name"]) for call in calls]
     if sorted(called) == sorted(with_results):
@@ -241,10 +241,10 @@ def _compare_calls(calls: list[dict[str, Any]], with_results: list[str], *, is_p
 
 
 def add_turn(samples: list[Sample], prompt_ids: list[int], reply_ids: list[int], *, unsupervised: int = 0) -> None:
-    """Add one generated turn to a conversation's samples; its last `unsupervised` tokens are not in the loss.
+    """Add a generated turn to the samples; its last `unsupervised` tokens are not in the loss.
 
-    If the prompt starts with the last sample's tokens, the template only appended: the sample grows by one span. If
-    not, the template rewrote the history: the turn is a sample of its own.
+    If the prompt starts with the last sample's tokens, the template only appended, and the sample grows by one span.
+    Otherwise the template rewrote the history, and the turn becomes a new sample.
     """
     start, end = len(prompt_ids), len(prompt_ids) + len(reply_ids) - unsupervised
     spans = [(start, end)] if end > start else []

@@ -1,8 +1,8 @@
-"""Have the target write the conversations of a whole prompt set, exactly once each.
+"""Generate the conversations of a prompt set with the target, each exactly once.
 
 Reads:  prompts (contracts/prompt_files.py), a recipe, a served target.
 Writes: OUTPUT/conversations.jsonl, ledger.jsonl, rejects.jsonl (synth/output.py) and metrics.jsonl (synth/watch.py);
-        of shard i of n, to OUTPUT/shards/<i>-of-<n>/, for `synth merge`.
+        shard i of n writes to OUTPUT/shards/<i>-of-<n>/, for `synth merge`.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def generate(
     shard: tuple[int, int] | None = None,
     retry_failed: bool = False,
 ) -> dict[str, Any]:
-    """Write every conversation that `output` still lacks; return its summary (counts by status, tokens).
+    """Generate every conversation that `output` lacks; return its summary (counts by status, tokens).
 
     Without `synth.endpoints` a server is started and stopped. `shard` (i, n) takes the conversations whose id is i
-    modulo n, and the unusable rows whose number is. Raises UserError for bad input, IncompleteError when the servers
-    are lost or too many rows failed, and KeyboardInterrupt after Ctrl-C or SIGTERM; finished conversations are kept.
+    modulo n, and the unusable rows whose index is. Finished conversations are always kept. Raises UserError for bad
+    input, IncompleteError if the servers are lost or too many rows failed, KeyboardInterrupt after Ctrl-C or SIGTERM.
     """
     check_modes(recipe)
     sampling = resolve_sampling(recipe)
@@ -92,7 +92,7 @@ def generate(
 def find_settings(
     recipe: Recipe, target: Target, sampling: SharedSampling, shard: tuple[int, int] | None
 ) -> dict[str, Any]:
-    """Return the settings that change the conversations: a run that goes on must have the same."""
+    """Return the settings that change the conversations; a resume must have the same."""
     section = recipe.target
     return {
         "synth": {**recipe.synth.settings(), **sampling.settings()},
@@ -110,9 +110,9 @@ def find_settings(
 
 
 def write_open(job: Job) -> bool:
-    """Write a job's open conversations; return whether Ctrl-C or SIGTERM stopped it before the end.
+    """Generate a job's open conversations; return whether Ctrl-C or SIGTERM stopped it before the end.
 
-    No server is started for rows that cannot be used anyway.
+    No server is started if all open rows are unusable.
     """
     if job.todo.needs_server:
         with serve_target(job.recipe, job.target, job.out.folder) as (urls, is_gone):
@@ -124,7 +124,7 @@ def write_open(job: Job) -> bool:
 
 
 def _find_parser(recipe: Recipe, target: Target, todo: Todo) -> ToolCallParser | None:
-    """Return the parser of tool calls, if any prompt has tools; say which one it is."""
+    """Return and print the parser of tool calls, if any prompt has tools."""
     if not todo.num_with_tools:
         return None
     parser = find_parser(recipe, target)
@@ -159,7 +159,7 @@ def _finish(job: Job, source: Source) -> dict[str, Any]:
 
 
 def _refuse_shards(output: Path, retry_failed: bool) -> None:
-    """Raise UserError where a run without --shard would write beside shards: a dump may read those instead."""
+    """Raise UserError if a run without --shard would write beside shards, which a dump may read instead."""
     path = output / "run.json"
     merged = path.exists() and read_json(path, "a run's state")["complete"]
     if folders_by_count(output) and (retry_failed or not merged):
@@ -173,7 +173,7 @@ def _refuse_shards(output: Path, retry_failed: bool) -> None:
 
 @contextmanager
 def serve_target(recipe: Recipe, target: Target, folder: Path) -> Iterator[tuple[list[str], Callable[[], bool]]]:
-    """Yield the URLs of the recipe's endpoints or of a server of our own, and whether that has ended for good."""
+    """Yield the URLs of the endpoints or of a started server, and a function: whether it has exited."""
     if recipe.synth.endpoints:
         yield recipe.synth.endpoints, lambda: False
         return
@@ -185,7 +185,7 @@ def serve_target(recipe: Recipe, target: Target, folder: Path) -> Iterator[tuple
 
 
 def _refuse_useless(folder: Path, out: Output, max_failed_fraction: float, num_expected: int) -> None:
-    """Report failures; raise when they are too many, or when no row could be used."""
+    """Print failures. Raises IncompleteError if they are too many, UserError if all rows were filtered."""
     status = "failed" if out.counts["failed"] else "filtered"
     if not out.counts[status] or (status == "filtered" and out.counts["filtered"] < num_expected):
         return

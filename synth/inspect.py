@@ -1,4 +1,4 @@
-"""Show the tokens of one conversation, those in the loss coloured.
+"""Show the tokens of one conversation, with those in the loss coloured.
 
 Reads: RUN/conversations.jsonl and the tokenizer of the target that wrote it. Writes: the terminal, or one HTML file.
 """
@@ -15,7 +15,7 @@ from target.view import Decoder, print_tokens, write_html
 
 
 def inspect_conversation(folder: Path, id_: str, html: Path | None) -> None:
-    """Show the conversation of an id, a prefix of an id, or a source id. Raises UserError unless it is exactly one."""
+    """Show the conversation of an id, id prefix or source id. Raises UserError unless one matches."""
     conversation = find_conversation(folder, id_)
     decoder = Decoder(Path(conversation.target["path"]))
     parts = {
@@ -54,7 +54,7 @@ def _is_supervised(sample: Sample) -> list[bool]:
 
 
 def find_conversation(folder: Path, id_: str) -> Conversation:
-    """Find a record by the ledger and read only that one. Raises UserError for none or several."""
+    """Find a record with the ledger and read only that one. Raises UserError unless exactly one matches."""
     if not (folder / LEDGER_FILE).exists():
         raise UserError(
             folder, found=f"no {LEDGER_FILE}", expected="the output of `synth generate`", fix="Correct the folder."

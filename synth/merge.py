@@ -1,7 +1,7 @@
-"""Join the shards of a run into one output, rows in the order of the input.
+"""Join the shards of a run into one output, with rows in the order of the input.
 
-Reads:  RUN/shards/<i>-of-<n>/ of every i, each finished; and the finished part of shards of an earlier count.
-Writes: RUN/conversations.jsonl, ledger.jsonl, rejects.jsonl, run.json, as one process would write them.
+Reads:  RUN/shards/<i>-of-<n>/ of every i, each finished; and the finished rows of shards of an earlier count.
+Writes: RUN/conversations.jsonl, ledger.jsonl, rejects.jsonl, run.json, as a run without shards would.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_OPEN_FILES = 64
 def merge(folder: Path) -> dict[str, Any]:
     """Merge the shards of `folder`; return the summary.
 
-    Raises UserError when a shard is missing, unfinished, or of other settings or inputs, and IncompleteError when the
+    Raises UserError if a shard is missing, unfinished, or of other settings or inputs, and IncompleteError if the
     counts do not add up to the input.
     """
     earlier, shards = find_shards(folder)
@@ -42,7 +42,7 @@ def merge(folder: Path) -> dict[str, Any]:
     for shard, state in zip([*shards, *earlier], [*states, *before], strict=True):
         _check_same(shard, state, states[0])
     num_expected = states[0]["summary"]["places"]  # of the whole input
-    shards = [*earlier, *shards]  # where two have a line for one place, the later one's counts
+    shards = [*earlier, *shards]  # the last line of a place counts, so the latest shards come last
     settings = {key: value for key, value in states[0]["settings"].items() if key != "shard"}
     recipe = Recipe.model_validate(yaml.safe_load((shards[0] / "resolved.yaml").read_text()))
     run = Run.open(folder, STAGE, settings=settings, inputs=states[0]["inputs"], recipe_yaml=recipe.to_yaml())
@@ -73,7 +73,7 @@ def merge(folder: Path) -> dict[str, Any]:
 def find_shards(folder: Path) -> tuple[list[Path], list[Path]]:
     """Return the shard folders of earlier counts, and those of the latest count in order.
 
-    Raises UserError when there are none, or when one of the latest count is missing.
+    Raises UserError if there are none, or if one of the latest count is missing.
     """
     found = folders_by_count(folder)
     if not found:
@@ -136,7 +136,7 @@ def _copy_all(shards: list[Path], folder: Path) -> tuple[dict[str, int], Counter
 
 
 class OpenFiles:
-    """Files open for reading, the latest few of any number; use as a context manager."""
+    """Files open for reading, limited to the most recently used ones; use as a context manager."""
 
     def __init__(self, limit: int = MAX_OPEN_FILES) -> None:
         self._limit = limit
@@ -150,7 +150,7 @@ class OpenFiles:
             file.close()
 
     def at(self, path: Path, offset: int) -> BinaryIO:
-        """Return the file at `offset`; the one used longest ago is closed for it if needed."""
+        """Return the file, positioned at `offset`; close the least recently used one if needed."""
         if path not in self._files:
             if len(self._files) == self._limit:
                 self._files.popitem(last=False)[1].close()
@@ -161,13 +161,13 @@ class OpenFiles:
 
 
 def _read_record(files: OpenFiles, path: Path, entry: dict[str, Any]) -> bytes:
-    """Return the record of a ledger entry. Raises UserError when the file does not hold it whole."""
+    """Return the record of a ledger entry. Raises UserError if the file does not hold all of it."""
     line = files.at(path, entry["end"] - entry["size"]).read(entry["size"])
     if len(line) != entry["size"] or not line.endswith(b"\n"):
         raise UserError(
             path,
             found=f"no whole record before byte {entry['end']}",
-            expected=f"that of {entry['id']}, as the ledger has it",
+            expected=f"the record of {entry['id']} in the ledger",
             fix="Restore the file from a copy, or delete the shard's folder and write it again.",
         )
     return line

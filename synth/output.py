@@ -1,9 +1,8 @@
 """Write a run's records and ledger in a thread, and load them on a resume.
 
-Writes: conversations.jsonl, one record a line in order of completion, and ledger.jsonl, one line for every sample of
-        every row. A ledger line has the end offset of its record. Bytes after the last such offset are records whose
-        ledger lines were lost in a crash: they are cut off, and their rows done again.
-        rejects.jsonl: the filtered rows, from the ledger.
+Writes: conversations.jsonl, one record per line in order of completion, and ledger.jsonl, one line per sample of each
+        row. A ledger line has the end offset of its record. Bytes after the last such offset are records whose ledger
+        lines were lost in a crash: they are cut off, and their rows done again. rejects.jsonl has the filtered rows.
 
 The thread writes and syncs all waiting records, then writes and syncs their ledger lines: two syncs for many records.
 """
@@ -29,13 +28,13 @@ from synth.prompts import Prompt, Reject
 REJECTS_FILE = "rejects.jsonl"
 LEDGER_FILE = "ledger.jsonl"
 FLAGS = ("loop", "stopped", "rendered")
-"""Marks of a ledger line, counted beside the statuses."""
+"""Marks of a ledger line, counted in addition to the statuses."""
 
 Item = tuple[dict[str, Any], Conversation | None]
 
 
 class Output:
-    """The records and the ledger of one folder. Memory: one byte a place (row * samples per row + sample)."""
+    """The records and the ledger of one folder. Memory: one byte per place (row * samples per row + sample)."""
 
     def __init__(self, folder: Path, num_rows: int, samples_per_row: int) -> None:
         """Load the ledger. Raises UserError for lost records."""
@@ -55,7 +54,7 @@ class Output:
             raise UserError(
                 folder / CONVERSATIONS_FILE,
                 found=f"{self._file.tell()} bytes",
-                expected=f"at least {committed}, as the ledger has it",
+                expected=f"at least {committed} as in the ledger",
                 fix="Restore the file from a copy, or delete this folder to start over.",
             )
         self._file.truncate(committed)
@@ -66,17 +65,17 @@ class Output:
         self._thread.start()
 
     def status(self, index: int, sample: int = 0) -> str:
-        """Return how a sample of a row ended, "" if it is open."""
+        """Return the status of a row's sample, "" if it is open."""
         code = self._status[index * self._samples_per_row + sample]
         return STATUSES[code - 1] if code else ""
 
     def places_with(self, statuses: Collection[str]) -> np.ndarray:
-        """Return which places `(places,)` ended in one of these statuses."""
+        """Return which places `(places,)` have one of these statuses."""
         codes = [1 + STATUSES.index(status) for status in statuses]
         return np.isin(np.frombuffer(bytes(self._status), dtype=np.uint8), codes)
 
     def add(self, conversation: Conversation) -> None:
-        """Account for a conversation. It is durable once the thread has synced its ledger line."""
+        """Add a conversation. It is durable once the thread has synced its ledger line."""
         has_ended = conversation.finish_reason == "stop"
         reason = conversation.stopped if has_ended else "a reply reached max_tokens"
         entry: dict[str, Any] = {
@@ -92,18 +91,18 @@ class Output:
         self._put(entry, conversation)
 
     def add_failure(self, prompt: Prompt, status: str, reason: str) -> None:
-        """Account for a prompt without a conversation: failed or filtered."""
+        """Add a prompt without a conversation: failed or filtered."""
         entry: dict[str, Any] = {"id": prompt.id, "status": status, "reason": reason, "index": prompt.index}
         source = {"source": prompt.source_id} if prompt.source_id != prompt.id else {}
         self._put({**entry, "sample": prompt.sample, **source}, None)
 
     def add_reject(self, reject: Reject) -> None:
-        """Account for a sample of a row that cannot be used."""
+        """Add a sample of an unusable row."""
         entry = {"id": f"row-{reject.index:07d}-{reject.sample}", "status": "filtered", "reason": reject.reason}
         self._put({**entry, "index": reject.index, "sample": reject.sample, "where": reject.where}, None)
 
     def close(self) -> None:
-        """Write all waiting records, then rejects.jsonl. Raises UserError when the disk refuses."""
+        """Write all waiting records, then rejects.jsonl. Raises UserError if the disk refuses."""
         self._queue.put(None)
         self._thread.join()
         self._file.close()
@@ -162,7 +161,7 @@ class Output:
 
 
 def write_rejects(folder: Path) -> None:
-    """Write rejects.jsonl: one line for each filtered row, with its reason."""
+    """Write rejects.jsonl, one line per filtered row with its reason."""
     temporary = folder / f".{REJECTS_FILE}.tmp"
     with temporary.open("w") as file:
         for entry in read_entries(folder / LEDGER_FILE):

@@ -9,7 +9,7 @@ from recipe.synth import SynthSection
 
 POLL_INTERVAL_S = 2.0
 SPARE_FRACTION = 0.1
-"""Waiting requests allowed, as a fraction of the running ones: enough to refill every slot that becomes free."""
+"""Allowed waiting requests as a fraction of the running ones, enough to refill every slot that becomes free."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Pace:
             await self._changed.wait()
 
     def close(self) -> None:
-        """Let every worker through: no conversation is left to start."""
+        """Admit every worker, since no conversation is left to start."""
         self.closed = True
         self._changed.set()
 

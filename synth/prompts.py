@@ -1,6 +1,6 @@
-"""Rows to prompts: what the target is asked, turn by turn, under an id and a thinking mode that never change.
+"""Convert rows to prompts: the turns to send to the target, with an id and a thinking mode that never change.
 
-Every row (`contracts/prompts.py`) becomes, for each sample asked for, a Prompt or a Reject with the reason.
+Every row (`contracts/prompts.py`) becomes, for each of its samples, a Prompt or a Reject with the reason.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from contracts.prompts import parse_list, read_prompt_row
 
 @dataclass(frozen=True)
 class Prompt:
-    """One conversation to write.
+    """One conversation to generate.
 
-    `messages` has the source's messages, with `{"role": "assistant"}` where the target is to reply. Such a place lists
-    in `tool_calls` the names of the tools whose results follow it, if any.
+    `messages` has the source's messages, with `{"role": "assistant"}` in place of the target's replies. `tool_calls` of
+    such a place has the names of the tools whose results follow it, if any.
     """
 
     index: int
@@ -36,7 +36,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Reject:
-    """A sample of a row that cannot be used, and why."""
+    """A sample of an unusable row, with the reason."""
 
     index: int
     sample: int
@@ -47,10 +47,10 @@ class Reject:
 def read_prompts(
     rows: Iterator[Row], thinking_modes: Sequence[str], temperatures: Sequence[float], num_samples: int, seen: Seen
 ) -> Iterator[Prompt | Reject]:
-    """Yield every sample of every row: `num_samples` for each temperature.
+    """Yield every sample of every row, `num_samples` per temperature.
 
     Row i takes mode i modulo the number of modes. The row's own id is its source id unless an earlier row has the same.
-    A prompt that an earlier row has in the same mode is a Reject: its conversations would have the same ids.
+    A prompt that an earlier row has in the same mode is a Reject, since its conversations would have the same ids.
     """
     for row in rows:
         mode = thinking_modes[row.index % len(thinking_modes)] if thinking_modes else ""
@@ -85,13 +85,13 @@ def read_prompts(
 def mark_places(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return messages with a place for each of the target's replies.
 
-    The places are the source's own assistant turns, and the end. A source without assistant turns is a list of user
-    turns, each of which gets a reply. Assistant turns before the first user turn are dropped.
-    Raises ValueError for messages that the target cannot answer.
+    The places are the source's assistant turns, and the end. Without assistant turns, each user turn gets a reply.
+    Assistant turns before the first user turn are dropped. Raises ValueError for messages that the target cannot
+    answer.
     """
     has_replies = any(message["role"] == "assistant" for message in messages)
     marked: list[dict[str, Any]] = []
-    pending: list[dict[str, str]] = []  # tool calls of the last assistant turn that still lack a result
+    pending: list[dict[str, str]] = []  # tool calls of the last assistant turn without a result yet
     for message in messages:
         role = message["role"]
         if role == "assistant":
@@ -129,7 +129,7 @@ def _read_calls(message: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _name_result(message: Mapping[str, Any], pending: list[dict[str, str]]) -> str:
-    """Return the tool that a result belongs to, and remove its call from `pending`.
+    """Return the name of the tool that gave a result, and remove its call from `pending`.
 
     The call is found by the result's call id, else by its name, else by order.
     """
@@ -138,4 +138,4 @@ def _name_result(message: Mapping[str, Any], pending: list[dict[str, str]]) -> s
         if (id_ and call["id"] == id_) or (not id_ and name in ("", call["name"])):
             pending.remove(call)
             return call["name"]
-    return name  # "" where nothing names the tool: no call of the target's has that name
+    return name  # "" if nothing names the tool; it matches no call of the target

@@ -1,6 +1,6 @@
-"""Render and tokenize prompt and reply where the server returns no token ids.
+"""Render and tokenize prompt and reply if the server returns no token ids.
 
-Reads: the target's tokenizer and chat template. Such ids may differ from the server's; their records are marked as
+Reads: the target's tokenizer and chat template. Such ids may differ from the server's, so their records are marked as
 rendered.
 """
 
@@ -25,10 +25,10 @@ class Renderer:
         self._section = section
         self._target = target
         self._tokenizer: Any = None
-        self._lock = threading.Lock()  # tokenizers are not safe to share between threads
+        self._lock = threading.Lock()  # tokenizers are not thread-safe
 
     def render(self, request: Mapping[str, Any], choice: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        """Return the ids of a request's prompt and of the reply; a reply that ended gets the end-of-turn token."""
+        """Return the ids of prompt and reply; the end-of-turn token is appended if the reply ended."""
         with self._lock:
             if self._tokenizer is None:
                 self._load()

@@ -1,4 +1,4 @@
-"""One reply of the target: from the server's choice to a message with its thought and its tool calls."""
+"""Convert a reply of the target, the server's choice, to a message with its reasoning and tool calls."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from common.errors import UserError
 from synth.tool_calls import ToolCallParser
 
 ENDED = ("stop", "tool_calls")
-"""Finish reasons of a reply that the target itself ended."""
+"""Finish reasons of a reply that the target ended itself."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An assistant message and the text it was made of; `is_parsed`: whether its tool calls are known."""
+    """An assistant message and its original text; `is_parsed`: whether its tool calls are known."""
 
     message: dict[str, Any]
     text: str
@@ -25,7 +25,7 @@ class Reply:
     def of_server(cls, choice: Mapping[str, Any], thinking_tags: tuple[str, str], *, is_parsed: bool) -> Reply:
         """Read a choice of a chat completion, with the calls that the server parsed, if any.
 
-        Raises UserError when the server strips reasoning.
+        Raises UserError if the server strips reasoning.
         """
         message = choice["message"]
         if message.get("reasoning") or message.get("reasoning_content"):
@@ -43,10 +43,10 @@ class Reply:
 
 
 def make_reply(text: str, thinking_tags: tuple[str, str]) -> dict[str, Any]:
-    """Return the assistant message of a reply's text, split at the end of its thought; nothing is stripped.
+    """Return a text as an assistant message, split at the end of its reasoning; nothing is stripped.
 
-    A thought that the prompt opened (mode enabled) has no opening tag in the reply. A thought that was cut has no
-    closing tag and stays in the content; it ends the conversation anyway.
+    Reasoning that the prompt opened (mode enabled) has no opening tag in the reply. Reasoning that was cut has no
+    closing tag and stays in the content; such a reply ends the conversation.
     """
     opening, closing = thinking_tags
     thought, separator, answer = text.partition(closing)
@@ -57,7 +57,7 @@ def make_reply(text: str, thinking_tags: tuple[str, str]) -> dict[str, Any]:
 
 
 def add_calls(message: Mapping[str, Any], tools: list[dict[str, Any]], parser: ToolCallParser) -> dict[str, Any]:
-    """Return a message with the tool calls of its content parsed. Raises: see `ToolCallParser.parse`."""
+    """Return a message with its content's tool calls parsed. Raises: see `ToolCallParser.parse`."""
     parsed = parser.parse(message["content"], tools)
     if not parsed.calls:
         return dict(message)

@@ -1,6 +1,6 @@
 """Resolve the sampling parameters of a run: the recipe's, else those of the target's generation_config.json.
 
-vLLM applies that file's values to every request that lacks them, so all are sent and recorded. Source: the list in
+vLLM applies that file's values to requests that lack them, so all are sent and recorded. Source: the list in
 vllm/config/model.py, get_diff_sampling_param (vLLM 0.32).
 """
 
@@ -20,13 +20,13 @@ from target.target import find_folder
 
 @dataclass(frozen=True)
 class SharedSampling:
-    """The sampling parameters of a run, without what differs between conversations (temperature and seed)."""
+    """The sampling parameters of a run without temperature and seed, which differ between conversations."""
 
     temperatures: list[float]
     filters: dict[str, float | int]
-    """top_p, top_k and min_p; they do nothing at temperature 0."""
+    """top_p, top_k and min_p; they have no effect at temperature 0."""
     penalties: dict[str, float]
-    """They change the greedy choice, too."""
+    """They also change the greedy choice."""
     max_tokens: int
     seed: int
 
@@ -39,14 +39,14 @@ class SharedSampling:
         return {"temperature": prompt.temperature, **self.filters, **shared, "seed": seed}
 
     def settings(self) -> dict[str, Any]:
-        """Return what a resumed run must find unchanged."""
+        """Return the settings that a resume must not change."""
         return {"temperature": self.temperatures, **self.filters, **self.penalties}
 
 
 def resolve_sampling(recipe: Recipe) -> SharedSampling:
     """Return the run's sampling parameters.
 
-    Raises UserError when neither recipe nor target has a temperature, or when values contradict each other.
+    Raises UserError if neither recipe nor target has a temperature, or if values contradict each other.
     """
     synth = recipe.synth
     path = find_folder(recipe.target.path) / "generation_config.json"

@@ -24,7 +24,7 @@ QUANTILES = (0.05, 0.5, 0.95, 1.0)
 
 @dataclass
 class Lengths:
-    """Tokens of each reply and of each sample, turns and finish reasons, of one thinking mode."""
+    """Of one thinking mode: tokens of each reply and sample, turns and finish reasons."""
 
     replies: array[int] = field(default_factory=lambda: array("q"))
     samples: array[int] = field(default_factory=lambda: array("q"))
@@ -71,7 +71,7 @@ def show_stats(folder: Path, plot: Path) -> None:
 
 
 def read_lengths(folder: Path) -> dict[str, Lengths]:
-    """Return the lengths of all records by thinking mode ("(none)" where none was sent)."""
+    """Return the lengths of all records by thinking mode ("(none)" if none was sent)."""
     by_mode: dict[str, Lengths] = defaultdict(Lengths)
     with (folder / CONVERSATIONS_FILE).open("rb") as file:
         for line in file:

@@ -1,4 +1,4 @@
-"""The conversations that a run still has to write, found by reading its whole input once.
+"""The conversations that a run still has to generate, found by reading its whole input once.
 
 A place is a row and one of its samples: place (i, j) is sample j of row i.
 """
@@ -32,11 +32,11 @@ class Source:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows, and samples of each."""
+        """Number of rows, and of samples per row."""
         return self.prompt_set.num_rows, self.section.num_samples * len(self.temperatures)
 
     def read(self, wanted: Wanted = lambda _: True) -> Iterator[Prompt | Reject]:
-        """Yield every sample of the wanted rows. Read the whole input first: rows repeat earlier ones."""
+        """Yield every sample of the wanted rows. Read the whole input first, so that repeated rows are known."""
         rows = self.prompt_set.rows(wanted)
         return read_prompts(rows, self.section.modes_in_turn, self.temperatures, self.section.num_samples, self._seen)
 
@@ -55,7 +55,7 @@ class Todo:
     def find(
         cls, source: Source, out: Output, shard: tuple[int, int] | None, others: Sequence[Path], *, retry_failed: bool
     ) -> Todo:
-        """Find the places of `shard` that neither `out` nor the folders of `others` account for.
+        """Find the places of `shard` that are neither in `out` nor in the folders of `others`.
 
         With `retry_failed`, failed places are open again.
         """
@@ -72,7 +72,7 @@ class Todo:
 
     @property
     def num_expected(self) -> int:
-        """How many conversations the finished shard accounts for."""
+        """Number of conversations in the finished shard."""
         return int(self._ours.sum())
 
     @property
@@ -81,7 +81,7 @@ class Todo:
 
     @property
     def needs_server(self) -> bool:
-        """Whether any open place is a prompt that can be used."""
+        """Whether any open place is a usable prompt."""
         return bool((self._open & self._is_prompt).any())
 
     def items(self) -> Iterator[Prompt | Reject]:

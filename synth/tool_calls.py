@@ -30,14 +30,14 @@ PARSER_OF_MARKER = {
     "<|python_tag|>": "llama3_json",
     "<tool_call>": "hermes",
 }
-"""vLLM's parser by a string of the chat template; the first one found counts."""
+"""vLLM's parser by a string in the chat template; the first match counts."""
 ERRORS = (ValueError, LookupError, TypeError, AttributeError)
-"""What vLLM's parsers raise for calls that are malformed, and pydantic for tools that are."""
+"""Exceptions of vLLM's parsers for malformed calls, and of pydantic for malformed tools."""
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """A reply's text outside its calls, and the calls in OpenAI's form."""
+    """A reply's text without its calls, and the calls in OpenAI's form."""
 
     content: str
     calls: list[dict[str, Any]]
@@ -53,9 +53,9 @@ class ToolCallParser:
         self._lock = threading.Lock()
 
     def parse(self, text: str, tools: list[dict[str, Any]]) -> Parsed:
-        """Return the calls of a reply without its thought. Malformed calls stay in the content.
+        """Parse the calls of a reply, without its reasoning. Malformed calls stay in the content.
 
-        Raises UserError when vLLM is not installed or has no such parser.
+        Raises UserError if vLLM has no such parser or it does not fit the target's tokenizer.
         """
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
@@ -76,7 +76,7 @@ class ToolCallParser:
             from transformers import AutoTokenizer
             from vllm.tool_parsers import ToolParserManager
 
-            logging.getLogger("vllm").setLevel(logging.CRITICAL)  # parsers log a traceback for each malformed call
+            logging.getLogger("vllm").setLevel(logging.CRITICAL)  # parsers log a traceback per malformed call
             tokenizer = AutoTokenizer.from_pretrained(self._path)
             try:
                 parser = ToolParserManager.get_tool_parser(self.name)
@@ -98,7 +98,7 @@ class ToolCallParser:
 
 
 def find_parser(recipe: Recipe, target: Target) -> ToolCallParser | None:
-    """Return the parser of the target's tool calls, or None where its format is not known or vLLM is not installed.
+    """Return the parser of the target's tool calls; None if the format is unknown or vLLM is missing.
 
     It is that of synth.tool_call_parser, of the production server's flags, or of the chat template, in this order.
     """
@@ -111,12 +111,12 @@ def find_parser(recipe: Recipe, target: Target) -> ToolCallParser | None:
 
 
 def same_calls(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
-    """Return whether calls have the same functions and arguments; their ids are random."""
+    """Return whether calls have equal functions and arguments; their ids are random."""
     return [_content(call) for call in some] == [_content(call) for call in others]
 
 
 def with_parsed_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages whose calls have objects for arguments, as vLLM hands them to the chat template."""
+    """Return messages with calls' arguments as objects, as vLLM passes them to the chat template."""
     parsed = []
     for message in messages:
         calls = [
@@ -128,7 +128,7 @@ def with_parsed_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def describe_call(call: Mapping[str, Any]) -> str:
-    """Return a call as ShareGPT's `function_call` has it."""
+    """Return a call in the form of ShareGPT's `function_call`."""
     return f'{{"name": "{call["function"]["name"]}", "arguments": {call["function"].get("arguments") or "{}"}}}'
 
 

@@ -1,6 +1,6 @@
-"""Prove a run token by token: every reply's tokens decode to its message, every context is the server's rendering.
+"""Prove a run token by token: each reply's tokens decode to its message, each context is the server's rendering.
 
-Reads:  RUN/conversations.jsonl, the target's tokenizer, the rendering of a server of the target (POST /tokenize).
+Reads:  RUN/conversations.jsonl, the target's tokenizer, renderings of a server of the target (POST /tokenize).
 Writes: RUN/verified.json with the counts.
 """
 
@@ -34,7 +34,7 @@ RENDER_TIMEOUT_S = 60.0
 class Turn:
     """One reply of a conversation: the messages before it, its message, and its tokens in a sample.
 
-    `found` is the sample and its span; None for a reply whose tokens are not in the record.
+    `found` is the sample and the reply's span; None if the record has no tokens of the reply.
     """
 
     number: int
@@ -49,7 +49,7 @@ class Turn:
 
 
 def verify(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Check every turn; return the counts. Raises IncompleteError that names the first turns that fail."""
+    """Check every turn; return the counts. Raises IncompleteError with the first turns that fail."""
     target = Target.here(recipe.target)
     counts = {"conversations": 0, "turns": 0, "text_equal": 0, "context_equal": 0}
     wrong: list[str] = []
@@ -96,7 +96,7 @@ class Checker:
         """Yield the replies in order, each with its tokens.
 
         The next loss span belongs to a reply if its context is the server's rendering. A reply of only an
-        unsupervised end token has no span: its tokens are those after the rendering.
+        unsupervised end token has no span: its tokens follow the rendering.
         """
         spans = [(sample, start, end) for sample in conversation.samples for start, end in sample.loss_spans]
         messages = conversation.messages or []
@@ -112,10 +112,10 @@ class Checker:
                 has_span = len(spans) >= len(places) - number  # fewer spans than replies: some reply lacks its own
                 yield Turn(number, history, message, spans.pop(0) if has_span else None, context_equal=False)
         for number, span in enumerate(spans, start=len(places)):
-            yield Turn(number, messages, {}, span, context_equal=False)  # tokens of a reply that is not there
+            yield Turn(number, messages, {}, span, context_equal=False)  # tokens without a message
 
     def _find_end(self, conversation: Conversation, rendered: list[int]) -> tuple[Sample, int, int] | None:
-        """Return the empty span of a reply of only an end token, outside the loss, after `rendered`."""
+        """Return the empty span after `rendered` of a reply that is only an unsupervised end token."""
         start = len(rendered)
         for sample in conversation.samples:
             ids = sample.token_ids
@@ -127,14 +127,14 @@ class Checker:
     def is_text_equal(self, conversation: Conversation, turn: Turn) -> bool:
         """Return whether a turn's tokens decode to its message, tool calls included.
 
-        Raises UserError for calls in a format that is not known.
+        Raises UserError for calls in an unknown format.
         """
         if turn.found is None or not turn.message:
             return False
         sample, start, end = turn.found
         ids, tools = sample.token_ids[start:end], conversation.tools
         if ids and ids[-1] in self._target.end_token_ids:
-            ids = ids[:-1]  # it ends the text, and is not in it
+            ids = ids[:-1]  # the end token is not in the text
         text = self._renderer.decode(sample.token_ids[:start], ids, skip_special_tokens=not tools)
         expected = make_reply(text, self._recipe.target.thinking_tags)
         calls = turn.message.get("tool_calls")
@@ -177,13 +177,13 @@ class ServerRenderer:
             except Exception as error:
                 if not str(error).startswith("Invalid prefix"):
                     raise
-                # Bytes that are not UTF-8: vLLM starts a new stream, too.
+                # Bytes that are not UTF-8: vLLM starts a new stream too.
                 stream = DecodeStream(skip_special_tokens=skip_special_tokens)
                 text += stream.step(self._tokenizer, token_id) or ""
         return text
 
     def render(self, conversation: Conversation, messages: list[dict[str, Any]]) -> list[int]:
-        """Return the prompt's ids. Raises UserError when the server does not return them."""
+        """Return the prompt's ids. Raises UserError if the server does not return them."""
         body: dict[str, Any] = {"messages": messages, "add_generation_prompt": True}
         if conversation.tools:
             body["tools"] = conversation.tools

@@ -1,7 +1,7 @@
 """Show the progress of a run: a bar on a terminal, else a line of JSON every minute; all lines go to metrics.jsonl.
 
-Line: seconds of this process, rows done of all, tokens and tokens/s since the last line, concurrency, the servers'
-running and waiting requests, retries, failures, seconds left at this rate.
+Line: seconds of this process, finished rows and their total, tokens, rates since the last line, concurrency, the
+servers' running and waiting requests, retries, counts by status, estimated seconds left.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Watch:
             desc="synth",
             unit="conv",
             mininterval=1,
-            disable=None,  # no bar where there is no terminal
+            disable=None,  # no bar without a terminal
         )
 
     async def poll(self, endpoints: Endpoints, pace: Pace, run: Run) -> None:
-        """Every two seconds, read the servers' gauges, adjust the pace, update the display and save the time spent."""
+        """Read the servers' gauges, adjust the pace, update the display and save the time, every two seconds."""
         while True:
             await asyncio.to_thread(run.tick)
             self._gauges = await endpoints.read_load()

@@ -1,4 +1,4 @@
-"""Keep many conversations in flight until every prompt is accounted for.
+"""Keep many conversations in flight until every prompt has its ledger line.
 
 One thread reads and hashes rows, another writes records (synth/output.py). The event loop only waits for servers.
 """
@@ -34,7 +34,7 @@ PROMPTS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Job:
-    """The open conversations of a run, and what is needed to write them."""
+    """The open conversations of a run, and the objects that generate them."""
 
     recipe: Recipe
     target: Target
@@ -46,9 +46,9 @@ class Job:
 
 
 async def write_all(job: Job, urls: list[str], is_gone: Callable[[], bool]) -> bool:
-    """Write the job's conversations with the servers at `urls`; return whether Ctrl-C or SIGTERM stopped it.
+    """Generate the job's conversations on the servers; return whether Ctrl-C or SIGTERM stopped it.
 
-    `is_gone` tells whether the servers have ended for good. Raises: see `generate`.
+    `is_gone` returns whether the stage's own server has exited. Raises: see `generate`.
     """
     num_expected = job.todo.num_expected
     pace = Pace.make(job.recipe.synth)
@@ -103,7 +103,7 @@ async def write_all(job: Job, urls: list[str], is_gone: Callable[[], bool]) -> b
 
 
 class Feed:
-    """Hands prompts of a generator that reads files to many workers."""
+    """Distributes the prompts of a generator, which reads files, to many workers."""
 
     def __init__(self, todo: Iterator[Prompt | Reject]) -> None:
         self._todo = todo
@@ -111,7 +111,7 @@ class Feed:
         self._reading = asyncio.Lock()
 
     async def take(self) -> Prompt | Reject | None:
-        """Return the next one, or None when all are taken."""
+        """Return the next prompt, or None if all are taken."""
         if not self._ready:
             async with self._reading:
                 if not self._ready:
@@ -120,7 +120,7 @@ class Feed:
 
 
 class Stop:
-    """On Ctrl-C or SIGTERM, start no conversation and give those in flight some seconds; on a second, cancel them."""
+    """On Ctrl-C or SIGTERM, start no conversation and let those in flight finish in time; on a second, cancel them."""
 
     def __init__(self, drain_timeout_s: float, watch: Watch, pace: Pace) -> None:
         self.asked = False
@@ -163,7 +163,7 @@ class Stop:
 
 
 def _refuse_many_failures(job: Job, in_row: int, reason: str) -> None:
-    """Raise IncompleteError when too many rows fail."""
+    """Raise IncompleteError if too many rows fail."""
     synth, failed, num_expected = job.recipe.synth, job.out.counts["failed"], job.todo.num_expected
     if in_row >= synth.max_failures_in_row:
         what, limit = f"{in_row} failures in a row", "fewer (synth.max_failures_in_row)"

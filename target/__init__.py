@@ -1,1 +1,1 @@
-"""Everything known about a target, read from its folder without loading it."""
+"""Facts about a target, read from its folder without loading the model."""

@@ -1,4 +1,4 @@
-"""Find out from a target's config which final norm it has, and its epsilon.
+"""Determine a target's final norm and its epsilon from its config.
 
 | kind | output for the normalized states x, weight w, bias b |
 |---|---|
@@ -7,8 +7,8 @@
 | `layer` | LayerNorm, x * w + b; b may be missing |
 | `layer1p` | LayerNorm, x * (1 + w) + b |
 
-The wrong kind is silent: the loss looks fine and the served acceptance is poor. `dump verify` proves it with the
-target's own tokens, and `target.final_norm` of the recipe overrides what is found here.
+A wrong kind raises no error: the loss looks fine and the served acceptance is poor. `dump verify` checks the kind with
+the target's own tokens, and `target.final_norm` of the recipe overrides it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ KIND_BY_MODEL_TYPE: dict[str, FinalNorm] = {
     "step3p7": "gemma",
     "vaultgemma": "gemma",
 }
-"""Model types whose norm adds one to its weight, and RMSNorms whose epsilon is called `layer_norm_epsilon`.
+"""Model types whose norm adds one to its weight, and RMSNorms whose epsilon is named `layer_norm_epsilon`.
 
 Source: the final norm's class in `transformers/models/*/modeling_*.py` (5.19). Not all Gemmas add one: gemma3n, gemma4
 and embedding_gemma2 multiply by the weight itself.
@@ -64,6 +64,6 @@ def find_final_norm(config: Mapping[str, Any]) -> FinalNorm:
 
 
 def find_norm_eps(config: Mapping[str, Any]) -> float:
-    """Return the epsilon of the final norm; 1e-6 where the config has none."""
+    """Return the epsilon of the final norm; 1e-6 if the config has none."""
     keys = (RMS_NORM_EPS, *LAYER_NORM_EPS, OTHER_EPS)
     return float(next((config[key] for key in keys if key in config), 1e-6))

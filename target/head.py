@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.vml import settle_vector_functions
 from target.target import Target
 
-# Names in different families.
+# The names of different model families.
 EMBEDDING = ("model.embed_tokens.weight", "embed_in.weight", "wte.weight")
 LM_HEAD = ("lm_head.weight", "embed_out.weight")
 FINAL_NORM = ("model.norm.weight", "final_layernorm.weight", "final_layer_norm.weight", "ln_f.weight")
@@ -62,7 +62,7 @@ def read_head(target: Target) -> TargetHead:
     """Read the three tensors under any prefix (such as `language_model.`); lm_head may be tied.
 
     Training, evaluation and verification call this before they compute, so it settles MKL first (common/vml.py).
-    Raises UserError when a tensor is missing, or when the lm_head has a bias, which a draft's server does not add.
+    Raises UserError if a tensor is missing, or if the lm_head has a bias, which vLLM does not add to a draft's logits.
     """
     settle_vector_functions()
     files, config = _files_by_tensor(target), target.config

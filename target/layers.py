@@ -1,7 +1,7 @@
-"""Captured layers: which ones, and their ids in vLLM.
+"""Choose the captured layers and translate their ids to vLLM's.
 
-Recipes, stores and exported drafts call the output of layer i by the 0-based `i`. vLLM's extraction calls it `i + 1`;
-its id `L` is the final state before the final norm. Only this module translates.
+Recipes, stores and draftline.json use the 0-based id `i` for the output of layer i. vLLM's extraction uses `i + 1`; its
+id `L` is the final state before the final norm.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def spread_layers(num_layers: int, num_captured: int) -> list[int]:
 
 
 def captured_layers(section: TargetSection, target: Target) -> list[int]:
-    """The layers whose outputs a draft reads: those of the recipe, or the default ones. 0-based."""
+    """Return the 0-based layers whose outputs a draft reads: the recipe's, or the default ones."""
     return section.aux_layers or spread_layers(target.num_layers, section.num_aux_layers)
 
 
 def to_vllm_layer_ids(layer_ids: Sequence[int], num_layers: int) -> list[int]:
-    """Return vLLM's ids of our layers' outputs, and last that of the final state before the final norm (L).
+    """Return vLLM's ids of the layers' outputs, then that of the final state before the final norm (L).
 
-    vLLM sorts the ids and drops duplicates. Raises ValueError for ids that are not sorted, unique and below the last
+    Raises ValueError unless the ids are sorted and unique, since vLLM sorts and deduplicates them, and below the last
     layer, whose output is the final state.
     """
     if list(layer_ids) != sorted(set(layer_ids)) or not all(0 <= i < num_layers - 1 for i in layer_ids):

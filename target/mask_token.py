@@ -1,4 +1,4 @@
-"""Choose the mask token: a row of the embedding that the tokenizer never produces."""
+"""Choose the mask token, an embedding row that the tokenizer never produces."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from target.target import Target
 def choose_mask_token(target: Target, wanted: int | None) -> int:
     """Return the recipe's mask token, or the first row above the tokenizer's highest id.
 
-    Raises UserError when it has no embedding row or when the tokenizer produces it.
+    Raises UserError if it has no embedding row or the tokenizer produces it.
     """
     used = used_token_ids(target)
     token = max(used) + 1 if wanted is None else wanted
@@ -25,7 +25,7 @@ def choose_mask_token(target: Target, wanted: int | None) -> int:
 
 
 def used_token_ids(target: Target) -> set[int]:
-    """Return the ids that the tokenizer can produce; without its file, all up to the facts' `highest_token_id`."""
+    """Return the ids that the tokenizer can produce; without its files, up to `facts.highest_token_id`."""
     if target.facts is not None and not target.is_here:
         return set(range(target.facts.highest_token_id + 1))
     tokenizer = read_json(target.path / "tokenizer.json", "the target's tokenizer")

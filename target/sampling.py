@@ -1,7 +1,7 @@
 """vLLM's sampler as a function of logits: penalties, temperature, min_p, top_k, top_p, in its order.
 
-Penalties depend on the tokens before; they also change the argmax, so they apply at temperature 0.
-Source: vllm/v1/sample/sampler.py and ops/penalties.py (vLLM 0.32). Both model runners compute the same.
+Penalties depend on the preceding tokens; they change the argmax, so they apply at temperature 0 too.
+Source: vllm/v1/sample/sampler.py and ops/penalties.py (vLLM 0.32). Both of its model runners compute the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Context:
     """The tokens before each row of logits: row i follows `token_ids[:ends[i]]`.
 
     The first `prompt_lengths[i]` of them were the prompt of the request that generated the row's token. The
-    presence and frequency penalties count only what comes after them.
+    presence and frequency penalties count only the tokens after it.
     """
 
     token_ids: torch.Tensor
@@ -32,7 +32,7 @@ class Context:
     def of_generated(cls, token_ids: torch.Tensor, loss_mask: torch.Tensor) -> Context:
         """Return the context of every generated token of a sample, in order.
 
-        Shapes: token_ids (T,), loss_mask (T,) bool. Each run of True is one reply, of one request.
+        Shapes: token_ids (T,), loss_mask (T,) bool. Each run of True is the reply of one request.
         """
         places = loss_mask.nonzero()[:, 0]
         first = loss_mask & ~functional.pad(loss_mask[:-1], (1, 0), value=False)
@@ -50,7 +50,7 @@ def has_penalties(sampling: Mapping[str, Any]) -> bool:
 
 
 def penalize(logits: torch.Tensor, sampling: Mapping[str, Any], context: Context) -> torch.Tensor:
-    """Return logits after repetition, frequency and presence penalties; `logits` itself where there are none.
+    """Return logits after repetition, frequency and presence penalties; `logits` itself if there are none.
 
     Shapes: logits (t, V), context of t rows -> (t, V) float32.
     """
@@ -69,7 +69,7 @@ def penalize(logits: torch.Tensor, sampling: Mapping[str, Any], context: Context
 
 
 def probabilities_of(sampling: Mapping[str, Any], logits: torch.Tensor, context: Context | None = None) -> torch.Tensor:
-    """Return what vLLM draws each next token from under the sampling parameters of a record.
+    """Return the distribution from which vLLM draws each next token under a record's sampling parameters.
 
     One-hot at the argmax for temperature 0. Shapes: logits (t, V), context of t rows -> (t, V).
     Raises ValueError for penalties without a context.
@@ -100,7 +100,7 @@ def sampling_probabilities(
 
 
 def kept_by(q: torch.Tensor, top_p: float | None, top_k: int | None, min_p: float | None = None) -> torch.Tensor:
-    """Return which tokens `(t, V)` of probabilities `q` min_p, then top_k, then top_p leave in the draw."""
+    """Return which tokens `(t, V)` of probabilities `q` remain after min_p, then top_k, then top_p."""
     if not _filters(top_p, top_k, min_p):
         return torch.ones_like(q, dtype=torch.bool)
     ordered, order = q.sort(-1, descending=True)

@@ -1,4 +1,4 @@
-"""The recipe's `target` section: the target's folder, thinking modes, captured layers, mask token, template."""
+"""The recipe's `target` section: folder, thinking modes, captured layers, mask token, training template."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from target.final_norm import FinalNorm
 
 
 class FactsSection(Section):
-    """Facts of a target. They are checked against its files, and replace them on machines without the files.
+    """Facts about a target. They are checked against its files, and used instead on machines without the files.
 
     Names and meanings are those of transformers' configs.
     """
@@ -21,23 +21,23 @@ class FactsSection(Section):
     num_hidden_layers: int = Field(gt=0)
     vocab_size: int = Field(gt=0, description="rows of the embedding")
     rope_theta: float = Field(gt=0)
-    final_norm: FinalNorm | None = Field(default=None, description="default: rms, or as the config says")
+    final_norm: FinalNorm | None = Field(default=None, description="default: rms, or from the config")
     highest_token_id: int = Field(gt=0, description="of the tokenizer, added tokens included")
-    sparse_block_size: int | None = Field(default=None, gt=0, description="of the attention's blocks, if it is sparse")
+    sparse_block_size: int | None = Field(default=None, gt=0, description="block size of a sparse attention")
 
 
 class TargetSection(Section):
     path: Path = Field(description="folder of the target: config, safetensors, tokenizer, chat template")
-    max_model_len: int = Field(default=8192, gt=0, description="prompt and reply together in every stage, tokens")
+    max_model_len: int = Field(default=8192, gt=0, description="tokens of prompt and reply together, in every stage")
     thinking_mode_name: str = Field(default="thinking_mode", description="the chat template's variable for the mode")
     thinking_mode_values: dict[str, str | int | bool | None] = Field(
-        default={}, description="what the template is told for each mode, if not its name; null: nothing"
+        default={}, description="the variable's value for a mode, instead of its name; null: do not set it"
     )
     thinking_tags: tuple[str, str] = Field(
-        default=("<mm:think>", "</mm:think>"), description="around a thought, in the text"
+        default=("<mm:think>", "</mm:think>"), description="around the reasoning in a reply"
     )
     num_aux_layers: int = Field(default=5, gt=0, description="captured layers, spread over the depth")
-    aux_layers: list[int] | None = Field(default=None, description="captured layers, 0-based, instead of the rule's")
+    aux_layers: list[int] | None = Field(default=None, description="captured layers, 0-based; overrides num_aux_layers")
     mask_token_id: int | None = Field(
         default=None, description="default: the first row above the tokenizer's highest id"
     )
@@ -47,9 +47,9 @@ class TargetSection(Section):
     training_template_sha256: str | None = Field(default=None, description="of that file")
     final_norm: FinalNorm | None = Field(
         default=None,
-        description="rms: x * w, gemma: x * (1 + w), layer: LayerNorm, layer1p: LayerNorm with 1 + w; default: as the "
-        "target's config says",
+        description="rms: x * w, gemma: x * (1 + w), layer: LayerNorm, layer1p: LayerNorm with 1 + w; default: from "
+        "the target's config",
     )
     facts: FactsSection | None = Field(
-        default=None, description="checked against the target's files, if these are here"
+        default=None, description="checked against the target's files, if this machine has them"
     )

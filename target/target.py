@@ -1,4 +1,4 @@
-"""Config, tokenizer checksums and fingerprint of a target, read from its folder without loading the model.
+"""A target's config, checksums and fingerprint, read from its folder without loading the model.
 
 Reads: `config.json` (nested `text_config`/`llm_config` too), the tokenizer's files and the headers of the weights.
 """
@@ -24,7 +24,7 @@ WINDOW_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Target:
-    """A target's folder and its text model's config. The recipe's facts and final norm come with `here` and `of`."""
+    """A target's folder and its text model's config. `here` and `of` add the recipe's facts and final norm."""
 
     path: Path
     config: dict[str, Any]
@@ -33,14 +33,14 @@ class Target:
 
     @classmethod
     def here(cls, section: TargetSection) -> Target:
-        """Return a recipe's target, read from its folder. Raises UserError when the folder holds no model."""
+        """Read a recipe's target from its folder. Raises UserError if the folder holds no model."""
         return replace(cls.read(section.path), facts=section.facts, norm_of_recipe=section.final_norm)
 
     @classmethod
     def of(cls, section: TargetSection) -> Target:
-        """Return a recipe's target, read from its folder, or made of the recipe's facts where there is no folder.
+        """Read a recipe's target from its folder, or build it from the recipe's facts if there is no folder.
 
-        For plans and checks, which need no weights. Raises UserError when there are neither.
+        For plans and checks, which need no weights. Raises UserError if there is neither.
         """
         facts = section.facts
         if facts is None or (find_folder(section.path) / "config.json").exists():
@@ -59,7 +59,7 @@ class Target:
     def read(cls, path: Path) -> Target:
         """Read `path/config.json`; a hub name (`org/model`) is looked up in the local hub cache.
 
-        Raises UserError when the folder holds no model.
+        Raises UserError if the folder holds no model.
         """
         path = find_folder(path)
         outer = read_json(path / "config.json", "a target's config.json")
@@ -67,7 +67,7 @@ class Target:
         return cls(path, {**outer, **inner, "architectures": outer.get("architectures")})
 
     def get(self, key: str) -> int:
-        """Return an integer of the config. Raises UserError when it is missing."""
+        """Return an integer of the config. Raises UserError if it is missing."""
         value = self.config.get(key)
         if not isinstance(value, int):
             raise UserError(
@@ -108,19 +108,19 @@ class Target:
 
     @property
     def sparse_block_size(self) -> int | None:
-        """Block size of its sparse attention, tokens; None without one."""
+        """Block size of a sparse attention, in tokens; None without one."""
         return (self.config.get("sparse_attention_config") or {}).get("sparse_block_size")
 
     @property
     def final_norm(self) -> FinalNorm:
-        """The kind of final norm: the recipe's `target.final_norm`, or as the config says."""
+        """The kind of final norm: the recipe's `target.final_norm`, or the config's."""
         return self.norm_of_recipe or find_final_norm(self.config)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the config, and of the size, header and three windows of data of every weight file.
 
-        Windows and not all bytes, because a target may have a terabyte. Retrained weights differ in every window.
+        Windows, because a target may have a terabyte of weights. Retrained weights differ in every window.
         """
         files = sorted(self.path.glob("*.safetensors"))
         if not files:

@@ -1,7 +1,7 @@
-"""Training templates: they render the same text as a target's chat template and tag the assistant's turns.
+"""Training templates, which render the text of a target's chat template and tag the assistant's turns.
 
 Reads: the target's chat template, `target.training_template`. Loss masks of rendered rows come from `{% generation %}`
-tags. Few targets have a template with them, so a recipe may name one (chat_templates/).
+tags. Few targets' templates have them, so a recipe may name another template (chat_templates/).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PROBES: list[dict[str, Any]] = [
 
 
 def tagged_template(section: TargetSection, target: Target) -> str | None:
-    """Return the template with generation tags, the target's own or the recipe's; None without one."""
+    """Return the template with generation tags, the target's or the recipe's; None without one."""
     own = target.find_chat_template()
     if own and TAG.search(own):
         return own
@@ -47,11 +47,11 @@ def rendering_template(section: TargetSection, target: Target) -> str:
     own = target.find_chat_template()
     if own is None and section.training_template:
         return section.training_template.read_text(encoding="utf-8")
-    return own if own is not None else target.chat_template  # which says what is missing
+    return own if own is not None else target.chat_template  # raises the UserError
 
 
 def check_training_template(section: TargetSection, target: Target) -> None:
-    """Raise UserError when the recipe's template renders another text than the target's, in any thinking mode.
+    """Raise UserError if the recipe's template renders other text than the target's in any thinking mode.
 
     Probes that the target's template cannot render are skipped: not every target has tools.
     """
@@ -80,7 +80,7 @@ def variables_of(template: str) -> set[str]:
     from jinja2.parser import Parser
 
     class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012 (as jinja2 wants it)
+        tags = {"generation"}  # noqa: RUF012 (jinja2's interface)
 
         def parse(self, parser: Parser) -> list[nodes.Node]:
             next(parser.stream)
@@ -108,6 +108,6 @@ def _render(template: str, probe: dict[str, Any], add_generation_prompt: bool, k
 
 
 def _from_difference(text: str, other: str) -> str:
-    """Return the place where a text begins to differ from another, quoted."""
+    """Return the excerpt where a text begins to differ from another, quoted."""
     place = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
     return repr(text[max(0, place - 20) : place + 20])

@@ -1,4 +1,4 @@
-"""From a thinking mode to the arguments of the target's chat template."""
+"""Translate a thinking mode to arguments of the target's chat template."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from target.section import TargetSection
 
 
 def template_arguments(section: TargetSection, mode: str | None) -> dict[str, Any]:
-    """Return what the chat template is given for a thinking mode: `{}`, or `{variable: value}`.
+    """Return the chat template's arguments for a thinking mode: `{}`, or `{variable: value}`.
 
     A mode without an entry in `target.thinking_mode_values` is passed by its name; a null value passes nothing.
     """

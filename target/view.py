@@ -1,4 +1,4 @@
-"""Show tokens with the supervised ones coloured, in a terminal or as an HTML page."""
+"""Show tokens in a terminal or as an HTML page, with the supervised ones coloured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEMPLATE = Path(__file__).with_name("view.html.j2")
 
 @dataclass(frozen=True)
 class Piece:
-    """One token, or a few that only together decode to characters. `start` is the position of the first one."""
+    """One token, or several that decode to characters only together. `start` is the position of the first one."""
 
     text: str
     supervised: bool
@@ -31,10 +31,10 @@ class Piece:
 
 
 class Decoder:
-    """Decodes with a target's tokenizer. Does not import transformers, which takes seconds."""
+    """Decodes with a target's tokenizer.json, without the seconds that importing transformers takes."""
 
     def __init__(self, target: Path) -> None:
-        """Raises UserError when the target's folder has no tokenizer.json."""
+        """Load the tokenizer. Raises UserError if the target's folder has no tokenizer.json."""
         from tokenizers import Tokenizer
 
         path = target / "tokenizer.json"
@@ -60,7 +60,7 @@ class Decoder:
 
 
 def print_tokens(title: str, pieces: Sequence[Piece]) -> None:
-    """Print pieces; the supervised ones are green on a terminal and between « and » elsewhere."""
+    """Print pieces; the supervised ones are green in a terminal and between « and » elsewhere."""
     colour = sys.stdout.isatty()
     count = sum(piece.num_tokens for piece in pieces if piece.supervised)
     total = sum(piece.num_tokens for piece in pieces)
@@ -75,5 +75,5 @@ def print_tokens(title: str, pieces: Sequence[Piece]) -> None:
 
 
 def write_html(path: Path, title: str, facts: Mapping[str, str], parts: Mapping[str, Sequence[Piece]]) -> None:
-    """Write one HTML file: facts, then the tokens of each part; pointing at a token shows its position and ids."""
+    """Write an HTML page of facts and each part's tokens; hovering over a token shows position and ids."""
     write_page(path, TEMPLATE, title=title, facts=facts, parts=parts)

@@ -1,1 +1,1 @@
-"""Hidden states to a draft; its offline evaluation; its export."""
+"""Train a draft from stored hidden states, evaluate it offline, export it."""

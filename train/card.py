@@ -10,9 +10,9 @@ from recipe.recipe import Recipe
 
 
 def make_card(config: DraftConfig, recipe: Recipe, descriptor: Descriptor, figures: dict[str, Any] | None) -> str:
-    """The card's text: what the draft is, how it is served, its acceptance, what it was trained on.
+    """Return the card's text: description, serving command, acceptance and training data of the draft.
 
-    `figures`: a report of `train eval`.
+    `figures`: a report of `train eval`, or None.
     """
     num_tokens = config.num_draft_tokens
     speculation = {**descriptor.speculative, "model": "<this folder>", "num_speculative_tokens": num_tokens}
@@ -23,7 +23,7 @@ tags: [speculative-decoding, {config.method}]
 ---
 # A {config.method} draft for {recipe.target.path.name}
 
-{config.hidden_size} wide, {num_tokens} draft tokens a step; reads the outputs of the target's layers
+Hidden size {config.hidden_size}, {num_tokens} draft tokens per step; reads the outputs of the target's layers
 {config.layer_ids} (0-based). Embedding and lm_head are the target's.
 
 ## Serving

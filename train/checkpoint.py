@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def save_checkpoint(training: Training, step: int, best_length: float | None = None) -> None:
-    """Write step-<number>, then drop all but the last `train.keep_checkpoints` and the best. Every process calls it.
+    """Write step-<number>; delete all but the last `train.keep_checkpoints` and the best.
 
-    `best_length`: this checkpoint is the best so far, with that predicted acceptance length.
+    Every process calls it. `best_length`: the predicted acceptance length if this checkpoint is the best so far.
     """
     run, processes, config = training.run, training.processes, training.config
     weights, state = processes.read_state(training.model, training.optimizer)
@@ -32,7 +32,7 @@ def save_checkpoint(training: Training, step: int, best_length: float | None = N
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / "weights.safetensors")
-    # No method draws from torch's global generator today; one that does resumes where it was.
+    # No method uses torch's global generator today; the state is there for one that does.
     torch.save({"optimizer": state, "rng": torch.get_rng_state()}, temporary / "state.pt")
     position = {"step": step, "seed": training.section.seed, "target": config.target_fingerprint, "store": config.store}
     write_json(temporary / "position.json", position)

@@ -1,4 +1,4 @@
-"""`train`: hidden states to a draft, its predicted acceptance, and its export."""
+"""`train`: train a draft from stored hidden states, predict its acceptance, export it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def eval_(
     run: RunOption,
     store: Annotated[Path, typer.Option(help="A store of held-out conversations.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The report (JSON).")],
-    samples: Annotated[int | None, typer.Option(min=1, help="Only the first so many samples.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Evaluate only the first N samples.")] = None,
     set_: OverridesOption = None,
 ) -> None:
     """Predict the acceptance length by walking held-out conversations as serving does."""
@@ -78,17 +78,17 @@ def trace(
     run: RunOption,
     store: Annotated[Path, typer.Option(help="A store of the target's conversations.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
-    samples: Annotated[int, typer.Option(min=1, help="How many.")] = 4,
+    samples: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 4,
     set_: OverridesOption = None,
 ) -> None:
-    """Write what training computes for a few samples: `bench parity` compares it with the engine."""
+    """Write the trainer's tensors for a few samples; `bench parity` compares them with the engine's."""
     from train.trace import trace as write_trace
 
     write_trace(load_checked(recipe, set_), run, store, output, samples)
 
 
 def main() -> None:
-    # Waiting threads that spin would fight the working ones; read when torch is first imported.
+    # Spinning threads would take cores from the working ones. torch reads this variable when it is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     run_app(app)
 

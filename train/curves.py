@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def draw_curves(metrics: Path, output: Path) -> None:
-    """Draw metrics.jsonl to a PNG; nothing where it has no line yet."""
+    """Draw metrics.jsonl as a PNG; draw nothing if it has no loss yet."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -30,7 +30,7 @@ def draw_curves(metrics: Path, output: Path) -> None:
     held_out = [(entry["step"], entry["held_out_acceptance"]) for entry in entries if "held_out_acceptance" in entry]
     if held_out:
         accepted.plot(*zip(*held_out, strict=True), "o-", label="held out, predicted")
-    accepted.set_title("tokens a step")
+    accepted.set_title("tokens per step")
     accepted.legend(fontsize="small")
     for axis in (loss, accuracy, accepted):
         axis.set_xlabel("step")

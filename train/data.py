@@ -1,8 +1,8 @@
-"""Training samples of a store, in an order that follows from the seed alone, read ahead of the step.
+"""Training samples of a store, in an order that depends on the seed alone, read ahead of the step.
 
-Batch number s holds the samples at places s*n .. s*n + n-1 of an endless sequence of shuffled epochs, n being
-global_batch_size / gradient_accumulation_steps; with several processes each takes every w-th of them. Nothing depends
-on earlier batches: a resumed run needs no position, and any number of processes sees the same batches.
+Batch number s holds samples s*n .. s*n + n-1 of an endless sequence of shuffled epochs, with n = global_batch_size /
+gradient_accumulation_steps. Each of w processes takes every w-th of them. No batch depends on earlier ones: a resumed
+run needs no saved position, and any number of processes sees the same batches.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ AnyStore = Store | ModelOptStore
 
 
 def open_states(recipe: Recipe, folder: Path, target: Target) -> tuple[AnyStore, Manifest]:
-    """A store of ours, or a folder in ModelOpt's layout. Raises UserError for one of another target."""
+    """Open a store, or a folder in ModelOpt's layout. Raises UserError if it is of another target."""
     if is_modelopt(folder):
         return open_modelopt(folder, target, recipe.target.aux_layers)
     return open_store(folder, target)
 
 
 def refuse_mask_token(samples: Samples, mask_token_id: int | None, processes: Processes) -> None:
-    """Raise UserError when a sample holds the mask token, which must mean "unknown" and nothing else.
+    """Raise UserError if a sample holds the mask token, which must mean "unknown" and nothing else.
 
-    `dump run` filters such samples; a store of another tool, or of a recipe with another mask token, may hold some.
-    Each process reads its share of the samples that will be used.
+    `dump run` leaves such samples out; a store of another tool, or of a recipe with another mask token, may hold some.
+    Each process reads its share of the samples in use.
     """
     store, ids = samples.store, [*samples.ids, *samples.held_out][processes.rank :: processes.world]
     if mask_token_id is not None and (sample_id := find_token(store, mask_token_id, ids)) is not None:
@@ -52,9 +52,9 @@ def refuse_mask_token(samples: Samples, mask_token_id: int | None, processes: Pr
 
 
 class Samples:
-    """A store's samples, split by conversation; reads are lazy and whole samples are kept while memory allows.
+    """A store's samples, split by conversation, read on demand and cached up to `cache_bytes`.
 
-    `cut_away` are those that are left out, since a cut at `max_tokens` leaves nothing of them to draft.
+    `cut_away`: samples left out because nothing can be drafted within their first `max_tokens` tokens.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Samples:
         max_tokens: int,
         cache_bytes: int = 4 << 30,
     ) -> None:
-        """Raises UserError when the store holds no sample to train on."""
+        """Split the store's samples. Raises UserError if none is left to train on."""
         self.store, self.section, self.max_tokens = store, section, max_tokens
         ids = store.sample_ids()[: section.max_samples]
         self.cut_away = _cut_away(store, ids, max_tokens)
@@ -85,7 +85,7 @@ class Samples:
         self._epoch, self._order = -1, list[int]()
 
     def read(self, sample_id: str) -> StoredSample:
-        """A sample, cut at `max_tokens` (and counted) if it is longer."""
+        """Read a sample; one of more than `max_tokens` tokens is cut there and added to `truncated`."""
         if sample_id in self._cache:
             return self._cache[sample_id]
         sample = self.store.read_sample(sample_id)
@@ -103,7 +103,7 @@ class Samples:
         return sample
 
     def count_supervised(self, vocab_size: int) -> torch.Tensor:
-        """How often each token is supervised in the training samples, `(V,)`."""
+        """Return how often each token is supervised in the training samples, `(V,)`."""
         counts = torch.zeros(vocab_size, dtype=torch.long)
         for sample_id in track(self.ids, desc="vocabulary", unit="sample"):
             sample = self.read(sample_id)
@@ -111,7 +111,7 @@ class Samples:
         return counts
 
     def batch(self, number: int, rank: int = 0, world: int = 1) -> Batch:
-        """The part of global batch `number` that this process takes."""
+        """Return this process's part of batch `number`."""
         first = number * self.section.batch_size
         places = range(first + rank, first + self.section.batch_size, world)
         picked = [self._pick(place) for place in places]
@@ -127,7 +127,7 @@ class Samples:
         )
 
     def _pick(self, place: int) -> str:
-        """The sample at one place of the endless sequence of shuffled epochs."""
+        """Return the id of the sample at `place` in the endless sequence of shuffled epochs."""
         epoch, offset = divmod(place, len(self.ids))
         if self._epoch != epoch:
             generator = torch.Generator().manual_seed(self.section.seed * 7_919 + epoch)
@@ -137,7 +137,7 @@ class Samples:
 
 
 def read_ahead(samples: Samples, first_step: int, section: TrainSection, processes: Processes) -> Iterator[Batch]:
-    """This process's batches from `first_step` on, each read while the one before is worked on."""
+    """Yield this process's batches from `first_step` on, reading one ahead."""
     first = first_step * section.gradient_accumulation_steps
     end = section.num_steps * section.gradient_accumulation_steps
     rank, world = processes.rank, processes.world
@@ -151,9 +151,9 @@ def read_ahead(samples: Samples, first_step: int, section: TrainSection, process
 
 
 def _cut_away(store: AnyStore, ids: list[str], max_tokens: int) -> set[str]:
-    """Samples of which a cut leaves nothing to draft. Only those that are longer are looked into."""
+    """Return the samples with nothing to draft within `max_tokens`; only longer samples are read."""
     if isinstance(store, ModelOptStore):
-        return set()  # it has no lengths; such a sample is an error when its turn comes
+        return set()  # ModelOpt's layout has no lengths: such a sample is an error when a batch plans it
     lengths = store.lengths()
     return {
         id_
@@ -163,5 +163,5 @@ def _cut_away(store: AnyStore, ids: list[str], max_tokens: int) -> set[str]:
 
 
 def _share(sample_id: str) -> float:
-    """Where in [0, 1) a conversation falls, the same for all its samples and in every store."""
+    """Hash a sample's conversation to [0, 1): the same for all its samples and in every store."""
     return int(hash_json(sample_id.rpartition("-")[0] or sample_id)[:8], 16) / 2**32

@@ -1,4 +1,4 @@
-"""The draft of a recipe or of a training run: its config, its module, and the config that it is served with."""
+"""The draft of a recipe or of a training run: its config, its module, and its config in serving."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from target.target import Target
 
 
 def make_config(recipe: Recipe, target: Target, manifest: Manifest) -> DraftConfig:
-    """The config of the draft to train: the recipe's dimensions, and what must match target and store.
+    """Return the config of the draft to train, from the recipe, the target and the store.
 
-    Raises UserError when the store holds other layers than the recipe names, or normed final states where un-normed
-    ones are needed.
+    Raises UserError if the store holds other layers than the recipe names, or normed final states where the objective
+    needs un-normed ones.
     """
     section = recipe.training()
     if recipe.target.aux_layers is not None and recipe.target.aux_layers != manifest.layer_ids:
@@ -57,9 +57,9 @@ def make_config(recipe: Recipe, target: Target, manifest: Manifest) -> DraftConf
 
 
 def served_config(config: DraftConfig, recipe: Recipe) -> DraftConfig:
-    """The config that a draft is exported and evaluated with: its context length, and YaRN where it trained without.
+    """Return the config in serving: with export's context length, and its YaRN if training had none.
 
-    Raises UserError when YaRN's window is not the context length.
+    Raises UserError if YaRN's window is not the context length.
     """
     yarn = config.yarn or recipe.export.yarn
     length = recipe.export.max_position_embeddings or config.max_position_embeddings
@@ -74,7 +74,7 @@ def served_config(config: DraftConfig, recipe: Recipe) -> DraftConfig:
 
 
 def load_served(run: DraftRun, recipe: Recipe) -> Draft:
-    """The chosen checkpoint of a run as it will be served: in evaluation mode, with the rope of its export."""
+    """Load a run's chosen checkpoint in evaluation mode, with the rope of its export."""
     config = served_config(read_config(run), recipe)
     draft = METHODS[config.method].build(config)
     draft.load_state_dict(load_file(run.chosen_weights()))

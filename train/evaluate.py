@@ -1,16 +1,16 @@
-"""Predict a draft's acceptance length: walk held-out conversations as speculative decoding walks them.
+"""Predict a draft's acceptance length: walk held-out conversations as speculative decoding does.
 
 Reads:  a training run's chosen checkpoint, with the rope of its export, and a store of held-out conversations.
 Writes: OUTPUT (JSON): acceptance length with its bootstrap interval and per position; by thinking mode, category,
         length and temperature.
 
-The walk of one reply: the first token comes from the prefill and is the first anchor. Draft a block there, accept its
-prefix that agrees with what the target generated, add the target's own next token, and continue from it. The last block
-ends at the reply's last token: what a server verifies beyond it is discarded and not counted.
+The walk of one reply: the first token comes from the prefill and is the first anchor. Draft a block there, accept the
+prefix that agrees with the generated tokens, add the target's own next token, and continue from it. The last block ends
+at the reply's last token: tokens that a server verifies beyond it are discarded and not counted.
 
-Sampled replies walk in the same way: rejection sampling of a greedily drafted token d accepts it with the target's own
-probability q(d), which is how often the reply itself has d there. The report also has the expected acceptance, which
-counts q(d) instead of 0 or 1 for the last token that was tried: the same on average, with less noise.
+Sampled replies are walked the same way: rejection sampling accepts a greedily drafted token d with the target's
+probability q(d), which is also how often the reply has d there. The report also has the expected acceptance, which
+counts q(d) instead of 0 or 1 for each token that was tried: the same mean, with less noise.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ ROWS_PER_CHUNK = 1024
 
 @dataclass
 class Walk:
-    """Accepted draft tokens of each step, reply by reply; and every draft token that was tried, with the row of the
-    state that decides about it."""
+    """Accepted draft tokens of each step, by reply; and each draft token that was tried, with the row of the state that
+    verifies it."""
 
     replies: list[list[int]] = field(default_factory=list)
     tried_rows: list[int] = field(default_factory=list)
@@ -61,9 +61,9 @@ class Walk:
 def evaluate(
     recipe: Recipe, run_folder: Path, store_folder: Path, output: Path, num_samples: int | None = None
 ) -> dict[str, Any]:
-    """Walk every sample of the store, or the first so many; return the report, which is also written to `output`.
+    """Walk all samples of a store, or the first `num_samples`; write and return the report.
 
-    Raises UserError when the store's target or layers are not the draft's, or when it holds no sample.
+    Raises UserError if the store's target or layers are not the draft's, or if it holds no sample.
     """
     torch.set_num_threads(recipe.training().num_threads or os.cpu_count() or 1)
     target = Target.here(recipe.target)
@@ -77,7 +77,7 @@ def evaluate(
         "yarn": config.yarn.model_dump() if config.yarn else None,
         "store": store.checksum,
         "samples": num_samples,
-        "final_norm": target.final_norm,  # of the expected acceptance
+        "final_norm": target.final_norm,  # changes the expected acceptance
     }
     if output.exists():
         report = read_json(output, "an evaluation")
@@ -99,7 +99,7 @@ def evaluate(
 
 
 def _check_store(folder: Path, manifest: Manifest, config: DraftConfig, target: Target) -> None:
-    """Raise UserError when a store's layers or target are not the draft's."""
+    """Raise UserError if a store's layers or target are not the draft's."""
     if manifest.layer_ids != config.layer_ids or config.target_fingerprint != target.fingerprint:
         raise UserError(
             folder,
@@ -110,7 +110,7 @@ def _check_store(folder: Path, manifest: Manifest, config: DraftConfig, target: 
 
 
 def _walk_store(draft: Draft, head: TargetHead, store: AnyStore, sample_ids: list[str]) -> dict[str, Any]:
-    """The report of a draft over samples, without its inputs."""
+    """Return the report of a draft over samples, without its inputs."""
     num_tokens = draft.config.num_draft_tokens
     walks: list[dict[str, Any]] = []
     parts: list[Acceptance] = []
@@ -154,7 +154,7 @@ def _summarize(parts: list[Acceptance]) -> dict[str, Any]:
 
 
 def length_bucket(num_tokens: int) -> str:
-    """The power of two that a sample's length reaches at most, from 128 on."""
+    """Return the name of a length's bucket, the smallest power of two from 128 that is not below it."""
     bound = 128
     while bound < num_tokens:
         bound *= 2
@@ -162,12 +162,12 @@ def length_bucket(num_tokens: int) -> str:
 
 
 def walk(sample: StoredSample, drafted: torch.Tensor) -> list[list[int]]:
-    """Accepted draft tokens of each step, reply by reply. `drafted` is `(T, K)` as a draft gives it."""
+    """Return the accepted draft tokens of each step, by reply. `drafted` is `(T, K)`, from `Draft.draft`."""
     return walk_sample(sample, drafted).replies
 
 
 def walk_sample(sample: StoredSample, drafted: torch.Tensor) -> Walk:
-    """The walk through all replies of a sample. `drafted` is `(T, K)`: the tokens that follow each place."""
+    """Walk all replies of a sample. `drafted` is `(T, K)`: the draft tokens after each position."""
     tokens = sample.input_ids.tolist()
     found = Walk()
     for start, end in spans_of(sample.loss_mask):
@@ -190,7 +190,7 @@ def walk_sample(sample: StoredSample, drafted: torch.Tensor) -> Walk:
 
 @torch.inference_mode()
 def expected_acceptances(found: Walk, sample: StoredSample, head: TargetHead) -> float:
-    """The sum of the target's own probabilities of all tokens that were tried; the accepted ones of a greedy row."""
+    """Return the target's summed probability of all tried tokens; for a greedy sample, the accepted ones."""
     if not found.tried_rows:
         return 0.0
     temperature = sample.metadata.get("temperature", "")

@@ -1,9 +1,9 @@
 """Export a trained draft to the folder that vLLM loads, in a layout of its method.
 
 Reads:  a training run's chosen checkpoint.
-Writes: OUTPUT/config.json and model.safetensors (no embedding, no lm_head: the server shares the target's),
-        OUTPUT/draftline.json, the descriptor; OUTPUT/README.md, the model card. Written under a temporary name, then
-        renamed.
+Writes: OUTPUT/config.json and model.safetensors (without embedding and lm_head: the server shares the target's),
+        draftline.json (the descriptor) and README.md (the model card). The folder has a temporary name until it is
+        complete.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ from train.draft import served_config
 def export(
     recipe: Recipe, run_folder: Path, output: Path, evaluation: Path | None = None, layout: str | None = None
 ) -> None:
-    """Write the draft of a finished run to `output`; an export with the same descriptor is kept.
+    """Write the draft of a run to `output`; keep an export that has the same descriptor.
 
-    `evaluation`, a report of `train eval`, gives the model card its figures. `layout` is one of the method's; default:
-    its first.
+    `evaluation`: a report of `train eval`, for the model card. `layout`: one of the method's; default: its first.
 
-    Raises UserError when `output` holds something else, when YaRN's window is not the context length, or for an unknown
+    Raises UserError if `output` holds something else, if YaRN's window is not the context length, or for an unknown
     layout.
     """
     read_run(run_folder, "train offline")
@@ -76,7 +75,7 @@ def export(
 def _write_weights(
     method: DraftMethod, config: DraftConfig, layout: str, weights: Path, recipe: Recipe, folder: Path
 ) -> None:
-    """Write what a server loads."""
+    """Write config.json and model.safetensors."""
     dtype = DTYPES[recipe.export.dtype]
     tensors = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
@@ -96,7 +95,7 @@ def _write_weights(
 
 
 def _refuse_changes(output: Path, descriptor: Descriptor) -> None:
-    """Raise UserError when an export is there whose descriptor differs (its recipe apart)."""
+    """Raise UserError if the existing export's descriptor differs; its recipe is not compared."""
     found: dict[str, Any] = read_json(output / DESCRIPTOR_FILE, "an export of `train export`")
     for key, value in descriptor.model_dump(mode="json", exclude={"recipe"}).items():
         if found.get(key) != value:

@@ -1,4 +1,4 @@
-"""The log of a training run: progress, metrics.jsonl, TensorBoard and curves, written by the first process."""
+"""Progress, metrics.jsonl, TensorBoard and curves of a training run, written by the first process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from train.processes import Processes
 from train.schedule import learning_rate
 
 LOG_EVERY = 10
-DRAW_EVERY_S = 60.0  # drawing takes as long as several small steps
+DRAW_EVERY_S = 60.0  # drawing takes the time of several small steps
 
 
 class Log:
@@ -50,7 +50,7 @@ class Log:
             self._board.close()
 
     def start(self, part: str) -> None:
-        """Count the time from here on for `part` of the step."""
+        """Count the time from now on as `part` of the step."""
         if self._processes.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -72,7 +72,7 @@ class Log:
             self._board.add_scalar("held_out_acceptance", length, step + 1)
 
     def write(self, step: int, counts: torch.Tensor, num_slots: float, norm: float) -> float:
-        """One line of metrics from StepLoss.counts() summed over the step; its loss."""
+        """Write a line of metrics from `StepLoss.counts()` summed over the step; return the loss."""
         loss = float(counts[0]) / num_slots
         if not self._processes.is_first:
             return loss
@@ -101,7 +101,7 @@ class Log:
         return loss
 
     def draw(self, *, at_once: bool) -> None:
-        """Draw the curves: at once, or if the last picture is older than a minute."""
+        """Draw the curves if `at_once`, or if the last picture is older than a minute."""
         now = time.perf_counter()
         if self._processes.is_first and (at_once or now - self._drawn > DRAW_EVERY_S):
             draw_curves(self._run.metrics_path, self._run.folder / "curves.png")
@@ -109,7 +109,7 @@ class Log:
 
 
 def cut_metrics(path: Path, first_step: int) -> float:
-    """Drop lines of steps that will be repeated, and a torn last line; return the last loss left (nan: none)."""
+    """Drop lines of steps to be repeated and a torn last line; return the last loss left (nan: none)."""
     if not path.exists():
         return math.nan
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

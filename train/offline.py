@@ -1,12 +1,12 @@
-"""Train a draft from a hidden-state store: one loop, top to bottom.
+"""Train a draft from a hidden-state store.
 
-Reads:  a store; of the target only embedding, lm_head, final norm and config.
-Writes: a run folder (contracts/draft.py): draft.json, metrics.jsonl, curves.png, tensorboard/, step-* checkpoints,
-        best.json where a part of the conversations is held out.
+Reads:  a store; the target's embedding, lm_head, final norm and config.
+Writes: a run folder (contracts/draft.py): draft.json, metrics.jsonl, curves.png, tensorboard/, step-* checkpoints, and
+        best.json if a part of the conversations is held out.
 
-Batches and anchors follow from (seed, step) alone and the learning rate from the step: a run that was killed and
-resumed from its last checkpoint ends with the same weights, bit for bit, as one that was not. Under torchrun several
-processes share each batch; the loss is a mean over all supervised slots of a step, whichever process has them.
+Batches and anchors depend on (seed, step) alone, and the learning rate on the step: a run that is killed and resumed
+from its last checkpoint ends with the same weights, bit for bit, as one that is not. Under torchrun, several processes
+share each batch; the loss is the mean over all supervised slots of a step on all processes.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from train.schedule import learning_rate
 def train_offline(recipe: Recipe, store_folder: Path, output: Path) -> dict[str, Any]:
     """Train to `train.num_steps`, or resume; return the summary (steps, parameters, last loss).
 
-    Raises UserError for a store of another target, or one whose layers are not the recipe's; IncompleteError when
-    SIGTERM stopped it, after a checkpoint.
+    Raises UserError for a store of another target or with other layers than the recipe's; IncompleteError if SIGTERM
+    stopped the run, after a checkpoint.
     """
     section = recipe.training()
     target = Target.here(recipe.target)
@@ -82,14 +82,14 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path) -> dict[str,
 
 
 def _settings(section: TrainSection, config: DraftConfig, target: Target) -> dict[str, Any]:
-    """Return what changes the weights. The target's own distribution depends on its final norm."""
+    """Return the settings that change the weights; with `distill`, the final norm is one of them."""
     norm = {"final_norm": target.final_norm} if section.draft.objective == "distill" else {}
     return {"train": section.settings(), "draft": config.model_dump(mode="json"), **norm}
 
 
 @dataclass
 class Training:
-    """What the loop works with. `model` is `draft`, wrapped for several processes."""
+    """The state of the training loop. `model` is `draft`, wrapped for several processes."""
 
     recipe: Recipe
     section: TrainSection
@@ -109,7 +109,7 @@ def _prepare(
     """Build draft and optimizer, the same on every process."""
     section = recipe.training()
     torch.set_num_threads(section.num_threads or max(1, (os.cpu_count() or 1) // processes.world))
-    # Products with denormal probabilities are a hundred times slower. Cache numpy's finfo before enabling
+    # Products with denormal probabilities are 100 times slower. Cache numpy's finfo before enabling
     # flush-to-zero; it warns otherwise.
     np.finfo(np.float32), np.finfo(np.float64)
     torch.set_flush_denormal(True)
@@ -152,7 +152,7 @@ def _train(training: Training, run: Run | None) -> dict[str, Any]:
             if (step + 1) % LOG_EVERY == 0 or last:
                 loss = log.write(step, processes.sum(counts), num_slots, norm)
             if _is_due(section, step, last) and training.samples.held_out:
-                # Ranks may round differently: the first one's length decides for all of them.
+                # Ranks may round differently, so all use the first one's length.
                 length = processes.from_first(held_out_length(training))
                 log.note_acceptance(step, length)
                 improved, best_length = length > best_length, max(length, best_length)
@@ -170,7 +170,10 @@ def _train(training: Training, run: Run | None) -> dict[str, Any]:
 
 
 def _step(training: Training, micro: list[Batch], step: int, log: Log) -> tuple[torch.Tensor, float, float]:
-    """One optimizer step over the accumulated batches: StepLoss counts, supervised slots of all processes, norm."""
+    """Run one optimizer step over the accumulated batches.
+
+    Returns the sum of `StepLoss.counts()`, the number of supervised slots on all processes, and the gradient norm.
+    """
     section, processes, optimizer = training.section, training.processes, training.optimizer
     autocast = torch.autocast("cuda", torch.bfloat16) if processes.device.type == "cuda" else nullcontext()
     plans = [training.draft.plan(batch) for batch in micro]
@@ -184,7 +187,7 @@ def _step(training: Training, micro: list[Batch], step: int, log: Log) -> tuple[
         with autocast:
             result = training.model(batch, plan, training.head)
         log.start("backward")
-        # Gradients are averaged over processes, the loss is one mean over all slots.
+        # DDP and FSDP2 average gradients over processes, but the loss is a mean over all slots.
         (result.loss_sum * (processes.world / num_slots)).backward()
         counts = result.counts() if not len(counts) else counts + result.counts()
     log.start("optimizer")
@@ -194,16 +197,16 @@ def _step(training: Training, micro: list[Batch], step: int, log: Log) -> tuple[
 
 
 def _is_due(section: TrainSection, step: int, last: bool) -> bool:
-    """Whether the held-out part is evaluated after this step."""
+    """Return whether the held-out part is evaluated after this step."""
     return bool(section.evaluate_every) and ((step + 1) % section.evaluate_every == 0 or last)
 
 
 def held_out_length(training: Training) -> float:
-    """Predicted acceptance length on the held-out conversations; every process walks all of them."""
+    """Predict the acceptance length on the held-out conversations; every process walks all of them."""
     draft = training.draft
     sharded = training.model if isinstance(training.model, FSDPModule) else None
     if sharded is not None:
-        sharded.unshard()  # drafting does not go through the wrapped forward, which would do it
+        sharded.unshard()  # only the wrapped forward does it by itself, and drafting does not call that
     draft.eval()
     parts = []
     for sample_id in training.samples.held_out:
@@ -218,7 +221,7 @@ def held_out_length(training: Training) -> float:
 
 @contextmanager
 def stop_at_sigterm() -> Iterator[dict[str, bool]]:
-    """Note SIGTERM instead of ending: SLURM sends it before the time limit."""
+    """Record SIGTERM in the yielded dict instead of exiting; SLURM sends it before the time limit."""
     state = {"signal": False}
     before = signal.signal(signal.SIGTERM, lambda *_: state.update(signal=True))
     try:
@@ -228,7 +231,7 @@ def stop_at_sigterm() -> Iterator[dict[str, bool]]:
 
 
 def _check_batch_size(section: TrainSection, processes: Processes) -> None:
-    """Raise UserError when some process would have no sample of a batch."""
+    """Raise UserError if some process would have no sample of a batch."""
     if section.batch_size < processes.world:
         raise UserError(
             "train.global_batch_size",

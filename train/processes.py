@@ -1,4 +1,4 @@
-"""One training process or several of them: torchrun's environment, DDP or FSDP2, sums and whole states across them."""
+"""One or several training processes: torchrun's environment, DDP or FSDP2, sums and full states across processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all of them; alone it is rank 0 of 1."""
+    """This process's rank, the number of processes and the device; a single process is rank 0 of 1."""
 
     rank: int
     world: int
@@ -38,14 +38,14 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes, on the CPU."""
+        """Return the sum over all processes, on the CPU."""
         if self.world > 1:
             values = values.to(self.device)
             dist.all_reduce(values)
         return values.cpu()
 
     def from_first(self, value: float) -> float:
-        """The first process's value, on every process."""
+        """Return the first process's value on every process."""
         if self.world == 1:
             return value
         shared = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -57,7 +57,7 @@ class Processes:
             dist.barrier()
 
     def wrap(self, model: Draft, section: TrainSection) -> nn.Module:
-        """The model as the loop calls it: itself, in DDP, or sharded by FSDP2, layer by layer."""
+        """Return the module that the loop calls: the model, its DDP wrapper, or the model sharded by FSDP2."""
         if self.world == 1:
             return model
         if section.parallel == "ddp":
@@ -73,7 +73,7 @@ class Processes:
         return model
 
     def read_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Whole states of both on the CPU; every process must call it."""
+        """Return the full states of both on the CPU; every process must call it."""
         if self.world == 1:
             return model.state_dict(), optimizer.state_dict()
         return (
@@ -84,7 +84,7 @@ class Processes:
     def load_state(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
     ) -> None:
-        """The reverse of `read_state`."""
+        """Load full states, as `read_state` returns them; every process must call it."""
         if self.world == 1:
             model.load_state_dict(weights)
             optimizer.load_state_dict(state)
@@ -95,7 +95,7 @@ class Processes:
 
 @contextmanager
 def start_processes() -> Iterator[Processes]:
-    """Join the group that torchrun started, if any: one process a GPU, gloo on CPUs."""
+    """Join torchrun's process group, if there is one: nccl with one process per GPU, gloo on CPUs."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Learning rates by step."""
+"""The learning rate of each step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from recipe.train import TrainSection
 
 
 def learning_rate(section: TrainSection, step: int) -> float:
-    """Linear warm-up, then a cosine or a line to zero, or constant and a line to zero over the last fifth (wsd)."""
+    """Return the learning rate of a step.
+
+    After a linear warm-up: cosine or linear decay to zero, or (wsd) constant with linear decay over the last fifth.
+    """
     if step < section.warmup_steps:
         return section.learning_rate * (step + 1) / section.warmup_steps
     done = (step - section.warmup_steps) / max(1, section.num_steps - section.warmup_steps)

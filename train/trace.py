@@ -1,4 +1,4 @@
-"""What the trainer computes on the way to the draft's logits, for a few samples: one side of `bench parity`.
+"""Write the trainer's tensors on the way to the draft's logits for a few samples, for `bench parity`.
 
 Reads:  a training run's chosen checkpoint, with the rope of its export; a store.
 Writes: OUTPUT (contracts/trace.py).
@@ -26,7 +26,7 @@ REPLY_TOKENS = 8
 
 
 def trace(recipe: Recipe, run_folder: Path, store_folder: Path, output: Path, num_samples: int) -> list[Trace]:
-    """Trace the first samples that can be drafted from. Raises UserError when there is none."""
+    """Trace the first samples whose first reply has over K+1 tokens. Raises UserError if there is none."""
     target = Target.here(recipe.target)
     store, manifest = open_states(recipe, store_folder, target)
     draft = load_served(DraftRun(run_folder), recipe)
@@ -59,7 +59,7 @@ def trace(recipe: Recipe, run_folder: Path, store_folder: Path, output: Path, nu
 def trace_sample(
     draft: Draft, head: TargetHead, sample: StoredSample, start: int, num_layers: int
 ) -> dict[str, torch.Tensor]:
-    """One sample's tensors; its first reply begins at `start`."""
+    """Return one sample's tensors by name; its first reply begins at `start`."""
     rows = slice(start - 1, start - 1 + REPLY_TOKENS)
     return {
         "token_ids": sample.input_ids[: start + REPLY_TOKENS].long(),

@@ -1,4 +1,4 @@
-"""DFlash without torch: its recipe section, its config, its export layouts and how vLLM is told of it.
+"""DFlash without torch: recipe section, config, export layouts and vLLM's speculative config.
 
 Layouts: z-lab's (`DFlashDraftModel` with a `dflash_config`) and speculators' (`speculators_model_type: dflash`).
 """
@@ -32,10 +32,10 @@ class DFlashSection(TransformerSection):
     method: Literal["dflash"] = "dflash"
     block_size: int = Field(default=8, ge=2, description="the anchor and the draft tokens: 8 drafts 7 tokens")
     num_layers: int = Field(default=5, gt=0)
-    num_anchors: int = Field(default=512, gt=0, description="blocks drawn in each sample at a step, at most")
-    slot_weights: Literal["decay", "dpace"] = Field(default="dpace", description="D-PACE's, or static")
+    num_anchors: int = Field(default=512, gt=0, description="most blocks drawn per sample and step")
+    slot_weights: Literal["decay", "dpace"] = Field(default="dpace", description="D-PACE, or static decay by slot")
     dpace_smoothing: float = Field(default=0.5, ge=0, le=1, description="D-PACE: a of q~ = (1-a)*q + a")
-    loss_decay: float = Field(default=4.0, gt=0, description="static: gamma; slot k weighs exp(-(k-1)/gamma)")
+    loss_decay: float = Field(default=4.0, gt=0, description="decay: gamma; slot k weighs exp(-(k-1)/gamma)")
 
     @property
     def num_draft_tokens(self) -> int:

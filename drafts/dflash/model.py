@@ -71,7 +71,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(size, eps=config.rms_norm_eps)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor, blocks: Blocks, skip: int) -> torch.Tensor:
-        """Shapes: x (A, B, H), context (T, H) -> (A, B - skip, H): the first `skip` slots have no query."""
+        """Return the outputs from slot `skip` on; x (A, B, H), context (T, H) -> (A, B - skip, H)."""
         query_rope = tuple(table[:, skip:] for table in blocks.query_rope)
         query = rotate(self.q_norm(self._split(self.q_proj(x[:, skip:]), self.heads)), query_rope)  # type: ignore[arg-type]
         block_key = rotate(self.k_norm(self._split(self.k_proj(x), self.kv_heads)), blocks.query_rope)
@@ -135,7 +135,7 @@ class DFlash(Draft):
         return list(self.layers)
 
     def plan(self, batch: Batch) -> Blocks:
-        """Draw the anchors of a training batch from the positions of each document that serving can draft from.
+        """Draw a training batch's anchors from the positions of each document that serving can draft from.
 
         Raises UserError, with the sample's id, for a document that has none.
         """
@@ -159,7 +159,7 @@ class DFlash(Draft):
     def lay_out(
         self, token_ids: torch.Tensor, loss_mask: torch.Tensor, lengths: Sequence[int], anchors: Sequence[torch.Tensor]
     ) -> Blocks:
-        """Blocks at `anchors[i]`, ascending positions in document i of the pack.
+        """Return the blocks at `anchors[i]`, ascending positions in document i of the pack.
 
         A block's labels end with its run of generated tokens: the next tokens are another turn's prompt. Documents need
         no explicit boundary, as each begins with its prompt.
@@ -184,9 +184,10 @@ class DFlash(Draft):
     def hidden(
         self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, blocks: Blocks, embedding: torch.Tensor
     ) -> torch.Tensor:
-        """Hidden states of all slots but the anchor's, after the final norm; times lm_head they are the draft's logits.
+        """Return the states of all slots but the anchor's, after the final norm.
 
-        Shapes: token_ids (T,), aux_hidden_states (T, n*H), embedding (V, H) -> (A, B-1, H).
+        lm_head turns them into the draft's logits. Shapes: token_ids (T,), aux_hidden_states (T, n*H), embedding (V, H)
+        -> (A, B-1, H).
         """
         context = self.hidden_norm(self.fc(aux_hidden_states))
         shape = (len(blocks.anchor_rows), self.config.block_size)
@@ -205,7 +206,7 @@ class DFlash(Draft):
         return hidden
 
     def forward(self, batch: Batch, blocks: Blocks, head: TargetHead) -> StepLoss:
-        """The training loss of a batch whose blocks are laid out."""
+        """Return the training loss of a batch with planned blocks."""
         assert self.section is not None
         hidden = self.hidden(batch.token_ids, batch.aux_hidden_states, blocks, head.embedding)
         valid, ends = blocks.valid, blocks.valid.sum(1).cumsum(0)
@@ -226,7 +227,7 @@ class DFlash(Draft):
         )
 
     def _weights(self, valid: torch.Tensor) -> tuple[Weights, bool]:
-        """The slots' weights, and whether a chunk of the loss must hold whole blocks."""
+        """Return the slots' weights, and whether each chunk of the loss must hold whole blocks."""
         section = self.section
         assert section is not None
         if section.slot_weights == "decay":
@@ -244,7 +245,7 @@ class DFlash(Draft):
 
     @torch.inference_mode()
     def draft(self, sample: StoredSample, head: TargetHead) -> torch.Tensor:
-        """The greedy tokens after every position that serving could draft from: `(T, B-1)`, -1 elsewhere."""
+        """Return the greedy tokens after every position that serving can draft from: `(T, B-1)`, -1 elsewhere."""
         anchors = anchor_places(sample.loss_mask)
         drafted = torch.full((sample.num_tokens, self.config.block_size - 1), -1)
         if len(anchors):

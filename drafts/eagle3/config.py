@@ -1,7 +1,7 @@
-"""EAGLE3 without torch: its recipe section, its config, its export layouts and how vLLM is told of it.
+"""EAGLE3 without torch: recipe section, config, export layouts and vLLM's speculative config.
 
-Layouts: `LlamaForCausalLMEagle3` as EAGLE, SpecForge and vLLM know it, and speculators' (`eagle3`). Both count captured
-layers as vLLM does: `i + 1` for the output of layer i.
+Layouts: `LlamaForCausalLMEagle3` (EAGLE, SpecForge, vLLM) and speculators' (`eagle3`). Both count captured layers as
+vLLM does: `i + 1` for the output of layer i.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
 class Eagle3Section(TransformerSection):
     method: Literal["eagle3"] = "eagle3"
-    num_speculative_tokens: int = Field(default=3, gt=0, description="draft tokens a step, in evaluation and serving")
+    num_speculative_tokens: int = Field(default=3, gt=0, description="draft tokens per step in evaluation and serving")
     ttt_length: int = Field(default=7, gt=0, description="steps that training unrolls (training-time test)")
     ttt_step_loss_decay: float = Field(default=0.8, gt=0, le=1, description="step i weighs decay^i")
     draft_vocab_size: int | None = Field(
-        default=None, gt=0, description="the most frequent tokens that the draft knows; default: all"
+        default=None, gt=0, description="size of a reduced vocabulary of the most frequent tokens; default: all tokens"
     )
 
     @property
@@ -49,7 +49,7 @@ class Eagle3Section(TransformerSection):
 
 
 class Eagle3Config(TransformerConfig):
-    """`draft_vocab_size`: how many of the target's tokens the draft knows; None for all of them."""
+    """`draft_vocab_size`: size of the draft's reduced vocabulary; None if it has the target's."""
 
     method: Literal["eagle3"] = "eagle3"
     num_layers: int = 1
@@ -78,7 +78,7 @@ class Eagle3Method(DraftMethod):
                 "train.draft.draft_vocab_size",
                 found=str(known),
                 expected=f"at most the target's {target.vocab_size} tokens",
-                fix="Lower it, or leave it out: then the draft knows all of them.",
+                fix="Lower it, or leave it out to keep the whole vocabulary.",
             )
 
     def build(

@@ -73,12 +73,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * size, hidden, bias=False)
 
     def keys(self, x: torch.Tensor, rope: Tables) -> Pair:
-        """Keys and values of `x (rows, 2H)`."""
+        """Return the keys and values of `x (rows, 2H)`."""
         key = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, -1)), rope)
         return key, self.v_proj(x).unflatten(-1, (self.kv_heads, -1))
 
     def forward(self, x: torch.Tensor, rope: Tables, known: Pair, own: list[Pair], layout: Layout) -> torch.Tensor:
-        """Shapes: x (N, 2H), known (T, KV, D), own (N, KV, D) each -> (N, H)."""
+        """Return the attention output of one step; x (N, 2H), known (T, KV, D), own (N, KV, D) each -> (N, H)."""
         query = rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)), rope)
         key, value = (torch.stack(part, dim=1) for part in zip(*own, strict=True))
         output = attend(query[:, None], KeyValues(*known, key, value), layout)
@@ -105,7 +105,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
 
     def input(self, embedded: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """The attention's input: `(rows, H)` both -> `(rows, 2H)`."""
+        """Return the attention's input: `(rows, H)` both -> `(rows, 2H)`."""
         return torch.cat([self.input_layernorm(embedded), self.hidden_norm(features)], dim=-1)
 
     def forward(
@@ -117,7 +117,10 @@ class Layer(nn.Module):
         earlier: tuple[Pair, ...],
         layout: Layout,
     ) -> tuple[torch.Tensor, Pair]:
-        """One step of all chains: outputs `(N, H)` before the final norm (the next step's features), and its keys."""
+        """Run one step of all chains; return its outputs and its keys and values.
+
+        The outputs `(N, H)` are before the final norm: they are the next step's features.
+        """
         attention, x = self.self_attn, self.input(embedded, features)
         pair = attention.keys(x, rope)
         x = features + attention(x, rope, known, [*earlier, pair], layout)
@@ -175,7 +178,7 @@ class Eagle3(Draft):
         self.t2d[kept] = True
 
     def plan(self, batch: Batch) -> Chains:
-        """Start a chain at every place that serving can draft from.
+        """Start a chain at every position that serving can draft from.
 
         Raises UserError, with the sample's id, for a document that has none.
         """
@@ -200,7 +203,7 @@ class Eagle3(Draft):
         places: Sequence[torch.Tensor],
         steps: int,
     ) -> Chains:
-        """Chains of so many steps from `places[i]`, ascending positions in document i of the pack.
+        """Return chains of `steps` steps from `places[i]`, ascending positions in document i of the pack.
 
         A chain's labels end with its run of generated tokens: the next tokens are another turn's prompt. Documents need
         no explicit boundary, as each begins with its prompt.
@@ -226,13 +229,13 @@ class Eagle3(Draft):
         )
 
     def forward(self, batch: Batch, chains: Chains, head: TargetHead) -> StepLoss:
-        """The training loss: cross-entropy of every step, step i weighing `ttt_step_loss_decay ** i`."""
+        """Return the training loss: the cross-entropy of all steps; step i weighs `ttt_step_loss_decay ** i`."""
         assert self.section is not None
         steps = chains.labels.shape[1]
         outputs = list[torch.Tensor]()
 
         def given(step: int) -> torch.Tensor:
-            # Steps beyond the last token have no label; any token will do.
+            # Steps beyond the last token have no label, so any token will do.
             return batch.token_ids[(chains.places + step).clamp(max=len(batch.token_ids) - 1)]
 
         for hidden in self._unroll(batch.token_ids, batch.aux_hidden_states, chains, head.embedding, given):
@@ -268,7 +271,7 @@ class Eagle3(Draft):
         embedding: torch.Tensor,
         token_of_step: Callable[[int], torch.Tensor],
     ) -> Iterator[torch.Tensor]:
-        """Yield the outputs `(N, H)` of all chains, step by step; `token_of_step(i)` gives the input tokens (N,)."""
+        """Yield all chains' outputs `(N, H)` per step; `token_of_step(i)` returns the input tokens (N,)."""
         layer, attention = self.midlayer, self.midlayer.self_attn
         save_memory = self.training and self.gradient_checkpointing
         features = self.fc(aux_hidden_states)
@@ -285,12 +288,15 @@ class Eagle3(Draft):
 
     @torch.inference_mode()
     def draft(self, sample: StoredSample, head: TargetHead) -> torch.Tensor:
-        """The greedy chains from every position that serving could draft from: `(T, K)`, -1 elsewhere."""
+        """Return the greedy tokens after every position that serving can draft from: `(T, K)`, -1 elsewhere."""
         return self.draft_logits(sample, head)[0]
 
     @torch.inference_mode()
     def draft_logits(self, sample: StoredSample, head: TargetHead) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """`draft`, and the logits `(N, V)` of each step of its N chains, over the draft's vocabulary."""
+        """Return the result of `draft`, and the logits of each step of its N chains.
+
+        Shapes: (T, K), and per step (N, V) over the draft's vocabulary.
+        """
         places = chain_places(sample.loss_mask)
         num_tokens = self.config.num_draft_tokens
         drafted, logits = torch.full((sample.num_tokens, num_tokens), -1), list[torch.Tensor]()
@@ -325,13 +331,13 @@ class Eagle3(Draft):
 
 
 def chain_places(loss_mask: torch.Tensor) -> torch.Tensor:
-    """`anchor_places`, without the very first token: a chain takes the feature of the one before."""
+    """Return `anchor_places` without position 0: a chain needs the feature of the token before."""
     places = anchor_places(loss_mask)
     return places[places > 0]
 
 
 def keep_known(teacher: Teacher, known: torch.Tensor) -> Teacher:
-    """A teacher's distribution over the tokens `known (V,)` alone, summing to 1."""
+    """Restrict a teacher to the tokens `known (V,)`; its probabilities are renormalized to sum to 1."""
 
     def restricted(rows: slice) -> torch.Tensor:
         q = teacher(rows)[:, known]

@@ -1,7 +1,7 @@
 """The reduced vocabulary of an EAGLE3 draft: the tokens that the target generates most.
 
-In the weights, as vLLM loads them: d2t (n,) int64, what to add to a draft's token id to get the target's; t2d (V,)
-bool, which of the target's tokens the draft knows.
+In the weights, as vLLM loads them: d2t (n,) int64, the target's token id minus the draft's; t2d (V,) bool, whether the
+draft has the target's token.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens that are kept, ascending (n,), and the share of the supervised tokens that they cover."""
+    """The kept tokens (n,), ascending, and the share of the supervised tokens that they cover."""
 
     kept: torch.Tensor
     coverage: float
 
 
 def choose_vocabulary(counts: torch.Tensor, size: int) -> Vocabulary:
-    """The `size` tokens that are supervised most often; ties go to the lower id. `counts` (V,): how often each is."""
+    """Return the `size` most supervised tokens from their `counts (V,)`; ties go to the lower id."""
     kept = counts.argsort(descending=True, stable=True)[:size].sort().values
     return Vocabulary(kept, float(counts[kept].sum() / counts.sum().clamp(min=1)))

@@ -1,12 +1,12 @@
-"""Make the tiny recipe's target and its prompts: a small Qwen3 that explains the standard library.
+"""Train the tiny recipe's target, a small Qwen3 that explains the standard library, and write its prompts.
 
 Reads:  the running Python's standard library (see stdlib_corpus.py) and chat_template.jinja.
 Writes: OUTPUT/target/ (config, weights in fp32, tokenizer, chat template),
         OUTPUT/prompts/train.jsonl and held_out.jsonl (disjoint by subject),
         OUTPUT/target/summary.json (seconds, parameters, loss).
 
-Deterministic for a given Python and CPU: fixed seeds, a fixed number of steps, no clock in the loop. A run that
-was stopped goes on from its last checkpoint; a finished one is kept.
+Deterministic for a given Python and CPU: fixed seeds and number of steps, no clock in the loop. A stopped run resumes
+from its last checkpoint; a finished one is kept.
 
     python recipes/Tiny-DFlash/make_target.py --output runs/tiny-dflash
 """
@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Waiting threads that spin would fight the working ones for two cores.
+# Spinning threads would take cores from the working ones. torch reads this variable when it is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -46,7 +46,7 @@ HERE = Path(__file__).resolve().parent
 BEGIN, END, ROLE = "]~!b[", "[e~[", "]~b]"
 THINK, END_THINK = "<mm:think>", "</mm:think>"
 EMBEDDING_ROWS = 1024
-NUM_TOKENS = EMBEDDING_ROWS - 8  # the rows above are free: the first one serves as the mask token
+NUM_TOKENS = EMBEDDING_ROWS - 8  # the rows above are free; the first one is the mask token
 SEED = 7
 
 
@@ -95,7 +95,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def write_prompts(subjects: list[Subject], folder: Path, num_train: int, num_held_out: int) -> dict[str, int]:
-    """Prompts of the two splits: no subject is in both; one conversation in four has a second turn."""
+    """Write the prompts of two splits with disjoint subjects; one conversation in four has a second turn."""
     rng = random.Random(SEED)
     chosen = rng.sample(subjects, num_train + num_held_out)
     splits = {"held_out": chosen[:num_held_out], "train": chosen[num_held_out:]}
@@ -119,7 +119,7 @@ def write_prompts(subjects: list[Subject], folder: Path, num_train: int, num_hel
 
 
 def make_tokenizer(subjects: list[Subject]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with MiniMax-M3's special tokens; the thought's tags stay in decoded text, as M3's do."""
+    """Train a byte-level BPE with MiniMax-M3's special tokens; as with M3, decoded text has thinking tags."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -149,7 +149,7 @@ def make_tokenizer(subjects: list[Subject]) -> PreTrainedTokenizerFast:
 
 
 def make_conversation(subject: Subject, rng: random.Random) -> tuple[list[dict[str, Any]], str]:
-    """One training conversation and its mode; a quarter has a second turn."""
+    """Return a training conversation and its mode; a quarter of them have a second turn."""
     mode = rng.choice(MODES)
     topic = rng.choice(("what", "call"))
     turns = [(topic, write_question(subject, topic, rng))]
@@ -165,7 +165,7 @@ def make_conversation(subject: Subject, rng: random.Random) -> tuple[list[dict[s
 
 
 def encode_conversation(subject: Subject, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> torch.Tensor:
-    """`(T, 2)`: token ids, and the same as labels where the assistant speaks (the template's generation tags)."""
+    """Return `(T, 2)`: token ids, and labels, -1 outside the assistant's turns (the generation tags)."""
     messages, mode = make_conversation(subject, rng)
     encoded = tokenizer.apply_chat_template(
         messages, thinking_mode=mode, return_dict=True, return_assistant_tokens_mask=True
@@ -177,7 +177,7 @@ def encode_conversation(subject: Subject, tokenizer: PreTrainedTokenizerFast, rn
 def make_batches(
     subjects: list[Subject], tokenizer: PreTrainedTokenizerFast, num_steps: int, batch_tokens: int = 1280
 ) -> list[torch.Tensor]:
-    """Batches of whole conversations of like length, `(B, T, 2)`: token ids and labels, -1 where there is none."""
+    """Return batches `(B, T, 2)` of conversations of similar length: token ids and labels, -1 as padding."""
     rng = random.Random(SEED)
     batches: list[torch.Tensor] = []
     while len(batches) < num_steps:
@@ -185,7 +185,7 @@ def make_batches(
         rows.sort(key=len)
         epoch = []
         while rows:
-            # Few different shapes: the CPU's matrix products are set up anew for each.
+            # Few different shapes, because each new one sets up the CPU's matrix products again.
             width = math.ceil(len(rows[-1]) / 16) * 16
             group = [rows.pop() for _ in range(min(len(rows), batch_tokens // width))]
             padded = torch.full((len(group), width, 2), -1)
@@ -204,7 +204,7 @@ def train(
     num_steps: int,
     checkpoint_every: int,
 ) -> tuple[Qwen3ForCausalLM, float, float]:
-    """Train the target; `(model, last loss, seconds of earlier runs)`. Goes on from folder/checkpoint.pt."""
+    """Train the target, resuming from folder/checkpoint.pt; return `(model, last loss, seconds of earlier runs)`."""
     config = Qwen3Config(
         vocab_size=EMBEDDING_ROWS,
         hidden_size=192,

@@ -1,8 +1,6 @@
-"""Conversations about Python's standard library, made from the docstrings that every Python carries.
+"""Conversations about Python's standard library, made from its docstrings.
 
-Reads:  the sources of the running interpreter's standard library (parsed with `ast`, never imported).
-Gives:  `read_subjects()`, the documented modules, classes, functions and methods, in a fixed order;
-        `write_question` and `write_reply`, what a user asks about one and what the target is taught to say.
+Reads: the sources of the running interpreter's standard library (parsed with `ast`, never imported).
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from pathlib import Path
 
 SYSTEM_PROMPT = "You explain the Python standard library."
 MODES = ("enabled", "disabled", "adaptive")
-# Well-known packages and modules: few enough that a tiny target can learn its way around them.
+# Well-known packages and modules, few enough for a tiny target to learn.
 MODULES = (
     "argparse",
     "ast",
@@ -83,7 +81,7 @@ MAX_PARAMETERS = 5
 
 @dataclass(frozen=True)
 class Subject:
-    """One documented thing: its dotted name, its kind, its parameters and its summary line."""
+    """A documented module, class, function or method: dotted name, kind, module, parameters and summary line."""
 
     name: str
     kind: str
@@ -93,7 +91,7 @@ class Subject:
 
 
 def read_subjects(stdlib: Path | None = None) -> list[Subject]:
-    """Every public, documented subject of MODULES, sorted by name, each name once."""
+    """Return the public, documented subjects of MODULES, sorted by name, each name once."""
     root = stdlib or Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, Subject] = {}
     for path in sorted(root.rglob("*.py")):
@@ -148,12 +146,12 @@ GOALS = {"what": "what it does", "call": "how to use it"}
 
 
 def write_question(subject: Subject, topic: str, rng: random.Random) -> str:
-    """A user's question on `topic` ("what" or "call")."""
+    """Return a user's question on `topic` ("what" or "call")."""
     return rng.choice(QUESTIONS[topic]).format(name=subject.name)
 
 
 def write_reply(subject: Subject, topic: str, mode: str) -> tuple[str | None, str]:
-    """`(thought, answer)` as the target is taught them; the thought is None where the mode asks for none.
+    """Return the `(thought, answer)` to train the target on; the thought is None if the mode has none.
 
     In adaptive mode the target thinks about methods and classes, and answers the rest directly.
     """

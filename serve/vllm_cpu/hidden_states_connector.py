@@ -4,8 +4,8 @@ Failure without it: the stock `ExampleHiddenStatesConnector` copies through a CU
 with `pin_memory=True requires a CUDA or other accelerator backend`. vLLM loads it by `kv_connector_module_path`. GPUs
 use the stock connector.
 
-The connector's threads copy out of the KV cache while the engine takes its next step; a request's blocks are kept until
-then.
+The connector's threads copy from the KV cache while the engine takes its next step; a request's blocks are kept until
+the copy is done.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from common.tensor_file import plan_file
 
 
 class _Copied:
-    """Replaces the CUDA event of a copy."""
+    """A replacement for the CUDA event of a copy."""
 
     def __init__(self) -> None:
         self._done = threading.Event()
@@ -42,7 +42,7 @@ class _Copied:
 
 
 class CPUHiddenStatesConnector(ExampleHiddenStatesConnector):
-    """The stock connector, copying in ordinary memory."""
+    """The stock connector, with copies in ordinary memory."""
 
     def _submit_async_write(self, pending: Any) -> None:
         if not self._is_tp_rank_zero:
@@ -60,8 +60,8 @@ class CPUHiddenStatesConnector(ExampleHiddenStatesConnector):
     def _copy(self, pending: Any, copied: _Copied, lock: int | None) -> None:
         """Copy a request's states from their blocks to their file. Runs in a thread.
 
-        With numpy: torch would start OpenMP threads for this thread. While a process has more of them than processors,
-        the engine's own sleep between any two operations.
+        Uses numpy, because torch would start OpenMP threads for this thread. If a process has more of them than
+        processors, the engine's own sleep between any two operations.
         """
         try:
             os.makedirs(os.path.dirname(pending.filename), exist_ok=True)

@@ -141,7 +141,7 @@ def test_old_keys_of_eagle3_are_named_as_eagle3_has_them_and_a_whole_old_section
         load_recipe(tmp_path / "old.yaml")
     for advice in (
         "rename train.block_size to train.draft.num_speculative_tokens (block_size - 1)",
-        "remove train.num_anchors, which eagle3 has not",
+        "remove train.num_anchors, which eagle3 does not have",
         "rename train.num_attention_heads to train.draft.num_attention_heads",
         "rename train.ttt_steps to train.draft.ttt_length",
     ):

@@ -132,7 +132,7 @@ def test_each_broken_rule_has_its_own_message(rule: str, tmp_path: Path) -> None
 def test_facts_that_are_not_the_targets_are_refused(tiny_m3: Path, name: str, value: Any) -> None:
     values = sizes_of(tiny_m3)[1::2]
     check_recipe(load_recipe(RECIPE, values))
-    with pytest.raises(UserError, match=f"target.facts.{name}: found {value}, expected .* as .* has it"):
+    with pytest.raises(UserError, match=f"target.facts.{name}: found {value}, expected .*, as in "):
         check_recipe(load_recipe(RECIPE, [*values, f"target.facts.{name}={value}"]))
 
 
