@@ -39,6 +39,19 @@ class StepLoss:
     accepted: torch.Tensor
     num_blocks: torch.Tensor
 
+    @classmethod
+    def of_blocks(cls, loss_sum: torch.Tensor, hits: torch.Tensor, valid: torch.Tensor) -> StepLoss:
+        """Return the result of A blocks of K slots: `valid (A, K)` slots have a label, `hits (N,)` are right."""
+        right = torch.zeros_like(valid).masked_scatter(valid, hits)
+        return cls(
+            loss_sum=loss_sum,
+            num_slots=valid.sum(),
+            right=right.sum(0),
+            total=valid.sum(0),
+            accepted=right.long().cumprod(1).sum(),
+            num_blocks=torch.tensor(len(valid)),
+        )
+
     def counts(self) -> torch.Tensor:
         """Return all fields in one vector `(4 + 2K,)`, to be summed over batches and processes."""
         parts = [getattr(self, field.name).detach().reshape(-1) for field in fields(self)]

@@ -28,7 +28,7 @@ from drafts.attention import KeyValues, Layout, attend, lay_out
 from drafts.batch import Batch
 from drafts.dflash.config import DFlashConfig, DFlashSection
 from drafts.draft import Draft
-from drafts.norm import RMSNorm, gated
+from drafts.layers import GatedMLP, RMSNorm
 from drafts.objective import StepLoss, Weights, dpace_weights, fused_cross_entropy, make_teacher, slot_weights
 from drafts.places import anchor_places
 from drafts.rope import Rope, Tables, rotate
@@ -94,20 +94,13 @@ class Layer(nn.Module):
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(config)
-        self.mlp = nn.ModuleDict(
-            {
-                "gate_proj": nn.Linear(hidden, config.intermediate_size, bias=False),
-                "up_proj": nn.Linear(hidden, config.intermediate_size, bias=False),
-                "down_proj": nn.Linear(config.intermediate_size, hidden, bias=False),
-            }
-        )
+        self.mlp = GatedMLP(hidden, config.intermediate_size)
         self.input_layernorm = RMSNorm(hidden, eps=eps)
         self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor, blocks: Blocks, skip: int) -> torch.Tensor:
         x = x[:, skip:] + self.self_attn(self.input_layernorm(x), context, blocks, skip)
-        y = self.post_attention_layernorm(x)
-        return x + self.mlp["down_proj"](gated(self.mlp["gate_proj"](y), self.mlp["up_proj"](y)))
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class DFlash(Draft):
@@ -216,15 +209,7 @@ class DFlash(Draft):
         loss_sum, hits, _ = fused_cross_entropy(
             hidden[valid], head.lm_head, blocks.labels[valid], weights, teacher, ends.tolist() if bounds else None
         )
-        right = torch.zeros_like(valid).masked_scatter(valid, hits)
-        return StepLoss(
-            loss_sum=loss_sum,
-            num_slots=valid.sum(),
-            right=right.sum(0),
-            total=valid.sum(0),
-            accepted=right.long().cumprod(1).sum(),
-            num_blocks=torch.tensor(len(valid)),
-        )
+        return StepLoss.of_blocks(loss_sum, hits, valid)
 
     def _weights(self, valid: torch.Tensor) -> tuple[Weights, bool]:
         """Return the slots' weights, and whether each chunk of the loss must hold whole blocks."""

@@ -29,7 +29,7 @@ from drafts.batch import Batch
 from drafts.draft import Draft
 from drafts.eagle3.config import Eagle3Config, Eagle3Section
 from drafts.eagle3.vocabulary import choose_vocabulary
-from drafts.norm import RMSNorm, gated
+from drafts.layers import GatedMLP, RMSNorm
 from drafts.objective import StepLoss, Teacher, fused_cross_entropy, make_teacher
 from drafts.places import anchor_places
 from drafts.rope import Rope, Tables, rotate
@@ -93,13 +93,7 @@ class Layer(nn.Module):
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(config)
-        self.mlp = nn.ModuleDict(
-            {
-                "gate_proj": nn.Linear(hidden, config.intermediate_size, bias=False),
-                "up_proj": nn.Linear(hidden, config.intermediate_size, bias=False),
-                "down_proj": nn.Linear(config.intermediate_size, hidden, bias=False),
-            }
-        )
+        self.mlp = GatedMLP(hidden, config.intermediate_size)
         self.input_layernorm = RMSNorm(hidden, eps=eps)
         self.hidden_norm = RMSNorm(hidden, eps=eps)
         self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
@@ -124,8 +118,7 @@ class Layer(nn.Module):
         attention, x = self.self_attn, self.input(embedded, features)
         pair = attention.keys(x, rope)
         x = features + attention(x, rope, known, [*earlier, pair], layout)
-        y = self.post_attention_layernorm(x)
-        return x + self.mlp["down_proj"](gated(self.mlp["gate_proj"](y), self.mlp["up_proj"](y))), pair
+        return x + self.mlp(self.post_attention_layernorm(x)), pair
 
 
 class Eagle3(Draft):
@@ -253,15 +246,7 @@ class Eagle3(Draft):
                 teacher = keep_known(teacher, self.t2d)
         lm_head = head.lm_head if self.lm_head is None else self.lm_head.weight
         loss_sum, hits, _ = fused_cross_entropy(normed[valid], lm_head, chains.labels[valid], weights.float(), teacher)
-        right = torch.zeros_like(valid).masked_scatter(valid, hits)
-        return StepLoss(
-            loss_sum=loss_sum,
-            num_slots=valid.sum(),
-            right=right.sum(0),
-            total=valid.sum(0),
-            accepted=right.long().cumprod(1).sum(),
-            num_blocks=torch.tensor(len(valid)),
-        )
+        return StepLoss.of_blocks(loss_sum, hits, valid)
 
     def _unroll(
         self,

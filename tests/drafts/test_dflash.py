@@ -162,7 +162,7 @@ def dense_hidden(
         output = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         x = x + output[0].transpose(0, 1).flatten(1) @ attention.o_proj.weight.T
         y = functional.rms_norm(x, (HIDDEN,), layer.post_attention_layernorm.weight, 1e-6)
-        gate, up, down = (layer.mlp[name].weight for name in ("gate_proj", "up_proj", "down_proj"))
+        gate, up, down = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.mlp.down_proj.weight
         x = x + (functional.silu(y @ gate.T) * (y @ up.T)) @ down.T
     return functional.rms_norm(x, (HIDDEN,), model.norm.weight, 1e-6).unflatten(0, (-1, BLOCK))[:, 1:]
 

@@ -72,7 +72,7 @@ def serve_step(draft: Eagle3, tokens: torch.Tensor, features: torch.Tensor, head
     output = functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)
     x = features + attention.o_proj(output[0].transpose(0, 1).flatten(1))
     y = norm(x, layer.post_attention_layernorm.weight)
-    gate, up, down = (layer.mlp[name] for name in ("gate_proj", "up_proj", "down_proj"))
+    gate, up, down = layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj
     return (x + down(functional.silu(gate(y)) * up(y)))[-1]
 
 

@@ -89,9 +89,7 @@ class Heads(Draft):
         hidden, valid = self.hidden(batch.token_ids, batch.aux_hidden_states, plan.rows, head), plan.valid
         weights = torch.ones(plan.num_slots)
         loss_sum, hits, _ = fused_cross_entropy(hidden[valid], head.lm_head, plan.labels[valid], weights)
-        right = torch.zeros_like(valid).masked_scatter(valid, hits)
-        accepted = right.long().cumprod(1).sum()
-        return StepLoss(loss_sum, valid.sum(), right.sum(0), valid.sum(0), accepted, torch.tensor(len(valid)))
+        return StepLoss.of_blocks(loss_sum, hits, valid)
 
     def logits(self, sample: StoredSample, head: TargetHead, rows: torch.Tensor) -> torch.Tensor:
         ids, aux = sample.input_ids.long(), sample.aux_hidden_states.float()

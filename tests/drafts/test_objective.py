@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from drafts.norm import RMSNorm, gated
+from drafts.layers import RMSNorm, gated
 from drafts.objective import (
     chunks,
     dpace_weights,

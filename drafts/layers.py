@@ -1,4 +1,4 @@
-"""RMSNorm and the MLP's gate with hand-written gradients.
+"""The parts of a transformer layer that drafts share: RMSNorm and the gated MLP, with hand-written gradients.
 
 On CPUs, torch's own are chains of operations that each read and write memory and save tensors for the backward pass.
 """
@@ -46,6 +46,20 @@ class _RMSNorm(torch.autograd.Function):
         mean = (product @ weight.float()).div_(weight.shape[0]).unsqueeze(-1)
         grad_x = torch.addcmul(gradient * weight, normed, mean, value=-1).mul_(scale)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+class GatedMLP(nn.Module):
+    """`down_proj(silu(gate_proj(x)) * up_proj(x))`, under the parameter names of Llama and Qwen."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        return product
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
