@@ -44,7 +44,7 @@ class ServeSection(Section):
     port: int | None = operational(default=None, ge=1, le=65535, description="default: a free one")
     startup_timeout_s: float = operational(default=600.0, gt=0)
     env: dict[str, str] = operational(default={}, description="environment of every vLLM process")
-    backend: Literal["vllm", "sglang"] = Field(default="vllm", description="sglang is for synthesis only")
+    backend: Literal["vllm", "sglang"] = Field(default="vllm", description="engine of synthesis; all else uses vllm")
     args: Args = Field(default={}, description="vLLM's flags without the dashes")
     sglang_args: Args = Field(default={}, description="SGLang's flags without the dashes")
     speculative: Args = Field(default={}, description="added to the speculative config of every draft")
