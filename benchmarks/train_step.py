@@ -36,6 +36,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 NAME = "draftline"
+MAX_DISTANCE = 1e-4
+"""Largest relative difference of losses and gradients at which both sides count as doing the same work."""
 Step = Callable[[], float]
 
 
@@ -60,7 +62,7 @@ def build(ctx: dict[str, Any]) -> Step:
     )  # fmt: skip
     section = DFlashSection(
         num_attention_heads=dims.heads, num_key_value_heads=dims.kv_heads, intermediate_size=dims.inter,
-        loss_decay=dims.gamma, num_anchors=dims.anchors,
+        slot_weights="decay", loss_decay=dims.gamma, num_anchors=dims.anchors,  # as build_peer sets it
     )  # fmt: skip
     model = DFlash(config, section)
     model.load_state_dict({name: state[name] for name, _ in model.named_parameters()})
@@ -290,6 +292,8 @@ def main() -> None:
     ours, peer = build(context), build_peer(context, model)
     loss, peer_loss, distance = compare_gradients(ours, peer)
     print(f"first loss {loss:.6f}, speculators {peer_loss:.6f}; gradients at most {distance:.1e} apart", flush=True)
+    if abs(loss - peer_loss) > MAX_DISTANCE * peer_loss or distance > MAX_DISTANCE:
+        raise SystemExit(f"the two steps do other work: expected losses and gradients within {MAX_DISTANCE:g}")
     seconds = time_turns({"ours": ours, "peer": peer}, dims.rounds, dims.steps)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(

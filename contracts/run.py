@@ -110,12 +110,19 @@ def _lock(folder: Path) -> IO[str]:
         lock = (folder / "run.lock").open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError(
             folder,
             found="another process at work in this folder",
             expected="one writer a folder",
             fix="Wait for it, stop it, or choose another --output.",
+        ) from None
+    except OSError as error:  # Lustre without -o flock, some NFS mounts
+        raise UserError(
+            folder,
+            found=f"a file system that refuses file locks ({(error.strerror or 'no reason given').lower()})",
+            expected="one with flock(2), which keeps a second process out of the folder",
+            fix="Mount it with locks (Lustre: -o flock), or choose an --output elsewhere.",
         ) from None
     return lock
 

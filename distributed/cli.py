@@ -42,7 +42,7 @@ def submit(
         raise UserError("stage", found=stage, expected="synth, dump, train or pipeline", fix="Correct it.")
     loaded, given = load_checked(recipe, set_), DEFAULTS.override(resources)
     if stage in ("train", "pipeline"):
-        loaded.training()
+        loaded.training().check_processes(given.num_processes)
     folders = {name: output / name for name in STAGES} if stage == "pipeline" else {stage: output}
     plans, source, overrides = [], input_.absolute(), hide(set_ or [])
     for name, folder in folders.items():

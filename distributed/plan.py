@@ -58,7 +58,10 @@ class StagePlan(BaseModel):
             places = ("--conversations", self.input, "--output", self.output, "--shard", shard)
             return Task(stage_words("dump", "run", *recipe, *places))
         words = ("-m", "train.cli", "offline", *recipe, "--store", self.input, "--output", self.output)
-        return TorchrunTask(words, processes_per_node=self.resources.gpus_per_node or 1)
+        # A checkpoint must fit between SLURM's warning and the time limit; torchrun's own default is 30 s.
+        patience_s = max(30, (self.resources.signal_delay_s or 0) - 30)
+        env = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(patience_s)}
+        return TorchrunTask(words, env, processes_per_node=self.resources.gpus_per_node or 1)
 
     def merge_task(self) -> Task:
         """Return what runs once after all tasks of a synthesis. The last shard of a dump joins its shards itself."""

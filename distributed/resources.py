@@ -9,6 +9,8 @@ import typer
 
 from common.errors import UserError
 
+CPUS_PER_GPU = 8
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -32,7 +34,9 @@ class Resources:
         int | None, typer.Option(min=1, help="torchrun agents of a node; one, except in tests.", show_default="1")
     ] = None
     gpus_per_node: Annotated[int | None, typer.Option(min=0, help="GPUs of a node.", show_default="0")] = None
-    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="Cores of a task.")] = None
+    cpus_per_task: Annotated[
+        int | None, typer.Option(min=1, help="Cores of a task.", show_default="8 for each GPU")
+    ] = None
     slurm: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other option of sbatch. Repeatable.")
     ] = None
@@ -60,6 +64,22 @@ class Resources:
                 )
             options[name.lstrip("-")] = value
         return options
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of a training: one per GPU, or one per torchrun agent without GPUs."""
+        return (self.nodes or 1) * (self.tasks_per_node or 1) * (self.gpus_per_node or 1)
+
+    def sbatch_cores(self) -> dict[str, int]:
+        """Return submitit's parameter for cores: those of a task, or with GPUs a default for each of them.
+
+        SLURM gives a task one core if it is not told otherwise; servers and readers need several.
+        """
+        if self.cpus_per_task:
+            return {"cpus_per_task": self.cpus_per_task}
+        if self.gpus_per_node and not {"cpus-per-gpu", "cpus-per-task", "exclusive"} & self.slurm_options().keys():
+            return {"slurm_cpus_per_gpu": CPUS_PER_GPU}
+        return {}
 
     def one_node(self) -> Resources:
         """Return the resources of a task that runs on a single node."""

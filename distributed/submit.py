@@ -117,6 +117,6 @@ def _make_executor(name: str, plan: StagePlan, resources: Resources, after: str)
         tasks_per_node=resources.tasks_per_node,
         slurm_additional_parameters=additional,
         **({"slurm_gpus_per_node": resources.gpus_per_node} if resources.gpus_per_node else {}),
-        **({"cpus_per_task": resources.cpus_per_task} if resources.cpus_per_task else {}),
+        **resources.sbatch_cores(),
     )
     return executor

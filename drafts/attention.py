@@ -10,15 +10,14 @@ Shapes: A blocks of B queries, T context tokens, KV key-value heads with R query
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from drafts.flex import FlexLayout, attend_flex, plan_flex
 from drafts.threads import share_out
 
 QUERIES_A_GROUP = 128
@@ -43,34 +42,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """The context that each block of a batch sees: groups for CPUs, rows of the packed context and masks for GPUs.
+    """Which context each block of a batch sees: groups of blocks on CPUs, tiles of FlexAttention elsewhere.
 
-    Shapes: first_rows and anchor_rows (A,): block a sees the context rows first_rows[a] <= row < anchor_rows[a].
+    Shapes: anchor_rows (A,), rows of the anchors in the packed context.
     """
 
-    groups: list[Group]
-    first_rows: torch.Tensor
     anchor_rows: torch.Tensor
-    num_context: int
-    block_size: int
-    masks: dict[int, BlockMask] = field(default_factory=dict)
-
-    def mask(self, num_queries: int) -> BlockMask:
-        """Return FlexAttention's mask for the last `num_queries` queries of each block."""
-        if num_queries not in self.masks:
-            num_context, block_size = self.num_context, self.block_size
-            first_rows, anchor_rows = self.first_rows, self.anchor_rows
-
-            def sees(_b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-                block = query // num_queries
-                in_context = (key < num_context) & (key >= first_rows[block]) & (key < anchor_rows[block])
-                return in_context | ((key >= num_context) & ((key - num_context) // block_size == block))
-
-            total = len(anchor_rows)
-            self.masks[num_queries] = create_block_mask(
-                sees, None, None, total * num_queries, num_context + total * block_size, device=anchor_rows.device
-            )
-        return self.masks[num_queries]
+    groups: list[Group]
+    flex: FlexLayout | None
 
 
 def lay_out(
@@ -78,18 +57,21 @@ def lay_out(
     anchors: Sequence[torch.Tensor],
     block_size: int,
     device: torch.device,
-    num_queries: int | None = None,
+    num_queries: Sequence[int] = (),
 ) -> Layout:
     """Lay out blocks at `anchors[i]`, ascending positions in document i of `lengths[i]` tokens.
 
-    Blocks have `block_size` keys of their own, and as many queries unless `num_queries` says otherwise.
+    Runs on the CPU and leaves its tensors there; `device` is that of the attention. Blocks have `block_size` keys of
+    their own. `num_queries`: the numbers of queries of a block that attention will be asked for, by default as many as
+    keys.
     """
     offsets = [0, *accumulate(lengths)]
-    first_rows = torch.cat([torch.full((len(p),), offset) for offset, p in zip(offsets, anchors, strict=False)])
     anchor_rows = torch.cat([offset + positions for offset, positions in zip(offsets, anchors, strict=False)])
-    queries = num_queries or block_size
-    groups = plan_groups(lengths, anchors, block_size, queries) if device.type == "cpu" else []
-    return Layout(groups, first_rows.to(device), anchor_rows.to(device), offsets[-1], block_size)
+    queries = num_queries or (block_size,)
+    if device.type == "cpu":
+        return Layout(anchor_rows, plan_groups(lengths, anchors, block_size, queries[0]), None)
+    first_rows = torch.cat([torch.full((len(p),), offset) for offset, p in zip(offsets, anchors, strict=False)])
+    return Layout(anchor_rows, [], plan_flex(first_rows, anchor_rows, offsets[-1], block_size, queries))
 
 
 def plan_groups(
@@ -122,8 +104,8 @@ def attend(query: torch.Tensor, pairs: KeyValues, layout: Layout) -> torch.Tenso
 
     Shapes: query (A, B', KV*R, D) -> (A, B', KV*R, D); B' <= B queries a block.
     """
-    if query.device.type != "cpu":
-        return attend_flex(query, pairs, layout, _compiled_flex())
+    if layout.flex is not None:
+        return attend_flex(query, pairs, layout.flex)
     return _attend_on_cpu(query, *pairs, layout.groups)
 
 
@@ -131,24 +113,6 @@ def attend(query: torch.Tensor, pairs: KeyValues, layout: Layout) -> torch.Tenso
 def _attend_on_cpu(*arguments: Any) -> torch.Tensor:
     output: torch.Tensor = _BlockAttention.apply(*arguments)
     return output
-
-
-def attend_flex(
-    query: torch.Tensor, pairs: KeyValues, layout: Layout, attention: Callable[..., torch.Tensor]
-) -> torch.Tensor:
-    """Compute `attend` with FlexAttention: keys are the packed context, then all blocks, under one mask."""
-    key = torch.cat([pairs.context_key, pairs.block_key.flatten(0, 1)]).transpose(0, 1)[None]
-    value = torch.cat([pairs.context_value, pairs.block_value.flatten(0, 1)]).transpose(0, 1)[None]
-    output = attention(
-        query.flatten(0, 1).transpose(0, 1)[None], key, value, block_mask=layout.mask(query.shape[1]), enable_gqa=True
-    )
-    return output[0].transpose(0, 1).unflatten(0, query.shape[:2])
-
-
-@cache
-def _compiled_flex() -> Callable[..., torch.Tensor]:
-    compiled: Callable[..., torch.Tensor] = torch.compile(flex_attention, dynamic=True)
-    return compiled
 
 
 class _BlockAttention(torch.autograd.Function):

@@ -21,12 +21,3 @@ class Batch:
     lengths: list[int]
     sample_ids: list[str]
     seeds: list[int]
-
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch with its tensors on a device."""
-        tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if _is_tensor(value)}
-        return Batch(**{**vars(self), **tensors})
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, torch.Tensor)

@@ -74,6 +74,13 @@ class Draft(nn.Module, ABC):
         """
 
 
+def as_input(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return stored states in the dtype that a product with `weight` needs; autocast casts them itself."""
+    kind = states.device.type
+    is_cast = kind != "meta" and torch.is_autocast_enabled(kind)
+    return states if is_cast else states.to(weight.dtype)
+
+
 def init_weights(model: nn.Module, seed: int) -> None:
     """Initialize matrices from N(0, 0.02^2) and norms with ones; a seed gives the same weights on every machine."""
     generator = torch.Generator().manual_seed(seed)

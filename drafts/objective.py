@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from target.head import TargetHead
+from target.head import TargetHead, logits_of
 
 CHUNK_ELEMENTS = 1 << 20
 MIN_CHUNK_ROWS = 64
+CPU = torch.device("cpu")
+DEVICE_CHUNK_ROWS = 2048
+"""Rows of a chunk on GPUs: enough to fill them. At 200,000 tokens a chunk's logits take 1.6 GB in fp32."""
 
 Weights = torch.Tensor | Callable[[slice, torch.Tensor], torch.Tensor]
 """Weights (N,), or a function from a slice of rows and their losses to their weights."""
@@ -40,16 +43,21 @@ class StepLoss:
     num_blocks: torch.Tensor
 
     @classmethod
-    def of_blocks(cls, loss_sum: torch.Tensor, hits: torch.Tensor, valid: torch.Tensor) -> StepLoss:
-        """Return the result of A blocks of K slots: `valid (A, K)` slots have a label, `hits (N,)` are right."""
-        right = torch.zeros_like(valid).masked_scatter(valid, hits)
+    def of_blocks(
+        cls, loss_sum: torch.Tensor, hits: torch.Tensor, slots: torch.Tensor, valid: torch.Tensor
+    ) -> StepLoss:
+        """Return the result of A blocks of K slots, without waiting for the device.
+
+        Shapes: valid (A, K), which slots have a label; slots (N,), their flat indices; hits (N,), which are right.
+        """
+        right = torch.zeros_like(valid).view(-1).index_copy(0, slots, hits).view(valid.shape)
         return cls(
             loss_sum=loss_sum,
             num_slots=valid.sum(),
             right=right.sum(0),
             total=valid.sum(0),
             accepted=right.long().cumprod(1).sum(),
-            num_blocks=torch.tensor(len(valid)),
+            num_blocks=valid.new_full((), len(valid), dtype=torch.long),
         )
 
     def counts(self) -> torch.Tensor:
@@ -90,14 +98,16 @@ class _FusedCrossEntropy(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         num_rows = len(hidden)
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        # Both sides are cast once, not in every chunk; a frozen head has its dtype already.
+        dtype = _compute_dtype(lm_head)
+        x, weight_of_head = hidden.to(dtype), lm_head.to(dtype)
+        grad_hidden = torch.empty_like(x) if wants_hidden else None
         grad_head = torch.zeros_like(lm_head, dtype=torch.float32) if wants_head else None
         hits = torch.empty(num_rows, dtype=torch.bool, device=hidden.device)
         losses = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for rows in chunks(num_rows, lm_head.shape[0], bounds):
-            log_p = functional.linear(hidden[rows], lm_head).float()
-            log_p = functional.log_softmax(log_p, dim=-1)
+        for rows in chunks(num_rows, lm_head.shape[0], bounds, hidden.device):
+            log_p = functional.log_softmax(logits_of(x[rows], weight_of_head), dim=-1)
             own = log_p.gather(1, labels[rows, None])[:, 0]
             hits[rows] = own >= log_p.amax(-1)  # far cheaper than argmax
             q = None if teacher is None else teacher(rows)
@@ -116,12 +126,15 @@ class _FusedCrossEntropy(torch.autograd.Function):
             else:
                 gradient -= q
             gradient *= weight[:, None]
-            gradient = gradient.to(hidden.dtype)
+            gradient = gradient.to(dtype)
             if grad_hidden is not None:
-                torch.mm(gradient, lm_head.to(hidden.dtype), out=grad_hidden[rows])
+                torch.mm(gradient, weight_of_head, out=grad_hidden[rows])
             if grad_head is not None:
-                grad_head += gradient.t() @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(lm_head.dtype))
+                grad_head += gradient.t() @ x[rows]
+        ctx.save_for_backward(
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+            None if grad_head is None else grad_head.to(lm_head.dtype),
+        )
         ctx.mark_non_differentiable(hits, losses)
         return total, hits, losses
 
@@ -136,9 +149,20 @@ class _FusedCrossEntropy(torch.autograd.Function):
         )
 
 
-def chunks(num_rows: int, vocab_size: int, bounds: Sequence[int] | None = None) -> list[slice]:
-    """Return slices of rows whose logits fit into a cache; with `bounds`, each slice ends at one of them."""
-    size = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size)
+def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Return the dtype of products with a weight: autocast's, else the weight's."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def chunks(
+    num_rows: int, vocab_size: int, bounds: Sequence[int] | None = None, device: torch.device = CPU
+) -> list[slice]:
+    """Return slices of rows whose logits fit into a CPU's cache, or that fill another device.
+
+    With `bounds`, each slice ends at one of them.
+    """
+    size = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size) if device.type == "cpu" else DEVICE_CHUNK_ROWS
     ends = [*range(size, num_rows, size), num_rows] if bounds is None else []
     start = 0
     for bound in bounds or []:
@@ -146,6 +170,17 @@ def chunks(num_rows: int, vocab_size: int, bounds: Sequence[int] | None = None) 
             ends.append(bound)
             start = bound
     return [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True) if b > a]
+
+
+@torch.no_grad()
+def greedy_tokens(hidden: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
+    """Return the most likely token of each row; never holds the logits of more rows than a chunk.
+
+    Shapes: hidden (..., H), lm_head (V, H) -> (...).
+    """
+    rows = hidden.flatten(0, -2).to(lm_head.dtype)
+    parts = chunks(len(rows), lm_head.shape[0], device=rows.device)
+    return torch.cat([logits_of(rows[part], lm_head).argmax(-1) for part in parts]).view(hidden.shape[:-1])
 
 
 def make_teacher(head: TargetHead, hidden_states: torch.Tensor, places: torch.Tensor) -> Teacher:
@@ -160,15 +195,14 @@ def teacher_argmax(head: TargetHead, hidden_states: torch.Tensor, places: torch.
     Shapes: hidden_states (T, H) before the final norm, places (N,) -> (N,).
     """
     needed, inverse = places.unique(return_inverse=True)
-    found = [
-        head.logits(hidden_states[needed[rows]]).max(-1).indices for rows in chunks(len(needed), head.lm_head.shape[0])
-    ]
+    parts = chunks(len(needed), head.lm_head.shape[0], device=needed.device)
+    found = [head.logits(hidden_states[needed[rows]]).max(-1).indices for rows in parts]
     return torch.cat(found)[inverse]
 
 
-def slot_weights(block_size: int, decay: float) -> torch.Tensor:
+def slot_weights(block_size: int, decay: float, device: torch.device = CPU) -> torch.Tensor:
     """Return `w_k = exp(-(k-1)/gamma)`, k = 1..B-1, shape (B-1,); slot 0, the anchor, has no loss."""
-    return torch.exp(-torch.arange(block_size - 1).float() / decay)
+    return torch.exp(-torch.arange(block_size - 1, device=device).float() / decay)
 
 
 def dpace_weights(losses: torch.Tensor, valid: torch.Tensor, smoothing: float) -> torch.Tensor:

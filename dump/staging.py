@@ -31,14 +31,15 @@ def open_staging(section: DumpSection, store_folder: Path) -> Iterator[Staging]:
 
     Its parent is the recipe's `dump.staging_dir`, else /dev/shm, else a folder in the store.
     """
-    in_memory = os.access(LOCAL_MEMORY, os.W_OK)
+    limit_bytes = int(section.staging_gib * 2**30)
+    in_memory = os.access(LOCAL_MEMORY, os.W_OK) and shutil.disk_usage(LOCAL_MEMORY).free >= limit_bytes
     parent = section.staging_dir or (LOCAL_MEMORY if in_memory else store_folder / "staging")
     make_folder(parent)
     prefix = f"draftline-dump-{socket.gethostname()}-"
     _delete_abandoned(parent, prefix)
     folder, lock = _make_locked_folder(parent, prefix)
     try:
-        yield Staging(folder, int(section.staging_gib * 2**30))
+        yield Staging(folder, limit_bytes)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)

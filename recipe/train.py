@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
+from common.errors import UserError
 from common.section import Section, operational
 from contracts.draft import Yarn
 from drafts import METHODS
@@ -64,6 +65,16 @@ class TrainSection(Section):
         if self.global_batch_size % self.gradient_accumulation_steps:
             raise ValueError("global_batch_size must be a multiple of gradient_accumulation_steps")
         return self
+
+    def check_processes(self, number: int) -> None:
+        """Raise UserError when some of `number` processes would have no sample of a batch."""
+        if self.batch_size < number:
+            raise UserError(
+                "train.global_batch_size",
+                found=f"{self.global_batch_size} in {self.gradient_accumulation_steps} accumulated batches",
+                expected=f"a sample of each batch for each of the {number} processes",
+                fix="Raise it, accumulate less, or start fewer processes.",
+            )
 
     @property
     def batch_size(self) -> int:

@@ -21,7 +21,7 @@ FINAL_NORM = ("model.norm.weight", "final_layernorm.weight", "final_layer_norm.w
 
 @dataclass(frozen=True)
 class TargetHead:
-    """Shapes: embedding and lm_head (V, H), norm and its bias (H,), all fp32. `norm_kind`: see target/final_norm.py.
+    """Shapes: embedding and lm_head (V, H), norm and its bias (H,). `norm_kind`: see target/final_norm.py.
 
     Logits are multiplied by `scale`, then `softcap * tanh(logits / softcap)` is applied, if the target has them.
     """
@@ -36,9 +36,10 @@ class TargetHead:
     softcap: float | None = None
 
     def to(self, device: torch.device) -> TargetHead:
-        """Return the head on a device."""
-        lm_head = self.lm_head.to(device)
-        embedding = lm_head if self.embedding is self.lm_head else self.embedding.to(device)
+        """Return the head on a device: in bf16 on GPUs, in fp32 on CPUs. The norm stays in fp32."""
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        lm_head = self.lm_head.to(device, dtype)
+        embedding = lm_head if self.embedding is self.lm_head else self.embedding.to(device, dtype)
         bias = None if self.norm_bias is None else self.norm_bias.to(device)
         return replace(self, embedding=embedding, lm_head=lm_head, norm=self.norm.to(device), norm_bias=bias)
 
@@ -52,10 +53,20 @@ class TargetHead:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the target's logits `(..., V)` for final states `(..., H)` before the final norm, in fp32."""
-        logits = functional.linear(self.normalize(hidden), self.lm_head)
+        logits = logits_of(self.normalize(hidden).to(self.lm_head.dtype), self.lm_head)
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+
+def logits_of(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return `x @ weight.T` in fp32, for inputs of one dtype. Shapes: x (..., H), weight (V, H) -> (..., V).
+
+    Softmax and argmax need more digits than bf16 has. On GPUs the product itself returns the sums in fp32.
+    """
+    if x.device.type == "cuda" and x.dtype != torch.float32:
+        return torch.mm(x.flatten(0, -2), weight.t(), out_dtype=torch.float32).view(*x.shape[:-1], -1)
+    return functional.linear(x, weight).float()
 
 
 def read_head(target: Target) -> TargetHead:

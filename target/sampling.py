@@ -39,6 +39,10 @@ class Context:
         starts = first.nonzero()[:, 0][first.cumsum(0)[places] - 1]
         return cls(token_ids, places, starts)
 
+    def to(self, device: torch.device) -> Context:
+        """Return the context on a device."""
+        return Context(self.token_ids.to(device), self.ends.to(device), self.prompt_lengths.to(device))
+
     def rows(self, start: int, end: int) -> Context:
         """Return the context of rows `start` to `end` alone."""
         return Context(self.token_ids, self.ends[start:end], self.prompt_lengths[start:end])

@@ -7,9 +7,11 @@ run needs no saved position, and any number of processes sees the same batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,7 +56,8 @@ def refuse_mask_token(samples: Samples, mask_token_id: int | None, processes: Pr
 class Samples:
     """A store's samples, split by conversation, read on demand and cached up to `cache_bytes`.
 
-    `cut_away`: samples left out because nothing can be drafted within their first `max_tokens` tokens.
+    `cut_away`: samples left out because nothing can be drafted within their first `max_tokens` tokens. With
+    `keep_dtype`, batches have the stored dtype (a GPU casts faster); else fp32.
     """
 
     def __init__(
@@ -63,9 +66,11 @@ class Samples:
         section: TrainSection,
         max_tokens: int,
         cache_bytes: int = 4 << 30,
+        keep_dtype: bool = False,
     ) -> None:
         """Split the store's samples. Raises UserError if none is left to train on."""
         self.store, self.section, self.max_tokens = store, section, max_tokens
+        self._keep_dtype = keep_dtype
         ids = store.sample_ids()[: section.max_samples]
         self.cut_away = _cut_away(store, ids, max_tokens)
         ids = [id_ for id_ in ids if id_ not in self.cut_away]
@@ -119,12 +124,16 @@ class Samples:
         return Batch(
             token_ids=torch.cat([sample.input_ids for sample in samples]).long(),
             loss_mask=torch.cat([sample.loss_mask for sample in samples]),
-            aux_hidden_states=torch.cat([sample.aux_hidden_states for sample in samples]).float(),
-            hidden_states=torch.cat([sample.hidden_states for sample in samples]).float(),
+            aux_hidden_states=self._join([sample.aux_hidden_states for sample in samples]),
+            hidden_states=self._join([sample.hidden_states for sample in samples]),
             lengths=[sample.num_tokens for sample in samples],
             sample_ids=picked,
             seeds=[self.section.seed * 1_000_003 + place for place in places],
         )
+
+    def _join(self, states: list[torch.Tensor]) -> torch.Tensor:
+        joined = torch.cat(states)
+        return joined if self._keep_dtype else joined.float()
 
     def _pick(self, place: int) -> str:
         """Return the id of the sample at `place` in the endless sequence of shuffled epochs."""
@@ -136,18 +145,33 @@ class Samples:
         return self.ids[self._order[offset]]
 
 
-def read_ahead(samples: Samples, first_step: int, section: TrainSection, processes: Processes) -> Iterator[Batch]:
-    """Yield this process's batches from `first_step` on, reading one ahead."""
+@dataclass(frozen=True)
+class Planned:
+    """A batch and the draft's plan of its step."""
+
+    batch: Batch
+    plan: Any
+
+
+def read_ahead(
+    samples: Samples, first_step: int, processes: Processes, plan: Callable[[Batch], Any]
+) -> Iterator[Planned]:
+    """Yield this process's batches from `first_step` on; the next one is read and planned meanwhile, in a thread."""
+    section = samples.section
     first = first_step * section.gradient_accumulation_steps
     end = section.num_steps * section.gradient_accumulation_steps
-    rank, world = processes.rank, processes.world
+
+    def read(number: int) -> Planned:
+        batch = samples.batch(number, processes.rank, processes.world)
+        return Planned(batch, plan(batch))
+
     with ThreadPoolExecutor(1, "read-ahead") as pool:
-        following = pool.submit(samples.batch, first, rank, world) if first < end else None
+        following = pool.submit(read, first) if first < end else None
         for number in range(first, end):
             assert following is not None
-            batch = following.result()
-            following = pool.submit(samples.batch, number + 1, rank, world) if number + 1 < end else None
-            yield batch
+            planned = following.result()
+            following = pool.submit(read, number + 1) if number + 1 < end else None
+            yield planned
 
 
 def _cut_away(store: AnyStore, ids: list[str], max_tokens: int) -> set[str]:

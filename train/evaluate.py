@@ -16,7 +16,6 @@ counts q(d) instead of 0 or 1 for each token that was tried: the same mean, with
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+from common.cores import count_cores
 from common.errors import UserError
 from common.files import hash_file, read_json, write_json
 from common.progress import track
@@ -40,6 +40,7 @@ from target.sampling import Context, probabilities_of
 from target.target import Target
 from train.data import AnyStore, open_states
 from train.draft import load_served, served_config
+from train.processes import Processes
 
 ROWS_PER_CHUNK = 1024
 
@@ -65,7 +66,7 @@ def evaluate(
 
     Raises UserError if the store's target or layers are not the draft's, or if it holds no sample.
     """
-    torch.set_num_threads(recipe.training().num_threads or os.cpu_count() or 1)
+    torch.set_num_threads(recipe.training().num_threads or count_cores())
     target = Target.here(recipe.target)
     store, manifest = open_states(recipe, store_folder, target)
     read_run(run_folder, "train offline")
@@ -87,7 +88,11 @@ def evaluate(
     sample_ids = store.sample_ids()[:num_samples]
     if not sample_ids:
         raise UserError(store_folder, found="no sample", expected="held-out samples", fix="Give a store that has some.")
-    report = {**_walk_store(load_served(run, recipe), read_head(target), store, sample_ids), "inputs": inputs}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    processes = Processes(0, 1, device)
+    with processes.autocast():
+        draft, head = load_served(run, recipe).to(device), read_head(target).to(device)
+        report = {**_walk_store(draft, head, store, sample_ids), "inputs": inputs}
     write_json(output, report)
     low, high = report["interval"]
     print(
@@ -203,6 +208,7 @@ def expected_acceptances(found: Walk, sample: StoredSample, head: TargetHead) ->
     for part, drafted in zip(rows.split(ROWS_PER_CHUNK), tokens.split(ROWS_PER_CHUNK), strict=True):
         prompt_lengths = starts[torch.searchsorted(starts, part, right=True) - 1]
         context = Context(sample.input_ids, part + 1, prompt_lengths)
-        q = probabilities_of(sampling, head.logits(sample.hidden_states[part]), context)
+        logits = head.logits(sample.hidden_states[part].to(head.lm_head.device))
+        q = probabilities_of(sampling, logits, context.to(logits.device)).cpu()
         total += float(q.gather(1, drafted[:, None]).sum())
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -16,6 +17,7 @@ from common.progress import Progress
 from contracts.draft import DraftRun
 from recipe.train import TrainSection
 from train.curves import draw_curves
+from train.data import Planned
 from train.processes import Processes
 from train.schedule import learning_rate
 
@@ -28,10 +30,9 @@ class Log:
 
     def __init__(self, run: DraftRun, section: TrainSection, processes: Processes, first_step: int) -> None:
         self._run, self._section, self._processes, self._first_step = run, section, processes, first_step
-        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._clock = DeviceClock() if processes.device.type == "cuda" else Clock()
         self._tokens = self._steps = 0
-        self._part, self._since = "rest", time.perf_counter()
-        self._drawn = self._since
+        self._drawn = time.perf_counter()
 
     def __enter__(self) -> Log:
         if self._processes.is_first:
@@ -50,15 +51,11 @@ class Log:
             self._board.close()
 
     def start(self, part: str) -> None:
-        """Count the time from now on as `part` of the step."""
-        if self._processes.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self._seconds[self._part] += now - self._since
-        self._part, self._since = part, now
+        """Count the time from here on for `part` of the step."""
+        self._clock.start(part)
 
-    def count(self, batches: list[Any]) -> None:
-        self._tokens += sum(len(batch.token_ids) for batch in batches)
+    def count(self, micro: list[Planned]) -> None:
+        self._tokens += sum(len(planned.batch.token_ids) for planned in micro)
         self._steps += 1
         if self._processes.is_first:
             self._progress.update()
@@ -71,23 +68,24 @@ class Log:
             self._metrics.flush()
             self._board.add_scalar("held_out_acceptance", length, step + 1)
 
-    def write(self, step: int, counts: torch.Tensor, num_slots: float, norm: float) -> float:
+    def write(self, step: int, counts: torch.Tensor, num_slots: float, norm: torch.Tensor) -> float:
         """Write a line of metrics from `StepLoss.counts()` summed over the step; return the loss."""
         loss = float(counts[0]) / num_slots
         if not self._processes.is_first:
             return loss
         width = (len(counts) - 4) // 2
         right, total = counts[2 : 2 + width], counts[2 + width : 2 + 2 * width]
-        seconds = sum(self._seconds.values())
+        parts = self._clock.take()
+        seconds = sum(parts.values())
         line: dict[str, Any] = {
             "step": step + 1,
             "loss": round(loss, 5),
-            "grad_norm": round(norm, 4),
+            "grad_norm": round(float(norm), 4),
             "learning_rate": learning_rate(self._section, step),
             "accuracy": [round(x, 4) for x in (right / total.clamp(min=1)).tolist()],
             "blocks_accepted": round(float(counts[-2] / counts[-1].clamp(min=1)), 4),
             "tokens_per_s": round(self._processes.world * self._tokens / max(seconds, 1e-9), 1),
-            "seconds": {part: round(value / self._steps, 5) for part, value in self._seconds.items()},
+            "seconds": {part: round(value / self._steps, 5) for part, value in parts.items()},
         }
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
@@ -96,7 +94,6 @@ class Log:
         for place, value in enumerate(line["accuracy"], start=1):
             self._board.add_scalar(f"accuracy/{place}", value, step + 1)
         self._progress.set_note(f"loss {loss:.3f}, accepted {line['blocks_accepted']:.2f}")
-        self._seconds.clear()
         self._tokens = self._steps = 0
         return loss
 
@@ -106,6 +103,46 @@ class Log:
         if self._processes.is_first and (at_once or now - self._drawn > DRAW_EVERY_S):
             draw_curves(self._run.metrics_path, self._run.folder / "curves.png")
             self._drawn = now
+
+
+class Clock:
+    """Seconds by part of a step, on the CPU's clock."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._part, self._since = "rest", time.perf_counter()
+
+    def start(self, part: str) -> None:
+        """Count the time from here on for `part`."""
+        now = time.perf_counter()
+        self._seconds[self._part] += now - self._since
+        self._part, self._since = part, now
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds by part since the last call."""
+        taken, self._seconds = dict(self._seconds), defaultdict(float)
+        return taken
+
+
+class DeviceClock(Clock):
+    """Seconds by part of a step, on the GPU's clock: events are recorded and read later, so that no step waits."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[str, torch.cuda.Event]] = []
+        self.start("rest")
+
+    def start(self, part: str) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._events.append((part, event))
+
+    def take(self) -> dict[str, float]:
+        self._events[-1][1].synchronize()
+        taken: defaultdict[str, float] = defaultdict(float)
+        for (part, event), (_, following) in itertools.pairwise(self._events):
+            taken[part] += event.elapsed_time(following) / 1000
+        self._events = self._events[-1:]
+        return dict(taken)
 
 
 def cut_metrics(path: Path, first_step: int) -> float:

@@ -12,10 +12,9 @@ share each batch; the loss is the mean over all supervised slots of a step on al
 from __future__ import annotations
 
 import math
-import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,19 +24,20 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from common.errors import IncompleteError, UserError
+from common.cores import count_cores
+from common.errors import IncompleteError
 from contracts.acceptance import Acceptance
 from contracts.draft import DraftConfig, DraftRun
 from contracts.run import Run
 from drafts import METHODS
-from drafts.batch import Batch
 from drafts.draft import Draft
+from drafts.moving import to_device
 from recipe.recipe import Recipe
 from recipe.train import TrainSection
 from target.head import TargetHead, read_head
 from target.target import Target
 from train.checkpoint import load_checkpoint, save_checkpoint
-from train.data import Samples, open_states, read_ahead, refuse_mask_token
+from train.data import Planned, Samples, open_states, read_ahead, refuse_mask_token
 from train.draft import make_config
 from train.evaluate import walk
 from train.log import LOG_EVERY, Log, cut_metrics
@@ -56,7 +56,7 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path) -> dict[str,
     store, manifest = open_states(recipe, store_folder, target)
     config = make_config(recipe, target, manifest)
     with start_processes() as processes:
-        _check_batch_size(section, processes)
+        section.check_processes(processes.world)
         run = None
         if processes.is_first:
             run = Run.open(
@@ -71,7 +71,8 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path) -> dict[str,
                 return {}
             print(f"train: {output} is finished, skipped ({_describe(run.state['summary'])})")
             return dict(run.state["summary"])
-        samples = Samples(store, section, config.max_position_embeddings)
+        on_gpu = processes.device.type == "cuda"
+        samples = Samples(store, section, config.max_position_embeddings, keep_dtype=on_gpu)
         refuse_mask_token(samples, config.mask_token_id, processes)
         training = _prepare(recipe, config, read_head(target), samples, DraftRun(output), processes)
         summary = _train(training, run)
@@ -108,7 +109,7 @@ def _prepare(
 ) -> Training:
     """Build draft and optimizer, the same on every process."""
     section = recipe.training()
-    torch.set_num_threads(section.num_threads or max(1, (os.cpu_count() or 1) // processes.world))
+    torch.set_num_threads(section.num_threads or max(1, count_cores() // processes.world))
     # Products with denormal probabilities are 100 times slower. Cache numpy's finfo before enabling
     # flush-to-zero; it warns otherwise.
     np.finfo(np.float32), np.finfo(np.float64)
@@ -139,12 +140,12 @@ def _train(training: Training, run: Run | None) -> dict[str, Any]:
     first_step = load_checkpoint(training.run, processes, training.model, training.optimizer)
     loss = cut_metrics(training.run.metrics_path, first_step) if processes.is_first else math.nan
     best_length = training.run.best_length()
-    batches = read_ahead(training.samples, first_step, section, processes)
+    batches = read_ahead(training.samples, first_step, processes, training.draft.plan)
     log = Log(training.run, section, processes, first_step)
     with log, stop_at_sigterm() as stopped:
         for step in range(first_step, section.num_steps):
             log.start("data")
-            micro = [next(batches).to(processes.device) for _ in range(section.gradient_accumulation_steps)]
+            micro = [to_device(next(batches), processes.device) for _ in range(section.gradient_accumulation_steps)]
             counts, num_slots, norm = _step(training, micro, step, log)
             log.start("rest")
             log.count(micro)
@@ -169,31 +170,30 @@ def _train(training: Training, run: Run | None) -> dict[str, Any]:
     return _summarize(training, num_parameters, loss, best_length)
 
 
-def _step(training: Training, micro: list[Batch], step: int, log: Log) -> tuple[torch.Tensor, float, float]:
-    """Run one optimizer step over the accumulated batches.
+def _step(training: Training, micro: list[Planned], step: int, log: Log) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """Run one optimizer step over the accumulated batches; nothing in it waits for the device.
 
-    Returns the sum of `StepLoss.counts()`, the number of supervised slots on all processes, and the gradient norm.
+    Returns StepLoss counts, supervised slots of all processes, gradient norm.
     """
     section, processes, optimizer = training.section, training.processes, training.optimizer
-    autocast = torch.autocast("cuda", torch.bfloat16) if processes.device.type == "cuda" else nullcontext()
-    plans = [training.draft.plan(batch) for batch in micro]
-    num_slots = float(processes.sum(torch.tensor(float(sum(plan.num_slots for plan in plans)))))
+    num_slots = float(processes.sum(torch.tensor(float(sum(planned.plan.num_slots for planned in micro)))))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(section, step)
     optimizer.zero_grad()
-    counts = torch.zeros(0)
-    for batch, plan in zip(micro, plans, strict=True):
+    counts: torch.Tensor | None = None
+    for number, planned in enumerate(micro):
         log.start("forward")
-        with autocast:
-            result = training.model(batch, plan, training.head)
-        log.start("backward")
-        # DDP and FSDP2 average gradients over processes, but the loss is a mean over all slots.
-        (result.loss_sum * (processes.world / num_slots)).backward()
-        counts = result.counts() if not len(counts) else counts + result.counts()
+        with processes.autocast(), processes.accumulate(training.model, is_last=number + 1 == len(micro)):
+            result = training.model(planned.batch, planned.plan, training.head)
+            log.start("backward")
+            # Gradients are averaged over processes, the loss is one mean over all slots.
+            (result.loss_sum * (processes.world / num_slots)).backward()
+        counts = result.counts() if counts is None else counts + result.counts()
     log.start("optimizer")
-    norm = nn.utils.clip_grad_norm_(training.model.parameters(), section.max_grad_norm)
+    norm = processes.whole(nn.utils.clip_grad_norm_(training.model.parameters(), section.max_grad_norm))
     optimizer.step()
-    return counts, num_slots, float(norm)
+    assert counts is not None
+    return counts, num_slots, norm
 
 
 def _is_due(section: TrainSection, step: int, last: bool) -> bool:
@@ -211,7 +211,8 @@ def held_out_length(training: Training) -> float:
     parts = []
     for sample_id in training.samples.held_out:
         sample = training.samples.read(sample_id)
-        replies = walk(sample, draft.draft(sample, training.head))
+        with training.processes.autocast():
+            replies = walk(sample, draft.draft(sample, training.head))
         parts.append(Acceptance.from_steps([a for reply in replies for a in reply], draft.config.num_draft_tokens))
     draft.train()
     if sharded is not None:
@@ -228,17 +229,6 @@ def stop_at_sigterm() -> Iterator[dict[str, bool]]:
         yield state
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _check_batch_size(section: TrainSection, processes: Processes) -> None:
-    """Raise UserError if some process would have no sample of a batch."""
-    if section.batch_size < processes.world:
-        raise UserError(
-            "train.global_batch_size",
-            found=f"{section.global_batch_size} in {section.gradient_accumulation_steps} accumulated batches",
-            expected=f"a sample of each batch for each of the {processes.world} processes",
-            fix="Raise it, accumulate less, or start fewer processes.",
-        )
 
 
 def _summarize(training: Training, num_parameters: int, loss: float, best_length: float) -> dict[str, Any]:

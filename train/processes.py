@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,58 +19,90 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from drafts.draft import Draft
 from recipe.train import TrainSection
 
+TIMEOUT = timedelta(minutes=60)
+"""How long processes wait for one another: the first one may write a checkpoint or read a whole store meanwhile."""
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's rank, the number of processes and the device; a single process is rank 0 of 1."""
+    """This process's rank, the number of processes and the device; a single process is rank 0 of 1.
+
+    `control`: a gloo group for values on the CPU; None where gloo is the default group's backend.
+    """
 
     rank: int
     world: int
     device: torch.device
+    control: Any = None
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sum over all processes, on the CPU."""
-        if self.world > 1:
-            values = values.to(self.device)
-            dist.all_reduce(values)
-        return values.cpu()
+        """Return the sum over all processes, on the CPU. Values on the CPU are summed without waiting for GPUs."""
+        if self.world == 1:
+            return values.cpu()
+        summed = values.detach().to("cpu", copy=True)
+        dist.all_reduce(summed, group=self.control)
+        return summed
 
     def from_first(self, value: float) -> float:
-        """Return the first process's value on every process."""
+        """Return the first process's value, on every process."""
         if self.world == 1:
             return value
-        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.broadcast(shared, src=0)
+        shared = torch.tensor(value, dtype=torch.float64)
+        dist.broadcast(shared, src=0, group=self.control)
         return float(shared)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context for products in bf16 on GPUs."""
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+    @contextmanager
+    def accumulate(self, model: nn.Module, *, is_last: bool) -> Iterator[None]:
+        """Let only the last accumulated batch exchange gradients between processes."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(is_last)
+        if isinstance(model, nn.parallel.DistributedDataParallel) and not is_last:
+            with model.no_sync():
+                yield
+        else:
+            yield
+
+    @staticmethod
+    def whole(value: torch.Tensor) -> torch.Tensor:
+        """Return a value that FSDP2 may hold in parts as one tensor; every process must call it."""
+        whole: torch.Tensor = value.full_tensor() if isinstance(value, DTensor) else value
+        return whole
 
     def wait(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.control)
 
     def wrap(self, model: Draft, section: TrainSection) -> nn.Module:
         """Return the module that the loop calls: the model, its DDP wrapper, or the model sharded by FSDP2."""
         if self.world == 1:
             return model
         if section.parallel == "ddp":
-            wrapped: nn.Module = nn.parallel.DistributedDataParallel(model)
+            wrapped: nn.Module = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
             return wrapped
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.world,))
+        on_gpu = self.device.type == "cuda"
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
         for layer in model.layers_to_shard():
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)  # in place
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)  # in place
         return model
 
     def read_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -104,8 +137,9 @@ def start_processes() -> Iterator[Processes]:
     if world == 1:
         yield Processes(0, 1, device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    on_gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
     try:
-        yield Processes(rank, world, device)
+        yield Processes(rank, world, device, dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else None)
     finally:
         dist.destroy_process_group()

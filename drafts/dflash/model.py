@@ -14,6 +14,7 @@ Shapes: T tokens of the packed documents, A anchors, B block size, H hidden size
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,33 +28,56 @@ from contracts.store import StoredSample
 from drafts.attention import KeyValues, Layout, attend, lay_out
 from drafts.batch import Batch
 from drafts.dflash.config import DFlashConfig, DFlashSection
-from drafts.draft import Draft
+from drafts.draft import Draft, as_input
 from drafts.layers import GatedMLP, RMSNorm
-from drafts.objective import StepLoss, Weights, dpace_weights, fused_cross_entropy, make_teacher, slot_weights
+from drafts.moving import to_device
+from drafts.objective import (
+    StepLoss,
+    Weights,
+    dpace_weights,
+    fused_cross_entropy,
+    greedy_tokens,
+    make_teacher,
+    slot_weights,
+)
 from drafts.places import anchor_places
 from drafts.rope import Rope, Tables, rotate
-from target.head import TargetHead
+from target.head import TargetHead, logits_of
+
+ANCHORS_AT_ONCE = 1024
+"""Blocks drafted together in evaluation: memory does not grow with a reply's length."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of a batch, laid out once per step and used by every layer.
+    """The blocks of a batch, planned on the CPU once per step.
 
-    Shapes: anchor_rows (A,), rows of the anchors in the packed tokens; labels (A, B-1), the tokens that the slots after
-    the anchor must predict; valid (A, B-1), whether the target generated them, in the same run of generated tokens.
+    Shapes: positions (A,) of the anchors in their documents; context_positions (T,); labels (A, B-1), the tokens that
+    the slots after the anchor must predict; valid (A, B-1), whether the target generated them, in the same run of
+    generated tokens; slots (N,), flat indices of the valid ones. `ends[a]`: number of valid slots up to block a.
     """
 
-    anchor_rows: torch.Tensor
+    positions: torch.Tensor
+    context_positions: torch.Tensor
     labels: torch.Tensor
     valid: torch.Tensor
-    query_rope: Tables
-    context_rope: Tables
+    slots: torch.Tensor
+    ends: list[int]
     layout: Layout
 
     @property
     def num_slots(self) -> int:
         """Supervised slots."""
-        return int(self.valid.sum())
+        return len(self.slots)
+
+
+@dataclass(frozen=True)
+class Places:
+    """What every layer needs of a batch's blocks: rotary tables, and the attention's layout."""
+
+    query_rope: Tables
+    context_rope: Tables
+    layout: Layout
 
 
 class Attention(nn.Module):
@@ -70,15 +94,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(size, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(size, eps=config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor, blocks: Blocks, skip: int) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: torch.Tensor, places: Places, skip: int) -> torch.Tensor:
         """Return the outputs from slot `skip` on; x (A, B, H), context (T, H) -> (A, B - skip, H)."""
-        query_rope = tuple(table[:, skip:] for table in blocks.query_rope)
+        query_rope = tuple(table[:, skip:] for table in places.query_rope)
         query = rotate(self.q_norm(self._split(self.q_proj(x[:, skip:]), self.heads)), query_rope)  # type: ignore[arg-type]
-        block_key = rotate(self.k_norm(self._split(self.k_proj(x), self.kv_heads)), blocks.query_rope)
-        context_key = rotate(self.k_norm(self._split(self.k_proj(context), self.kv_heads)), blocks.context_rope)
+        block_key = rotate(self.k_norm(self._split(self.k_proj(x), self.kv_heads)), places.query_rope)
+        context_key = rotate(self.k_norm(self._split(self.k_proj(context), self.kv_heads)), places.context_rope)
         block_value, context_value = (self._split(self.v_proj(y), self.kv_heads) for y in (x, context))
         pairs = KeyValues(context_key, context_value, block_key, block_value)
-        output = attend(query, pairs, blocks.layout)
+        output = attend(query, pairs, places.layout)
         projected: torch.Tensor = self.o_proj(output.flatten(2))
         return projected
 
@@ -98,8 +122,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(hidden, eps=eps)
         self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor, blocks: Blocks, skip: int) -> torch.Tensor:
-        x = x[:, skip:] + self.self_attn(self.input_layernorm(x), context, blocks, skip)
+    def forward(self, x: torch.Tensor, context: torch.Tensor, places: Places, skip: int) -> torch.Tensor:
+        x = x[:, skip:] + self.self_attn(self.input_layernorm(x), context, places, skip)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -134,7 +158,7 @@ class DFlash(Draft):
         """
         assert self.section is not None
         anchors = []
-        masks = batch.loss_mask.cpu().split(batch.lengths)
+        masks = batch.loss_mask.split(batch.lengths)
         for sample_id, seed, mask in zip(batch.sample_ids, batch.seeds, masks, strict=True):
             places = anchor_places(mask)
             if not len(places):
@@ -157,20 +181,19 @@ class DFlash(Draft):
         A block's labels end with its run of generated tokens: the next tokens are another turn's prompt. Documents need
         no explicit boundary, as each begins with its prompt.
         """
-        width, device = self.config.block_size, token_ids.device
-        positions = torch.cat(list(anchors)).to(device)
-        layout = lay_out(lengths, anchors, width, device)
-        rows = layout.anchor_rows
-        places = rows[:, None] + torch.arange(1, width, device=device)
+        width = self.config.block_size
+        layout = lay_out(lengths, anchors, width, self.fc.weight.device, (width, width - 1))
+        places = layout.anchor_rows[:, None] + torch.arange(1, width)
         inside = places < len(token_ids)
         places = places.clamp(max=len(token_ids) - 1)
-        context = torch.cat([torch.arange(length) for length in lengths]).to(device)
+        valid = (loss_mask[places] & inside).long().cumprod(dim=1).bool()
         return Blocks(
-            anchor_rows=rows,
+            positions=torch.cat(list(anchors)),
+            context_positions=torch.cat([torch.arange(length) for length in lengths]),
             labels=token_ids[places],
-            valid=(loss_mask[places] & inside).long().cumprod(dim=1).bool(),
-            query_rope=self.rope.at(positions[:, None] + torch.arange(width, device=device)),
-            context_rope=self.rope.at(context),
+            valid=valid,
+            slots=valid.view(-1).nonzero()[:, 0],
+            ends=valid.sum(1).cumsum(0).tolist(),
             layout=layout,
         )
 
@@ -182,18 +205,24 @@ class DFlash(Draft):
         lm_head turns them into the draft's logits. Shapes: token_ids (T,), aux_hidden_states (T, n*H), embedding (V, H)
         -> (A, B-1, H).
         """
-        context = self.hidden_norm(self.fc(aux_hidden_states))
-        shape = (len(blocks.anchor_rows), self.config.block_size)
-        slots = torch.full(shape, self.config.mask_token_id or 0, device=token_ids.device)
-        slots[:, 0] = token_ids[blocks.anchor_rows]
+        width, anchor_rows = self.config.block_size, blocks.layout.anchor_rows
+        offsets = torch.arange(width, device=anchor_rows.device)
+        places = Places(
+            query_rope=self.rope.at(blocks.positions[:, None] + offsets),
+            context_rope=self.rope.at(blocks.context_positions),
+            layout=blocks.layout,
+        )
+        context = self.hidden_norm(self.fc(as_input(aux_hidden_states, self.fc.weight)))
+        slots = torch.full((len(anchor_rows), width), self.config.mask_token_id or 0, device=token_ids.device)
+        slots[:, 0] = token_ids[anchor_rows]
         x = functional.embedding(slots, embedding)
         save_memory = self.training and self.gradient_checkpointing
         for number, layer in enumerate(self.layers):
             skip = int(number == len(self.layers) - 1)  # the last layer's anchor output is not used
             x = (
-                checkpoint(layer, x, context, blocks, skip, use_reentrant=False)
+                checkpoint(layer, x, context, places, skip, use_reentrant=False)
                 if save_memory
-                else layer(x, context, blocks, skip)
+                else layer(x, context, places, skip)
             )
         hidden: torch.Tensor = self.norm(x)
         return hidden
@@ -202,52 +231,59 @@ class DFlash(Draft):
         """Return the training loss of a batch with planned blocks."""
         assert self.section is not None
         hidden = self.hidden(batch.token_ids, batch.aux_hidden_states, blocks, head.embedding)
-        valid, ends = blocks.valid, blocks.valid.sum(1).cumsum(0)
-        weights, bounds = self._weights(valid)
-        places = (blocks.anchor_rows[:, None] + torch.arange(valid.shape[1], device=valid.device))[valid]
-        teacher = make_teacher(head, batch.hidden_states, places) if self.section.objective == "distill" else None
+        width = blocks.valid.shape[1]
+        weights, bounds = self._weights(blocks)
+        teacher = None
+        if self.section.objective == "distill":
+            rows = blocks.layout.anchor_rows[blocks.slots // width] + blocks.slots % width
+            teacher = make_teacher(head, batch.hidden_states, rows)
         loss_sum, hits, _ = fused_cross_entropy(
-            hidden[valid], head.lm_head, blocks.labels[valid], weights, teacher, ends.tolist() if bounds else None
+            hidden.flatten(0, 1).index_select(0, blocks.slots),
+            head.lm_head,
+            blocks.labels.view(-1)[blocks.slots],
+            weights,
+            teacher,
+            bounds,
         )
-        return StepLoss.of_blocks(loss_sum, hits, valid)
+        return StepLoss.of_blocks(loss_sum, hits, blocks.slots, blocks.valid)
 
-    def _weights(self, valid: torch.Tensor) -> tuple[Weights, bool]:
-        """Return the slots' weights, and whether each chunk of the loss must hold whole blocks."""
-        section = self.section
+    def _weights(self, blocks: Blocks) -> tuple[Weights, list[int] | None]:
+        """Return the slots' weights, and the rows where a chunk of the loss may end; None for any row."""
+        section, width = self.section, self.config.block_size - 1
         assert section is not None
         if section.slot_weights == "decay":
-            by_slot = slot_weights(self.config.block_size, section.loss_decay).to(valid.device)
-            return by_slot.expand(valid.shape)[valid], False
-        first = torch.cat([valid.new_zeros(1, dtype=torch.long), valid.sum(1).cumsum(0)])
+            by_slot = slot_weights(self.config.block_size, section.loss_decay, blocks.slots.device)
+            return by_slot[blocks.slots % width], None
+        ends = [0, *blocks.ends]
 
         def of_rows(rows: slice, losses: torch.Tensor) -> torch.Tensor:
-            low, high = torch.searchsorted(first, torch.tensor([rows.start, rows.stop], device=first.device)).tolist()
-            part = valid[low:high]
-            dense = torch.zeros(part.shape, device=losses.device).masked_scatter(part, losses)
-            return dpace_weights(dense, part, section.dpace_smoothing)[part]
+            low, high = bisect_left(ends, rows.start), bisect_left(ends, rows.stop)
+            part, inside = blocks.valid[low:high], blocks.slots[rows] - low * width
+            dense = losses.new_zeros(part.numel()).index_copy(0, inside, losses).view(part.shape)
+            return dpace_weights(dense, part, section.dpace_smoothing).view(-1)[inside]
 
-        return of_rows, True
+        return of_rows, blocks.ends
 
     @torch.inference_mode()
     def draft(self, sample: StoredSample, head: TargetHead) -> torch.Tensor:
         """Return the greedy tokens after every position that serving can draft from: `(T, B-1)`, -1 elsewhere."""
-        anchors = anchor_places(sample.loss_mask)
         drafted = torch.full((sample.num_tokens, self.config.block_size - 1), -1)
-        if len(anchors):
-            device = head.lm_head.device
-            token_ids, aux = sample.input_ids.long().to(device), sample.aux_hidden_states.float().to(device)
-            blocks = self.lay_out(token_ids, sample.loss_mask.to(device), [sample.num_tokens], [anchors])
+        device, ids = head.lm_head.device, sample.input_ids.long()
+        token_ids, aux = ids.to(device), sample.aux_hidden_states.to(device)
+        for anchors in anchor_places(sample.loss_mask).split(ANCHORS_AT_ONCE):
+            blocks = to_device(self.lay_out(ids, sample.loss_mask, [sample.num_tokens], [anchors]), device)
             hidden = self.hidden(token_ids, aux, blocks, head.embedding)
-            drafted[anchors] = functional.linear(hidden, head.lm_head).argmax(-1).cpu()
+            drafted[anchors] = greedy_tokens(hidden, head.lm_head).cpu()
         return drafted
 
     @torch.inference_mode()
     def taps(self, sample: StoredSample, head: TargetHead, start: int) -> dict[str, torch.Tensor]:
-        mask = self.config.mask_token_id or 0
-        ids, aux = sample.input_ids.long(), sample.aux_hidden_states.float()
-        blocks = self.lay_out(ids, sample.loss_mask, [len(ids)], [torch.tensor([start])])
+        mask, device = self.config.mask_token_id or 0, head.lm_head.device
+        ids = sample.input_ids.long()
+        blocks = to_device(self.lay_out(ids, sample.loss_mask, [len(ids)], [torch.tensor([start])]), device)
+        hidden = self.hidden(ids.to(device), sample.aux_hidden_states.to(device), blocks, head.embedding)
         return {
             "mask_token": torch.tensor(mask),
-            "mask_embedding": head.embedding[mask],
-            "draft_logits": functional.linear(self.hidden(ids, aux, blocks, head.embedding)[0], head.lm_head),
+            "mask_embedding": head.embedding[mask].float().cpu(),
+            "draft_logits": logits_of(hidden[0].to(head.lm_head.dtype), head.lm_head).cpu(),
         }

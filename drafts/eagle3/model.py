@@ -26,14 +26,18 @@ from common.errors import UserError
 from contracts.store import StoredSample
 from drafts.attention import KeyValues, Layout, attend, lay_out
 from drafts.batch import Batch
-from drafts.draft import Draft
+from drafts.draft import Draft, as_input
 from drafts.eagle3.config import Eagle3Config, Eagle3Section
 from drafts.eagle3.vocabulary import choose_vocabulary
 from drafts.layers import GatedMLP, RMSNorm
-from drafts.objective import StepLoss, Teacher, fused_cross_entropy, make_teacher
+from drafts.moving import to_device
+from drafts.objective import StepLoss, Teacher, fused_cross_entropy, greedy_tokens, make_teacher
 from drafts.places import anchor_places
 from drafts.rope import Rope, Tables, rotate
-from target.head import TargetHead
+from target.head import TargetHead, logits_of
+
+CHAINS_AT_ONCE = 1024
+"""Chains drafted together in evaluation: memory does not grow with a reply's length."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, both (rows, KV heads, D)."""
@@ -41,23 +45,24 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Chains:
-    """The chains of one batch, and the attention layout of each of their steps.
+    """The chains of one batch, and the attention layout of each of their steps; planned on the CPU.
 
     Shapes: places (N,) rows of the last known tokens in the pack; positions (N,) of step 0, in the document; labels and
-    valid (N, S); context_rope at all T tokens.
+    valid (N, S); slots (M,), flat indices of the valid ones; context_positions (T,).
     """
 
     places: torch.Tensor
     positions: torch.Tensor
     labels: torch.Tensor
     valid: torch.Tensor
-    context_rope: Tables
+    slots: torch.Tensor
+    context_positions: torch.Tensor
     layouts: list[Layout]
 
     @property
     def num_slots(self) -> int:
         """Supervised slots."""
-        return int(self.valid.sum())
+        return len(self.slots)
 
 
 class Attention(nn.Module):
@@ -146,6 +151,7 @@ class Eagle3(Draft):
             self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
             self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+            self._t2d_of_version = (-1, self.t2d)
 
     def layers_to_compile(self) -> list[nn.Module]:
         return [self.midlayer]
@@ -176,7 +182,7 @@ class Eagle3(Draft):
         Raises UserError, with the sample's id, for a document that has none.
         """
         places = []
-        for sample_id, mask in zip(batch.sample_ids, batch.loss_mask.cpu().split(batch.lengths), strict=True):
+        for sample_id, mask in zip(batch.sample_ids, batch.loss_mask.split(batch.lengths), strict=True):
             found = chain_places(mask)
             if not len(found):
                 raise UserError(
@@ -201,25 +207,34 @@ class Eagle3(Draft):
         A chain's labels end with its run of generated tokens: the next tokens are another turn's prompt. Documents need
         no explicit boundary, as each begins with its prompt.
         """
-        device = token_ids.device
+        device = self.fc.weight.device
         firsts = [part - 1 for part in places]
-        layouts = [lay_out(lengths, firsts, step + 1, device, num_queries=1) for step in range(steps)]
+        layouts = [lay_out(lengths, firsts, step + 1, device, (1,)) for step in range(steps)]
         rows = layouts[0].anchor_rows + 1
-        wanted = rows[:, None] + torch.arange(1, steps + 1, device=device)
+        wanted = rows[:, None] + torch.arange(1, steps + 1)
         inside = wanted < len(token_ids)
         wanted = wanted.clamp(max=len(token_ids) - 1)
         valid, labels = loss_mask[wanted] & inside, token_ids[wanted]
         if self.lm_head is not None:  # a token outside the vocabulary ends the chain
-            valid = valid & self.t2d[labels]
-            labels = (self.t2d.long().cumsum(0) - 1)[labels]
+            known = self._known_tokens()
+            valid = valid & known[labels]
+            labels = (known.long().cumsum(0) - 1)[labels]
+        valid = valid.long().cumprod(dim=1).bool()
         return Chains(
             places=rows,
-            positions=torch.cat(firsts).to(device),
+            positions=torch.cat(firsts),
             labels=labels,
-            valid=valid.long().cumprod(dim=1).bool(),
-            context_rope=self.rope.at(torch.cat([torch.arange(length) for length in lengths]).to(device)),
+            valid=valid,
+            slots=valid.view(-1).nonzero()[:, 0],
+            context_positions=torch.cat([torch.arange(length) for length in lengths]),
             layouts=layouts,
         )
+
+    def _known_tokens(self) -> torch.Tensor:
+        """Return `t2d` on the CPU, where steps are planned; copied again only after it has changed."""
+        if self._t2d_of_version[0] != self.t2d._version:
+            self._t2d_of_version = (self.t2d._version, self.t2d.cpu())
+        return self._t2d_of_version[1]
 
     def forward(self, batch: Batch, chains: Chains, head: TargetHead) -> StepLoss:
         """Return the training loss: the cross-entropy of all steps; step i weighs `ttt_step_loss_decay ** i`."""
@@ -234,19 +249,22 @@ class Eagle3(Draft):
         for hidden in self._unroll(batch.token_ids, batch.aux_hidden_states, chains, head.embedding, given):
             outputs.append(hidden)
         normed = self.norm(torch.stack(outputs, dim=1))  # (N, S, H)
-        valid = chains.valid
-        weights = (self.section.ttt_step_loss_decay ** torch.arange(steps, device=valid.device)).expand(valid.shape)[
-            valid
-        ]
+        slots = chains.slots
+        weights = (self.section.ttt_step_loss_decay ** torch.arange(steps, device=slots.device))[slots % steps]
         teacher = None
         if self.section.objective == "distill":
-            before = chains.places[:, None] + torch.arange(steps, device=valid.device)
-            teacher = make_teacher(head, batch.hidden_states, before[valid])
+            rows = chains.places[slots // steps] + slots % steps
+            teacher = make_teacher(head, batch.hidden_states, rows)
             if self.lm_head is not None:
-                teacher = keep_known(teacher, self.t2d)
-        lm_head = head.lm_head if self.lm_head is None else self.lm_head.weight
-        loss_sum, hits, _ = fused_cross_entropy(normed[valid], lm_head, chains.labels[valid], weights.float(), teacher)
-        return StepLoss.of_blocks(loss_sum, hits, valid)
+                teacher = keep_known(teacher, self.known_ids())
+        loss_sum, hits, _ = fused_cross_entropy(
+            normed.flatten(0, 1).index_select(0, slots),
+            head.lm_head if self.lm_head is None else self.lm_head.weight,
+            chains.labels.view(-1)[slots],
+            weights.float(),
+            teacher,
+        )
+        return StepLoss.of_blocks(loss_sum, hits, slots, chains.valid)
 
     def _unroll(
         self,
@@ -259,10 +277,10 @@ class Eagle3(Draft):
         """Yield all chains' outputs `(N, H)` per step; `token_of_step(i)` returns the input tokens (N,)."""
         layer, attention = self.midlayer, self.midlayer.self_attn
         save_memory = self.training and self.gradient_checkpointing
-        features = self.fc(aux_hidden_states)
+        features = self.fc(as_input(aux_hidden_states, self.fc.weight))
         # Position t takes token t+1. The last position of a document has none, and no chain attends to it.
         following = functional.embedding(token_ids.roll(-1), embedding)
-        known = attention.keys(layer.input(following, features), chains.context_rope)
+        known = attention.keys(layer.input(following, features), self.rope.at(chains.context_positions))
         hidden, own = features[chains.places - 1], list[Pair]()
         for step, layout in enumerate(chains.layouts):
             embedded = functional.embedding(token_of_step(step), embedding)
@@ -274,45 +292,63 @@ class Eagle3(Draft):
     @torch.inference_mode()
     def draft(self, sample: StoredSample, head: TargetHead) -> torch.Tensor:
         """Return the greedy tokens after every position that serving can draft from: `(T, K)`, -1 elsewhere."""
-        return self.draft_logits(sample, head)[0]
+        lm_head = head.lm_head if self.lm_head is None else self.lm_head.weight
+        drafted = torch.full((sample.num_tokens, self.config.num_draft_tokens), -1)
+        for places in chain_places(sample.loss_mask).split(CHAINS_AT_ONCE):
+            drafted[places] = self._draft_from(sample, places, head, lambda hidden: greedy_tokens(hidden, lm_head))
+        return drafted
 
     @torch.inference_mode()
-    def draft_logits(self, sample: StoredSample, head: TargetHead) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the result of `draft`, and the logits of each step of its N chains.
+    def draft_logits(
+        self, sample: StoredSample, head: TargetHead, places: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the greedy chains from `places (N,)`, and their logits over the draft's vocabulary.
 
-        Shapes: (T, K), and per step (N, V) over the draft's vocabulary.
+        Shapes: (N, K) and (N, K, V), on the CPU.
         """
-        places = chain_places(sample.loss_mask)
-        num_tokens = self.config.num_draft_tokens
-        drafted, logits = torch.full((sample.num_tokens, num_tokens), -1), list[torch.Tensor]()
-        if not len(places):
-            return drafted, logits
-        device = head.lm_head.device
-        token_ids, aux = sample.input_ids.long().to(device), sample.aux_hidden_states.float().to(device)
         lm_head = head.lm_head if self.lm_head is None else self.lm_head.weight
-        chains = self.lay_out(token_ids, sample.loss_mask.to(device), [sample.num_tokens], [places], num_tokens)
+        steps = list[torch.Tensor]()
+
+        def choose(hidden: torch.Tensor) -> torch.Tensor:
+            steps.append(logits_of(hidden.to(lm_head.dtype), lm_head))
+            return steps[-1].argmax(-1)
+
+        drafted = self._draft_from(sample, places, head, choose)
+        return drafted, torch.stack(steps, dim=1).cpu()
+
+    def _draft_from(
+        self,
+        sample: StoredSample,
+        places: torch.Tensor,
+        head: TargetHead,
+        choose: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Return the tokens `(N, K)` of chains from `places`; `choose` takes a step's token from its states (N, H)."""
+        device, ids, num_tokens = head.lm_head.device, sample.input_ids.long(), self.config.num_draft_tokens
+        chains = to_device(self.lay_out(ids, sample.loss_mask, [sample.num_tokens], [places], num_tokens), device)
+        token_ids, aux = ids.to(device), sample.aux_hidden_states.to(device)
+        drafted = list[torch.Tensor]()
 
         def latest(step: int) -> torch.Tensor:
-            return drafted[places, step - 1].to(device) if step else token_ids[chains.places]
+            return drafted[step - 1] if step else token_ids[chains.places]
 
-        for step, hidden in enumerate(self._unroll(token_ids, aux, chains, head.embedding, latest)):
-            logits.append(functional.linear(self.norm(hidden), lm_head))
-            tokens = logits[-1].argmax(-1)
-            if self.lm_head is not None:
-                tokens = tokens + self.d2t[tokens]
-            drafted[places, step] = tokens.cpu()
-        return drafted, logits
+        for hidden in self._unroll(token_ids, aux, chains, head.embedding, latest):
+            tokens = choose(self.norm(hidden))
+            drafted.append(tokens if self.lm_head is None else tokens + self.d2t[tokens])
+        return torch.stack(drafted, dim=1).cpu()
 
     @torch.inference_mode()
     def taps(self, sample: StoredSample, head: TargetHead, start: int) -> dict[str, torch.Tensor]:
-        places = chain_places(sample.loss_mask)
-        chain = int((places == start).nonzero()[0, 0])
-        logits = torch.stack([step[chain] for step in self.draft_logits(sample, head)[1]])
+        logits = self.draft_logits(sample, head, torch.tensor([start]))[1][0]
         if self.lm_head is None:
             return {"draft_logits": logits}
-        known = torch.arange(len(self.d2t)) + self.d2t
+        known = self.known_ids().cpu()
         logits = logits.new_full((len(logits), head.lm_head.shape[0]), float("-inf")).index_copy(1, known, logits)
         return {"vocabulary": known, "draft_logits": logits}
+
+    def known_ids(self) -> torch.Tensor:
+        """Return the target's ids of the draft's tokens, ascending."""
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
 
 def chain_places(loss_mask: torch.Tensor) -> torch.Tensor:
@@ -322,7 +358,7 @@ def chain_places(loss_mask: torch.Tensor) -> torch.Tensor:
 
 
 def keep_known(teacher: Teacher, known: torch.Tensor) -> Teacher:
-    """Restrict a teacher to the tokens `known (V,)`; its probabilities are renormalized to sum to 1."""
+    """Restrict a teacher to the tokens `known (n,)`; its probabilities are renormalized to sum to 1."""
 
     def restricted(rows: slice) -> torch.Tensor:
         q = teacher(rows)[:, known]

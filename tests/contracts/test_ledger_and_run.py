@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,15 @@ def test_a_run_keeps_recipe_command_and_time(tmp_path: Path) -> None:
     assert read_run(tmp_path, "synth generate")["summary"] == {"done": 3}
     with pytest.raises(UserError, match="found the output of `synth generate`, expected that of `dump run`"):
         read_run(tmp_path, "dump run")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_not_taken_for_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(UserError, match=r"a file system that refuses file locks \(.*Lustre: -o flock"):
+        open_run(tmp_path)

@@ -15,7 +15,7 @@ from conftest import run, run_here
 from common.errors import UserError
 from distributed import submit as module
 from distributed.plan import StagePlan, read_plan
-from distributed.resources import Resources
+from distributed.resources import DEFAULTS, Resources
 from distributed.secrets import VARIABLE, hide, hide_again, reveal
 from distributed.submit import Submitted, submit
 from distributed.tasks import Task
@@ -93,7 +93,7 @@ def test_a_single_task_is_no_array_and_is_waited_for_as_a_job(jobs: list[Job], t
 def submit_pipeline(recipe_path: Path, folder: Path, *more: object) -> None:
     run_here(
         "distributed", "submit", "pipeline", "--recipe", recipe_path, "--input", folder / "prompts.jsonl", "--output",
-        folder, "--shards", 2, *more,
+        folder, "--shards", 2, "--set", "train.global_batch_size=32", *more,
     )  # fmt: skip
 
 
@@ -195,3 +195,27 @@ def test_a_task_runs_with_the_secrets_that_its_words_lack(monkeypatch: pytest.Mo
     del os.environ[VARIABLE]
     with pytest.raises(UserError, match="no value in DRAFTLINE_SECRETS"):
         Task(tuple(words))()
+
+
+def test_more_processes_than_samples_of_a_batch_are_refused_before_anything_is_submitted(
+    recipe_path: Path, tmp_path: Path, given: list[tuple[str, Resources]]
+) -> None:
+    args = ("distributed", "submit", "pipeline", "--recipe", recipe_path, "--input", "p", "--output", tmp_path / "run")
+    result = run_here(*args, "--gpus-per-node", 8, check=False)
+    assert result.returncode == 2
+    assert "train.global_batch_size: found 4 in 1 accumulated batches" in result.stderr
+    assert "each of the 8 processes" in result.stderr
+    assert not given
+    assert not (tmp_path / "run").exists()
+
+
+def test_cores_follow_the_gpus_unless_they_are_given() -> None:
+    assert Resources().sbatch_cores() == {}
+    assert Resources(gpus_per_node=8).sbatch_cores() == {"slurm_cpus_per_gpu": 8}
+    assert Resources(gpus_per_node=8, cpus_per_task=12).sbatch_cores() == {"cpus_per_task": 12}
+    assert Resources(gpus_per_node=8, slurm=["cpus-per-gpu=3"]).sbatch_cores() == {}
+
+
+def test_torchrun_leaves_a_checkpoint_the_time_that_slurms_warning_gives() -> None:
+    plan = StagePlan(stage="train", recipe="r", overrides=[], input="i", output="o", resources=DEFAULTS)
+    assert plan.task(0).env == {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "150"}

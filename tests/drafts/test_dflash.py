@@ -7,12 +7,10 @@ import json
 import pytest
 import torch
 from torch.nn import functional
-from torch.nn.attention.flex_attention import flex_attention
 
 from common.errors import UserError
 from contracts.draft import Yarn
 from contracts.store import StoredSample
-from drafts.attention import KeyValues, attend, attend_flex, lay_out
 from drafts.batch import Batch
 from drafts.dflash.config import DFlashConfig, DFlashSection
 from drafts.dflash.model import DFlash
@@ -189,19 +187,6 @@ def test_values_and_gradients_are_those_of_dense_attention(
         found.append([output.detach(), inputs.grad, *(parameter.grad.clone() for parameter in model.parameters())])
     for ours, reference in zip(*found, strict=True):
         assert (ours - reference).norm() / reference.norm() < 1e-4
-
-
-def test_flex_attention_gives_the_same_as_the_grouped_products() -> None:
-    generator = torch.Generator().manual_seed(0)
-    anchors = [torch.arange(1, 38, 2), torch.tensor([3, 7, 20])]
-    total, blocks = 65, 22
-    layout = lay_out([40, 25], anchors, BLOCK, torch.device("cpu"))
-    for num_queries in (BLOCK, BLOCK - 1):  # the last layer asks nothing for the anchor
-        query = torch.randn(blocks, num_queries, 4, 8, generator=generator)
-        shapes = [(total, 2, 8)] * 2 + [(blocks, BLOCK, 2, 8)] * 2
-        pairs = KeyValues(*(torch.randn(shape, generator=generator) for shape in shapes))
-        expected = attend(query, pairs, layout)
-        torch.testing.assert_close(attend_flex(query, pairs, layout, flex_attention), expected)
 
 
 def test_gradient_checkpointing_changes_no_gradient(model: DFlash) -> None:

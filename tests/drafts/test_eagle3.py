@@ -11,7 +11,7 @@ from contracts.store import StoredSample
 from drafts.batch import Batch
 from drafts.draft import init_weights
 from drafts.eagle3.config import Eagle3Config, Eagle3Section
-from drafts.eagle3.model import Eagle3
+from drafts.eagle3.model import Eagle3, chain_places
 from target.head import TargetHead
 
 VOCABULARY, HIDDEN, STEPS = 40, 16, 3
@@ -113,12 +113,14 @@ def test_drafting_is_the_chain_that_serving_grows_token_by_token(
 ) -> None:
     batch = make_batch([length])
     sample = StoredSample(batch.token_ids, batch.loss_mask, batch.hidden_states, batch.aux_hidden_states, {})
-    drafted, logits = draft.draft_logits(sample, head)
+    drafted = draft.draft(sample, head)
+    chains, logits = draft.draft_logits(sample, head, chain_places(batch.loss_mask))
+    assert torch.equal(chains, drafted[5:-1])
     for place in range(5, length - 1, stride):
         number = place - 5
         expected = serve_chain(draft, batch.token_ids, batch.aux_hidden_states, place, head, None)
         for step in range(STEPS):
-            torch.testing.assert_close(logits[step][number], expected[step], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(logits[number, step], expected[step], rtol=1e-4, atol=1e-4)
         assert drafted[place].tolist() == [int(row.argmax()) for row in expected]
     assert (drafted[:5] == -1).all()
     assert (drafted[-1] == -1).all()

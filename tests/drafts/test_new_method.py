@@ -89,7 +89,7 @@ class Heads(Draft):
         hidden, valid = self.hidden(batch.token_ids, batch.aux_hidden_states, plan.rows, head), plan.valid
         weights = torch.ones(plan.num_slots)
         loss_sum, hits, _ = fused_cross_entropy(hidden[valid], head.lm_head, plan.labels[valid], weights)
-        return StepLoss.of_blocks(loss_sum, hits, valid)
+        return StepLoss.of_blocks(loss_sum, hits, valid.view(-1).nonzero()[:, 0], valid)
 
     def logits(self, sample: StoredSample, head: TargetHead, rows: torch.Tensor) -> torch.Tensor:
         ids, aux = sample.input_ids.long(), sample.aux_hidden_states.float()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from drafts.layers import RMSNorm, gated
 from drafts.objective import (
     chunks,
     dpace_weights,
     fused_cross_entropy,
+    greedy_tokens,
     make_teacher,
     slot_weights,
     teacher_argmax,
@@ -120,3 +124,24 @@ def test_written_out_gradients_are_torchs_own() -> None:
     cos, sin = (1.3 * torch.cat([f(angles)] * 2, -1) for f in (torch.cos, torch.sin))
     plain = x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin
     check((rotate(x, (cos, sin)) * mix).sum(), (plain * mix).sum(), (x,))
+
+
+def test_the_most_likely_tokens_are_found_without_the_logits_of_all_rows() -> None:
+    hidden, lm_head, _, _ = make_rows()
+    states = hidden.detach().unflatten(0, (30, 5))
+    with Allocations() as seen:
+        found = greedy_tokens(states, lm_head.detach())
+    assert torch.equal(found, functional.linear(states, lm_head).argmax(-1))
+    assert seen.largest == max(states.nbytes, 32 * VOCABULARY * 4)  # one chunk's logits
+
+
+class Allocations(TorchDispatchMode):
+    """The size of the largest result of an operation, in bytes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.untyped_storage().nbytes())
+        return result

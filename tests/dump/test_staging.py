@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from dump.staging import LOCK_FILE
+import dump.staging
+from dump.staging import LOCK_FILE, open_staging
+from recipe.dump import DumpSection
 
 NOBODY = 65534
 
@@ -91,3 +94,13 @@ def test_a_folder_of_another_user_is_left_alone() -> None:
         code = f"import dump.staging, os\nos.seteuid({NOBODY})\n{CODE}"
         subprocess.run([sys.executable, "-c", code, folder], stdin=subprocess.DEVNULL, cwd=ROOT, check=True)
         assert [path.name for path in parent.iterdir()] == [foreign.name]
+
+
+def test_local_memory_that_is_too_small_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = tmp_path / "shm"
+    memory.mkdir()
+    monkeypatch.setattr(dump.staging, "LOCAL_MEMORY", memory)
+    free = shutil.disk_usage(memory).free / 2**30
+    for gib, parent in ((free / 2, memory), (2 * free, tmp_path / "store/staging")):
+        with open_staging(DumpSection(staging_gib=gib), tmp_path / "store") as staging:
+            assert staging.folder.parent == parent

@@ -72,15 +72,15 @@ def test_logits_of_an_exported_eagle3_draft_are_the_trainers(
     mask = torch.arange(len(token_ids)) >= PROMPT
     sample = StoredSample(token_ids, mask, torch.zeros(len(token_ids), target.hidden_size), aux, {})
     assert isinstance(draft, Eagle3)
-    _, ours = draft.draft_logits(sample, read_head(target))
+    ours = draft.draft_logits(sample, read_head(target), torch.tensor([PROMPT]))[1][0]
     for step in range(3):  # the chain from the first token of the reply
-        assert ours[step][0].abs().max() > 1
-        tolerance = 1e-4 * float(ours[step][0].abs().max())
+        assert ours[step].abs().max() > 1
+        tolerance = 1e-4 * float(ours[step].abs().max())
         found = served["logits"][step][0]
         if known:
             assert torch.equal(found.isfinite(), draft.t2d)
             found = found[draft.t2d]
-        torch.testing.assert_close(found, ours[step][0], rtol=0, atol=tolerance)
+        torch.testing.assert_close(found, ours[step], rtol=0, atol=tolerance)
 
 
 @pytest.mark.vllm

@@ -1,0 +1,163 @@
+"""Attention over blocks with FlexAttention, for GPUs: block masks that are computed from the anchors, not evaluated.
+
+FlexAttention works on tiles of 128 queries and 128 keys. It skips tiles that no query sees, and applies the mask only
+in tiles where some pairs are excluded. `plan_tiles` finds both kinds on the CPU, from sorted anchors; evaluating the
+mask for all pairs of queries and keys would take longer than the attention.
+
+Keys are the packed context, then the keys of all blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+TILE = 128
+TENSORS = (
+    "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
+    "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices",
+)  # fmt: skip
+"""A BlockMask's tensors, in the order of `FlexLayout.tiles`."""
+
+
+@dataclass(frozen=True)
+class FlexLayout:
+    """What FlexAttention needs of a layout.
+
+    Block a sees the context rows first_rows[a] <= row < anchor_rows[a]. `tiles`: by number of queries of a block, the
+    eight tensors of a BlockMask. Sizes that differ between batches are tensors, so that no batch recompiles the kernel.
+
+    Shapes: first_rows and anchor_rows (A,); num_context ().
+    """
+
+    first_rows: torch.Tensor
+    anchor_rows: torch.Tensor
+    num_context: torch.Tensor
+    block_size: int
+    seq_lengths: dict[int, tuple[int, int]]
+    tiles: dict[int, list[torch.Tensor]]
+    _masks: dict[int, BlockMask] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def mask(self, num_queries: int) -> BlockMask:
+        """Return the mask for the last `num_queries` queries of each block."""
+        if num_queries not in self._masks:
+            sees = self._make_rule(num_queries)
+            tiles: dict[str, Any] = dict(zip(TENSORS, self.tiles[num_queries], strict=True))
+            self._masks[num_queries] = BlockMask(
+                self.seq_lengths[num_queries], **tiles, BLOCK_SIZE=(TILE, TILE), mask_mod=sees
+            )
+        return self._masks[num_queries]
+
+    def _make_rule(self, num_queries: int) -> Callable[..., torch.Tensor]:
+        """Return the rule for one query and one key."""
+        num_context, block_size = self.num_context, self.block_size
+        first_rows, anchor_rows = self.first_rows, self.anchor_rows
+
+        def sees(_b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            block = query // num_queries
+            in_context = (key < num_context) & (key >= first_rows[block]) & (key < anchor_rows[block])
+            return in_context | ((key >= num_context) & ((key - num_context) // block_size == block))
+
+        return sees
+
+
+def plan_flex(
+    first_rows: torch.Tensor, anchor_rows: torch.Tensor, num_context: int, block_size: int, num_queries: Sequence[int]
+) -> FlexLayout:
+    """Plan the tiles of each number of queries in `num_queries`. Shapes: first_rows and anchor_rows (A,)."""
+    num_keys = num_context + len(anchor_rows) * block_size
+    tiles = {
+        number: _to_block_mask(*plan_tiles(first_rows, anchor_rows, num_context, block_size, number))
+        for number in num_queries
+    }
+    seq_lengths = {number: (len(anchor_rows) * number, num_keys) for number in num_queries}
+    return FlexLayout(first_rows, anchor_rows, torch.tensor(num_context), block_size, seq_lengths, tiles)
+
+
+def plan_tiles(
+    first_rows: torch.Tensor, anchor_rows: torch.Tensor, num_context: int, block_size: int, num_queries: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which tiles hold visible pairs and excluded ones, and which hold visible pairs alone.
+
+    A tile may count as the first kind though no pair in it is visible: then the mask excludes them all.
+
+    Shapes: first_rows and anchor_rows (A,) -> both (tiles of A*num_queries, tiles of num_context + A*block_size).
+    """
+    num_blocks = len(anchor_rows)
+    starts = torch.arange(0, num_blocks * num_queries, TILE)
+    ends = (starts + TILE).clamp(max=num_blocks * num_queries)
+    low, high = starts // num_queries, (ends - 1) // num_queries  # the first and last block of each row of tiles
+    left = torch.arange(0, num_context + num_blocks * block_size, TILE)[None]
+    right = left + TILE
+
+    def of_rows(values: torch.Tensor, largest: bool) -> torch.Tensor:
+        parts = [values[a : b + 1] for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+        return torch.stack([part.max() if largest else part.min() for part in parts])[:, None]
+
+    some_context = (left < of_rows(anchor_rows, True)) & (right > of_rows(first_rows, False))
+    whole_context = (left >= of_rows(first_rows, True)) & (right <= of_rows(anchor_rows, False))
+    own_left = num_context + low[:, None] * block_size
+    own_right = num_context + (high[:, None] + 1) * block_size
+    own = (left < own_right) & (right > own_left)
+    return (some_context | own) & ~whole_context, whole_context
+
+
+def _to_block_mask(partial: torch.Tensor, full: torch.Tensor) -> list[torch.Tensor]:
+    """Return counts and indices of partial and full tiles by query, then by key, as BlockMask takes them."""
+    by_query = [part for dense in (partial, full) for part in _to_indices(dense)]
+    by_key = [part for dense in (partial, full) for part in _to_indices(dense.T)]
+    return by_query + by_key
+
+
+def _to_indices(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how many tiles are marked in each row, and the columns, marked ones first: (1, 1, R), (1, 1, R, C)."""
+    columns = dense.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return dense.sum(-1).int()[None, None], columns.int().contiguous()[None, None]
+
+
+def attend_flex(
+    query: torch.Tensor,
+    pairs: tuple[torch.Tensor, ...],
+    layout: FlexLayout,
+    attention: Callable[..., torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Return what `drafts.attention.attend` does. `attention`: the kernel; default: FlexAttention, compiled.
+
+    Shapes: see `attend` and `KeyValues`.
+    """
+    context_key, context_value, block_key, block_value = pairs
+    key = torch.cat([context_key, block_key.flatten(0, 1)]).transpose(0, 1)[None]
+    value = torch.cat([context_value, block_value.flatten(0, 1)]).transpose(0, 1)[None]
+    by_head = query.flatten(0, 1).transpose(0, 1)[None]
+    if query.device.type == "meta":
+        output: torch.Tensor = _Unevaluated.apply(by_head, key, value)
+    else:
+        kernel = attention or _compiled_flex()
+        output = kernel(by_head, key, value, block_mask=layout.mask(query.shape[1]), enable_gqa=True)
+    return output[0].transpose(0, 1).unflatten(0, query.shape[:2])
+
+
+@cache
+def _compiled_flex() -> Callable[..., torch.Tensor]:
+    compiled: Callable[..., torch.Tensor] = torch.compile(flex_attention, dynamic=True)
+    return compiled
+
+
+class _Unevaluated(torch.autograd.Function):
+    """FlexAttention's shapes and saved tensors on torch's meta device, where nothing is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = torch.empty_like(query)
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, sums)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])

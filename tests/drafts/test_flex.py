@@ -1,0 +1,108 @@
+"""Claims about attention on GPUs, shown on a CPU: tiles are those of the mask, results those of the products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+from drafts.attention import KeyValues, attend, lay_out
+from drafts.flex import TILE, attend_flex, plan_flex, plan_tiles
+
+GPU = torch.device("cuda")  # only named: layouts are planned on the CPU
+BLOCK = 8
+CASES = [
+    ([40, 25], [torch.arange(1, 38, 2), torch.tensor([3, 7, 20])]),
+    ([600], [torch.arange(2, 590, 3)]),
+    ([300, 7, 500], [torch.arange(1, 290, 5), torch.tensor([2]), torch.tensor([1, 2, 450, 451, 480])]),
+    ([130], [torch.tensor([128])]),
+]
+
+
+def visible(
+    lengths: list[int], anchors: list[torch.Tensor], block_size: int, num_queries: int
+) -> tuple[torch.Tensor, int]:
+    """Return which keys each query sees, pair by pair, and the number of context rows."""
+    starts = [sum(lengths[:number]) for number in range(len(lengths))]
+    blocks = [(start, start + int(p)) for start, positions in zip(starts, anchors, strict=True) for p in positions]
+    context = sum(lengths)
+    sees = torch.zeros(len(blocks) * num_queries, context + len(blocks) * block_size, dtype=torch.bool)
+    for number, (first, anchor) in enumerate(blocks):
+        rows = slice(number * num_queries, (number + 1) * num_queries)
+        sees[rows, first:anchor] = True
+        sees[rows, context + number * block_size : context + (number + 1) * block_size] = True
+    return sees, context
+
+
+@pytest.mark.parametrize(("lengths", "anchors"), CASES)
+@pytest.mark.parametrize(("block_size", "num_queries"), [(BLOCK, BLOCK), (BLOCK, BLOCK - 1), (3, 1)])
+def test_tiles_hold_what_the_mask_shows_and_are_few(
+    lengths: list[int], anchors: list[torch.Tensor], block_size: int, num_queries: int
+) -> None:
+    sees, context = visible(lengths, anchors, block_size, num_queries)
+    layout = lay_out(lengths, anchors, block_size, GPU, (num_queries,))
+    assert layout.flex is not None
+    assert torch.equal(_rule(layout.flex, num_queries, sees.shape), sees)
+    partial, full = plan_tiles(layout.flex.first_rows, layout.anchor_rows, context, block_size, num_queries)
+    assert not (partial & full).any()
+    for row in range(partial.shape[0]):
+        for column in range(partial.shape[1]):
+            tile = sees[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE]
+            if full[row, column]:
+                assert tile.shape[1] == TILE
+                assert tile.all()
+            elif not partial[row, column]:
+                assert not tile.any()
+    if len(lengths) == 1 and lengths[0] == 600:
+        assert full.any()
+        assert (partial | full).float().mean() < 0.8
+
+
+def _rule(flex: object, num_queries: int, shape: torch.Size) -> torch.Tensor:
+    sees = flex.mask(num_queries).mask_mod  # type: ignore[attr-defined]
+    queries, keys = torch.arange(shape[0])[:, None], torch.arange(shape[1])[None]
+    return sees(torch.tensor(0), torch.tensor(0), queries, keys)
+
+
+@pytest.mark.parametrize(("lengths", "anchors"), CASES)
+def test_flex_attention_gives_the_same_as_the_grouped_products(lengths: list[int], anchors: list[torch.Tensor]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = sum(len(part) for part in anchors)
+    on_cpu = lay_out(lengths, anchors, BLOCK, torch.device("cpu"), (BLOCK, BLOCK - 1))
+    on_gpu = lay_out(lengths, anchors, BLOCK, GPU, (BLOCK, BLOCK - 1))
+    assert on_gpu.flex is not None
+    for num_queries in (BLOCK, BLOCK - 1):  # the last layer has no query for the anchor
+        query = torch.randn(blocks, num_queries, 4, 8, generator=generator)
+        shapes = [(sum(lengths), 2, 8)] * 2 + [(blocks, BLOCK, 2, 8)] * 2
+        pairs = KeyValues(*(torch.randn(shape, generator=generator) for shape in shapes))
+        expected = attend(query, pairs, on_cpu)
+        torch.testing.assert_close(attend_flex(query, pairs, on_gpu.flex, flex_attention), expected)
+
+
+@pytest.mark.long  # half a minute of C++ compilers
+def test_the_compiled_kernel_skips_the_tiles_that_are_not_listed_and_no_others() -> None:
+    compiled = torch.compile(flex_attention, dynamic=False)
+    generator = torch.Generator().manual_seed(0)
+    lengths, anchors = CASES[2]
+    blocks = sum(len(part) for part in anchors)
+    on_cpu, on_gpu = (lay_out(lengths, anchors, BLOCK, device) for device in (torch.device("cpu"), GPU))
+    assert on_gpu.flex is not None
+    query = torch.randn(blocks, BLOCK, 4, 16, generator=generator)
+    shapes = [(sum(lengths), 2, 16)] * 2 + [(blocks, BLOCK, 2, 16)] * 2
+    pairs = KeyValues(*(torch.randn(shape, generator=generator) for shape in shapes))
+    expected = attend(query, pairs, on_cpu)
+    with torch.no_grad():
+        found = attend_flex(query, pairs, on_gpu.flex, compiled)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        counts = on_gpu.flex.tiles[BLOCK][0]
+        counts[..., 1] -= 1  # the last partial tile of the second row of tiles
+        found = attend_flex(query, pairs, on_gpu.flex, compiled)
+        differs = (found - expected).abs().amax((1, 2, 3)) > 1e-3
+        assert differs.any()
+        assert not differs[: TILE // BLOCK].any()
+
+
+def test_a_plan_of_many_chains_takes_no_quadratic_memory() -> None:
+    anchors = torch.arange(0, 8000)
+    flex = plan_flex(torch.zeros(8000, dtype=torch.long), anchors, 8192, 7, (1,))
+    assert sum(tensor.nbytes for tensor in flex.tiles[1]) < 1 << 20
