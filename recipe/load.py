@@ -138,17 +138,20 @@ def _put(values: dict[str, Any], dotted: str, value: Any, where: str) -> None:
 
 
 def _refuse_redacted(path: Path, values: Mapping[str, Any], place: str = "") -> None:
-    """Raise UserError for a value that was redacted when a recipe was written to disk (common/redact.py)."""
+    """Raise UserError for a value that was redacted when a recipe was written to disk (common/redact.py).
+
+    Environment variables may be: the shell can have them (serve/engine.py).
+    """
     for key, value in values.items():
         where = f"{place}{key}"
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and key != "env":
             _refuse_redacted(path, value, f"{where}.")
         elif value == REDACTED:
             raise UserError(
                 f"{path} ({where})",
                 found=REDACTED,
                 expected="a value: a resolved recipe holds no secrets",
-                fix=f"Remove the key (an environment variable is then the shell's), or give --set {where}=VALUE.",
+                fix=f"Remove the key, or give --set {where}=VALUE.",
             )
 
 

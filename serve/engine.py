@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 from common.errors import UserError
+from common.redact import REDACTED
 
 CPU_ENV = {
     "OMP_NUM_THREADS": "1",
@@ -49,4 +50,19 @@ def engine_env(recipe_env: Mapping[str, str], *, on_cpu: bool | None = None) -> 
     """
     on_cpu = is_cpu_engine() if on_cpu is None else on_cpu
     defaults = {**COMMON_ENV, **(CPU_ENV if on_cpu else {})}
-    return {key: os.environ.get(key, value) for key, value in defaults.items()} | dict(recipe_env)
+    env = {key: os.environ.get(key, value) for key, value in defaults.items()}
+    return env | {key: _reveal(key, value) for key, value in recipe_env.items()}
+
+
+def _reveal(key: str, value: str) -> str:
+    """Return a variable's value; that of the shell for one that a resolved recipe does not hold."""
+    if value != REDACTED:
+        return value
+    if key not in os.environ:
+        raise UserError(
+            f"env.{key}",
+            found=f"{REDACTED}: a resolved recipe holds no values of environment variables",
+            expected="a value",
+            fix=f"Set {key} in the shell, or give --set serve.env.{key}=VALUE.",
+        )
+    return os.environ[key]

@@ -11,6 +11,7 @@ from conftest import ROOT, run
 from common.errors import UserError
 from recipe.check import check_recipe
 from recipe.load import load_recipe
+from serve.engine import engine_env
 
 TINY = ROOT / "recipes/Tiny-DFlash/recipe.yaml"
 
@@ -125,13 +126,20 @@ def test_a_wrong_recipe_costs_one_line_and_exit_code_2(args: list[str], telling:
     assert "Traceback" not in result.stderr
 
 
-def test_a_resolved_recipe_whose_secrets_were_removed_is_refused_until_they_are_given(tmp_path: Path) -> None:
-    secret = "serve.env.HF_TOKEN=hf_abc"
+def test_a_resolved_recipe_whose_secrets_were_removed_needs_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "resolved.yaml"
-    path.write_text(load_recipe(TINY, [secret]).to_yaml())
-    with pytest.raises(UserError, match=r"\(serve.env.HF_TOKEN\): found <redacted>.*--set serve.env.HF_TOKEN"):
+    path.write_text(load_recipe(TINY, ["serve.env.HF_TOKEN=hf_abc"]).to_yaml())
+    recipe = load_recipe(path)
+    with pytest.raises(UserError, match=r"env.HF_TOKEN: found <redacted>.*--set serve.env.HF_TOKEN"):
+        engine_env(recipe.serve.env)
+    assert engine_env(load_recipe(path, ["serve.env.HF_TOKEN=x"]).serve.env)["HF_TOKEN"] == "x"
+    monkeypatch.setenv("HF_TOKEN", "hf_shell")
+    assert engine_env(recipe.serve.env)["HF_TOKEN"] == "hf_shell"
+    path.write_text(load_recipe(TINY, ["serve.args.api-key=k"]).to_yaml())
+    with pytest.raises(UserError, match=r"\(serve.args.api-key\): found <redacted>"):
         load_recipe(path)
-    assert load_recipe(path, [secret]) == load_recipe(TINY, [secret])
 
 
 def test_old_keys_of_eagle3_are_named_as_eagle3_has_them_and_a_whole_old_section_is_refused(tmp_path: Path) -> None:
