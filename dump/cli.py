@@ -92,12 +92,19 @@ def verify(
         bool, typer.Option("--once", help="Skip a store that was proven before and has not changed.")
     ] = False,
     reference: Annotated[int, typer.Option(help="Samples whose layers are compared with transformers.")] = 8,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Check only so many samples, drawn with --seed.", show_default="all")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    shard: ShardOption = None,
     set_: OverridesOption = None,
 ) -> None:
     """Prove the store: checksums, tokens, masks, states that predict the tokens, transformers' layers."""
+    from dump.verify import Part
     from dump.verify import verify as verify_store
 
-    verify_store(load_checked(recipe, set_), store, once=once, num_reference=reference)
+    part = Part(samples, seed, parse_shard(shard))
+    verify_store(load_checked(recipe, set_), store, once=once, num_reference=reference, part=part)
 
 
 @app.command(epilog="Example: dump inspect runs/store 3f9c --html sample.html")

@@ -104,7 +104,7 @@ def refuse_full_disk(folder: Path, num_bytes: int) -> None:
         raise UserError(
             folder,
             found=f"{free / 1e9:.2f} GB free",
-            expected=f"{num_bytes / 1e9:.2f} GB that this dump will write (`dump plan`)",
+            expected=f"{num_bytes / 1e9:.2f} GB that this dump and its unfinished shards will write (`dump plan`)",
             fix="Make room, choose another --output, set dump.dtype to fp8_e4m3, or pass --force.",
         )
 

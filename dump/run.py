@@ -24,7 +24,7 @@ from dump.ledger import DumpLedger
 from dump.plan import Plan, make_plan, refuse_full_disk
 from dump.rendered import TemplateMasks
 from dump.samples import Filter, Row, read_rows
-from dump.shards import ids_elsewhere, join_shards
+from dump.shards import count_open, ids_elsewhere, join_shards
 from recipe.mask import mask_token_of
 from recipe.recipe import Recipe
 from serve.engine import engine_name
@@ -78,7 +78,8 @@ def dump(
         if ledger.num_finished:
             print(f"dump: {ledger.num_finished} of {plan.rows} samples are there already, going on")
         if not force:
-            refuse_full_disk(output, plan.bytes)
+            # Shards are of about the same size, and others may be filling the same disk.
+            refuse_full_disk(output, plan.bytes * (count_open(store, shard[1]) if shard else 1))
         masks = TemplateMasks(recipe.target, target)
         rows = _take_rows(Filter.of(recipe, target), ledger, read_rows(folders, masks, shard), elsewhere)
         ledger.max_failed = recipe.dump.max_reject_fraction * plan.rows

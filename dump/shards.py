@@ -63,6 +63,11 @@ def join_shards(store: Store, count: int, recipe: Recipe) -> dict[str, Any]:
         return dict(run.state["summary"])
 
 
+def count_open(store: Store, count: int) -> int:
+    """Return how many of a store's shards are not finished."""
+    return sum(not _read_state(store.shard_folder(number, count)).get("complete") for number in range(count))
+
+
 def _join_entries(ledgers: list[Path]) -> list[dict[str, Any]]:
     """Return each sample's last entry, sorted by id; a failure never replaces another status."""
     latest: dict[str, dict[str, Any]] = {}

@@ -13,6 +13,7 @@ entropy (see `sampled_deviations`).
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from contracts.conversation import CONVERSATIONS_FILE, Sample, hash_conversation
 from contracts.ledger import Ledger
 from contracts.run import read_run
 from contracts.store import Manifest, Store, StoredSample, open_store
+from drafts.moving import to_device
 from dump.diagnose import find_plain_defect, name_defect
 from dump.predictions import logit_gaps, sampled_deviations, sampling_of
 from dump.reference import compare_layers, fits_memory
@@ -66,13 +68,36 @@ class Counts:
         covered["supervised"] += int(sample.loss_mask.sum())
 
 
-def verify(recipe: Recipe, folder: Path, *, once: bool = False, num_reference: int = 8) -> dict[str, Any]:
-    """Check every sample, and the layers of `num_reference` of them; return the counts.
+@dataclass(frozen=True)
+class Part:
+    """Which samples to check: all, or `num_samples` drawn with `seed`; of these, every n-th from the i-th on."""
 
-    `once` accepts an earlier proof of the same ledger and does not notice damage since then. Raises UserError for a
-    broken file, IncompleteError with the defect and the first sample that has it.
+    num_samples: int | None = None
+    seed: int = 0
+    shard: tuple[int, int] | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.num_samples is None and self.shard is None
+
+    def choose(self, ids: list[str]) -> list[str]:
+        """Return the part's ids, ascending."""
+        if self.num_samples is not None:
+            ids = sorted(random.Random(self.seed).sample(ids, min(self.num_samples, len(ids))))
+        first, step = self.shard or (0, 1)
+        return ids[first::step]
+
+
+def verify(
+    recipe: Recipe, folder: Path, *, once: bool = False, num_reference: int = 8, part: Part | None = None
+) -> dict[str, Any]:
+    """Check the samples of a part of the store, and the layers of `num_reference` of them; return the counts.
+
+    `once` accepts an earlier proof of the same ledger and does not notice damage since then. Only the proof of a whole
+    store is kept for it. Raises UserError for a broken file, IncompleteError with the defect and the first sample that
+    has it.
     """
-    target = Target.here(recipe.target)
+    target, part = Target.here(recipe.target), part or Part()
     store, manifest = open_store(folder, target)
     checksum, report_path = store.checksum, folder / "verified.json"
     if once and report_path.exists() and read_json(report_path, "a proof")["ledger"] == checksum:
@@ -81,29 +106,32 @@ def verify(recipe: Recipe, folder: Path, *, once: bool = False, num_reference: i
     _check_manifest(store, manifest, target)
     ledger = Ledger(store.ledger_path)
     done = sorted(ledger.ids("done"))
-    sources = _find_sources(manifest)
-    walk = ((id_, None) for id_ in done) if sources is None else _walk(store, recipe, target, sources, ledger)
-    head, counts = read_head(target), Counts()
-    for sample_id, source in track(walk, "verify", "sample", len(done)):
+    chosen = part.choose(done)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    head, counts = read_head(target).to(device, torch.float32), Counts()
+    for sample_id, source in track(_walk(store, recipe, target, manifest, chosen), "verify", "sample", len(chosen)):
         store.check_file(sample_id, ledger.entries[sample_id])
         sample = store.read_sample(sample_id)
         if source is not None:
             _check_tokens(store, sample_id, sample, source)
             counts.compared += 1
-        _check_states(store, manifest, sample_id, sample, head, counts)
+        _check_states(store, manifest, sample_id, to_device(sample, device), head, counts)
         counts.add(sample)
-    if counts.files != len(done):
+    if counts.files != len(chosen):
         raise IncompleteError(
-            f"{store.ledger_path}: found {len(done)} samples, expected the {counts.files} that the conversations have. "
-            "Dump again."
+            f"{store.ledger_path}: found {len(chosen)} samples, expected the {counts.files} that the conversations "
+            "have. Dump again."
         )
-    if num_reference and done and fits_memory(target):
-        chosen = done[:: max(1, len(done) // num_reference)][:num_reference]
-        compare_layers(recipe, target, store, manifest, chosen)
-        counts.reference = len(chosen)
+    if num_reference and chosen and fits_memory(target):
+        reference = chosen[:: max(1, len(chosen) // num_reference)][:num_reference]
+        compare_layers(recipe, target, store, manifest, reference)
+        counts.reference = len(reference)
     report = {"ledger": checksum, "samples": counts.greedy, **_to_report(counts)}
     _print_counts(counts, manifest)
-    _write_report(report_path, report)
+    if part.is_whole:
+        _write_report(report_path, report)
+    else:
+        print(f"verify: {len(chosen)} of {len(done)} samples were checked")
     return report
 
 
@@ -141,12 +169,16 @@ def _find_sources(manifest: Manifest) -> Path | None:
 
 
 def _walk(
-    store: Store, recipe: Recipe, target: Target, conversations: Path, ledger: Ledger
+    store: Store, recipe: Recipe, target: Target, manifest: Manifest, chosen: list[str]
 ) -> Iterator[tuple[str, Sample | None]]:
-    """Yield every stored sample with its source: generated tokens and spans, cut where the dump cut them."""
-    max_tokens = read_run(store.folder, "dump run")["settings"]["max_tokens"]
+    """Yield the chosen samples with their sources, cut where the dump cut them; None where the sources are gone."""
+    conversations = _find_sources(manifest)
+    if conversations is None:
+        yield from ((sample_id, None) for sample_id in chosen)
+        return
+    max_tokens, wanted = read_run(store.folder, "dump run")["settings"]["max_tokens"], set(chosen)
     for row in read_rows([conversations], TemplateMasks(recipe.target, target)):
-        if ledger.entries.get(row.sample_id, {}).get("status") == "done":
+        if row.sample_id in wanted:
             yield row.sample_id, cut_sample(row.sample, max_tokens)
 
 

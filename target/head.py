@@ -35,9 +35,9 @@ class TargetHead:
     scale: float = 1.0
     softcap: float | None = None
 
-    def to(self, device: torch.device) -> TargetHead:
-        """Return the head on a device: in bf16 on GPUs, in fp32 on CPUs. The norm stays in fp32."""
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TargetHead:
+        """Return the head on a device, by default in fp32 on CPUs and in bf16 elsewhere. The norm stays in fp32."""
+        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         lm_head = self.lm_head.to(device, dtype)
         embedding = lm_head if self.embedding is self.lm_head else self.embedding.to(device, dtype)
         bias = None if self.norm_bias is None else self.norm_bias.to(device)

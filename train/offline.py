@@ -202,22 +202,22 @@ def _is_due(section: TrainSection, step: int, last: bool) -> bool:
 
 
 def held_out_length(training: Training) -> float:
-    """Predict the acceptance length on the held-out conversations; every process walks all of them."""
-    draft = training.draft
+    """Return the predicted acceptance length on the held-out conversations; processes share them out."""
+    draft, processes = training.draft, training.processes
     sharded = training.model if isinstance(training.model, FSDPModule) else None
     if sharded is not None:
         sharded.unshard()  # only the wrapped forward does it by itself, and drafting does not call that
     draft.eval()
-    parts = []
-    for sample_id in training.samples.held_out:
-        sample = training.samples.read(sample_id)
-        with training.processes.autocast():
-            replies = walk(sample, draft.draft(sample, training.head))
-        parts.append(Acceptance.from_steps([a for reply in replies for a in reply], draft.config.num_draft_tokens))
+    steps: list[int] = []
+    with processes.autocast():
+        for sample_id in training.samples.held_out[processes.rank :: processes.world]:
+            sample = training.samples.read(sample_id)
+            steps += (a for reply in walk(sample, draft.draft(sample, training.head)) for a in reply)
     draft.train()
     if sharded is not None:
         sharded.reshard()
-    return Acceptance.pool(parts).acceptance_length
+    histogram = processes.sum(torch.tensor(Acceptance.from_steps(steps, draft.config.num_draft_tokens).histogram))
+    return Acceptance(tuple(histogram.tolist())).acceptance_length
 
 
 @contextmanager

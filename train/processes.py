@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -106,9 +106,12 @@ class Processes:
         return model
 
     def read_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the full states of both on the CPU; every process must call it."""
+        """Return the whole states of both on the CPU, by names of parameters; every process must call it.
+
+        They have the same form for every number of processes, so that a run can go on with another one.
+        """
         if self.world == 1:
-            return model.state_dict(), optimizer.state_dict()
+            return model.state_dict(), _rename(optimizer.state_dict(), dict(enumerate(_names(model))))
         return (
             get_model_state_dict(model, options=WHOLE),
             get_optimizer_state_dict(model, optimizer, options=WHOLE),
@@ -117,13 +120,24 @@ class Processes:
     def load_state(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
     ) -> None:
-        """Load full states, as `read_state` returns them; every process must call it."""
+        """Load states from `read_state`."""
         if self.world == 1:
             model.load_state_dict(weights)
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(_rename(state, {name: number for number, name in enumerate(_names(model))}))
             return
         set_model_state_dict(model, weights, options=WHOLE)
         set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
+
+
+def _names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters in the optimizer's order."""
+    return [name for name, _ in model.named_parameters()]
+
+
+def _rename(state: dict[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return an optimizer's state with other names of its parameters."""
+    groups = [{**group, "params": [names[key] for key in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[key]: value for key, value in state["state"].items()}, "param_groups": groups}
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from written import write_conversations
 from contracts.store import Store, StoredSample
 from dump.diagnose import name_defect
 from dump.predictions import logit_gaps, sampled_deviations, sampling_of
+from dump.verify import Part
 from target.head import TargetHead, read_head
 from target.sampling import Context, kept_by, probabilities_of
 from target.target import Target
@@ -261,3 +262,24 @@ def test_top_k_and_top_p_keep_what_a_sampler_would_draw_from() -> None:
     assert kept_by(q, 0.81, None).tolist() == [[True, True, True, False]]
     assert kept_by(q, None, 3).tolist() == [[True, True, True, False]]
     assert kept_by(q, 0.6, 2).tolist() == [[True, False, False, False]]
+
+
+def test_a_drawn_part_is_checked_in_shards_and_is_no_proof_of_the_whole(
+    recipe_path: Path, good: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(good, folder)
+    (folder / "verified.json").unlink(missing_ok=True)
+    args = ("dump", "verify", "-r", recipe_path, "--store", folder, "--reference", 0)
+    assert "12 of 60 samples were checked" in run_here(*args, "--samples", 12, "--seed", 3).stdout
+    assert not (folder / "verified.json").exists()
+    ids = Store(folder).sample_ids()
+    drawn = Part(12, 3).choose(ids)
+    assert drawn == sorted(set(drawn)) != Part(12, 4).choose(ids)
+    shards = [Part(12, 3, (number, 5)).choose(ids) for number in range(5)]
+    assert sorted(id_ for part in shards for id_ in part) == drawn
+    path = Store(folder).sample_path(drawn[5])
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    for number in range(5):
+        result = run_here(*args, "--samples", 12, "--seed", 3, "--shard", f"{number}/5", check=False)
+        assert (result.returncode == 2) == (drawn[5] in shards[number]), result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -140,18 +141,49 @@ def test_two_processes_follow_the_loss_of_one(
 ) -> None:
     store = write_store(tmp_path / "store", Target.read(target_folder))
     args = ["offline", "--recipe", recipe_path, "--store", store, "--set", "train.num_steps=50"]
-    sets = ("num_threads=1", f"parallel={parallel}", "global_batch_size=8", "gradient_accumulation_steps=2")
+    sets = (
+        "num_threads=1", f"parallel={parallel}", "global_batch_size=8", "gradient_accumulation_steps=2",
+        "held_out_fraction=0.3", "evaluate_every=25",
+    )  # fmt: skip
     args += [word for one in sets for word in ("--set", f"train.{one}")]
     run("train", *args, "--output", tmp_path / "one")
     torchrun = ["torchrun", "--standalone", "--nproc-per-node=2", "--module", "train.cli"]
     run(*torchrun, *args, "--output", tmp_path / "two")
     one, two = (learned(DraftRun(tmp_path / name)) for name in ("one", "two"))
-    assert [line["step"] for line in two] == [10, 20, 30, 40, 50]
+    assert [line["step"] for line in two if "loss" in line] == [10, 20, 30, 40, 50]
+    assert [line["step"] for line in two if "held_out_acceptance" in line] == [25, 50]
     for a, b in zip(one, two, strict=True):
-        assert abs(a["loss"] - b["loss"]) / a["loss"] < 1e-4, (a, b)  # type: ignore[operator]
-        assert a["accuracy"] == b["accuracy"]
+        if "loss" in a:
+            assert abs(a["loss"] - b["loss"]) / a["loss"] < 1e-4, (a, b)  # type: ignore[operator]
+            assert a["accuracy"] == b["accuracy"]
+        else:  # the processes share out the conversations
+            assert a["held_out_acceptance"] == pytest.approx(b["held_out_acceptance"], abs=0.02)
     weights = [load_file(DraftRun(tmp_path / name).chosen_weights()) for name in ("one", "two")]
     assert weights[0].keys() == weights[1].keys()
+
+
+@pytest.mark.timeout(600)
+def test_a_run_goes_on_with_another_number_of_processes(recipe_path: Path, target_folder: Path, tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", Target.read(target_folder))
+    sets = (
+        "num_steps=30", "checkpoint_every=10", "keep_checkpoints=9", "num_threads=1", "parallel=fsdp2",
+        "global_batch_size=8",
+    )  # fmt: skip
+    args = ["offline", "--recipe", recipe_path, "--store", store, *(w for s in sets for w in ("--set", f"train.{s}"))]
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node=2", "--module", "train.cli"]
+    run("train", *args, "--output", tmp_path / "one")
+    folder = tmp_path / "turns"
+    for step, command_ in ((10, ["train"]), (20, torchrun), (30, ["train"])):
+        run(*command_, *args, "--output", folder)
+        for later in [later for later in DraftRun(folder).steps() if later > step]:
+            shutil.rmtree(DraftRun(folder).step_folder(later))  # as if it had been killed here
+        state = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps({**state, "complete": step == 30}))
+        assert DraftRun(folder).steps()[-1] == step
+    one, turns = (learned(DraftRun(path)) for path in (tmp_path / "one", folder))
+    assert [line["step"] for line in turns] == [10, 20, 30]
+    for a, b in zip(one, turns, strict=True):
+        assert abs(a["loss"] - b["loss"]) / a["loss"] < 1e-4, (a, b)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
