@@ -1,6 +1,7 @@
 # make demo       the whole pipeline on this machine, no GPU needed (about 12 minutes on 2 cores, then cached)
 # make test       the tests that this machine can run (at most 20 minutes on 2 cores)
 # make test-long  the tests that take many minutes each, marked `long`
+# make gpu-check  check and measure training on this machine's GPU, with the torch of PYTHON
 # make check      format, lint, types, declared imports, dead code
 # make clean      delete the demo's run; `make distclean` deletes the environment, too
 
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test test-long check format clean distclean
+.PHONY: demo test test-long gpu-check check format clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -21,6 +22,10 @@ test: $(VENV)/installed
 # One after the other: some of them keep all cores busy on purpose.
 test-long: $(VENV)/installed
 	$(BIN)/python -m pytest -m long --timeout 1500 --durations 0
+
+# Not in the environment above, which has the CPU build of torch.
+gpu-check:
+	$(PYTHON) benchmarks/gpu/check.py --output runs/gpu-check
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,18 @@ class Log:
 
     def __enter__(self) -> Log:
         if self._processes.is_first:
-            from torch.utils.tensorboard import SummaryWriter
-
             self._progress = Progress(self._section.num_steps, "train", "step", self._first_step)
             self._progress.__enter__()
             self._metrics = self._run.metrics_path.open("a")
-            self._board = SummaryWriter(str(self._run.folder / "tensorboard"), purge_step=self._first_step)
+            self._board = _open_board(self._run.folder / "tensorboard", self._first_step)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._processes.is_first:
             self._progress.__exit__()
             self._metrics.close()
-            self._board.close()
+            if self._board is not None:
+                self._board.close()
 
     def start(self, part: str) -> None:
         """Count the time from here on for `part` of the step."""
@@ -66,7 +66,7 @@ class Log:
             line = {"step": step + 1, "held_out_acceptance": round(length, 4)}
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
-            self._board.add_scalar("held_out_acceptance", length, step + 1)
+            self._show("held_out_acceptance", length, step)
 
     def write(self, step: int, counts: torch.Tensor, num_slots: float, norm: torch.Tensor) -> float:
         """Write a line of metrics from `StepLoss.counts()` summed over the step; return the loss."""
@@ -90,19 +90,33 @@ class Log:
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
         for name in ("loss", "grad_norm", "learning_rate", "blocks_accepted", "tokens_per_s"):
-            self._board.add_scalar(name, line[name], step + 1)
+            self._show(name, line[name], step)
         for place, value in enumerate(line["accuracy"], start=1):
-            self._board.add_scalar(f"accuracy/{place}", value, step + 1)
+            self._show(f"accuracy/{place}", value, step)
         self._progress.set_note(f"loss {loss:.3f}, accepted {line['blocks_accepted']:.2f}")
         self._tokens = self._steps = 0
         return loss
 
+    def _show(self, name: str, value: float, step: int) -> None:
+        if self._board is not None:
+            self._board.add_scalar(name, value, step + 1)
+
     def draw(self, *, at_once: bool) -> None:
         """Draw the curves if `at_once`, or if the last picture is older than a minute."""
         now = time.perf_counter()
-        if self._processes.is_first and (at_once or now - self._drawn > DRAW_EVERY_S):
+        if self._processes.is_first and find_spec("matplotlib") and (at_once or now - self._drawn > DRAW_EVERY_S):
             draw_curves(self._run.metrics_path, self._run.folder / "curves.png")
             self._drawn = now
+
+
+def _open_board(folder: Path, first_step: int) -> Any:
+    """Return TensorBoard's writer, or None where it is not installed: metrics.jsonl has the same figures."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("train: tensorboard is not installed; metrics.jsonl has all figures")
+        return None
+    return SummaryWriter(str(folder), purge_step=first_step)
 
 
 class Clock:
