@@ -17,9 +17,12 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "fp8_e4m3": 8e-2}
 
 
 def fits_memory(target: Target) -> bool:
-    """Return whether the target's weights fit into half of the free memory."""
+    """Return whether the target's weights take less than half of the free memory that transformers would load into."""
     size = sum(file.stat().st_size for file in Path(target.path).glob("*.safetensors"))
-    return size < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if torch.cuda.is_available():
+        free = min(free, torch.cuda.mem_get_info()[0])
+    return size < free / 2
 
 
 def compare_layers(recipe: Recipe, target: Target, store: Store, manifest: Manifest, sample_ids: list[str]) -> None:

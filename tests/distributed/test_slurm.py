@@ -82,6 +82,14 @@ def queue(environment: dict[str, str], states: str = "PENDING,RUNNING,COMPLETING
     return say(environment, "squeue", "-h", "-r", "-t", states, "-o", "%i").split()
 
 
+def all_ended(environment: dict[str, str]) -> bool:
+    """Whether the queue is empty, and stays so: a job that is queued again leaves it for a moment."""
+    if queue(environment):
+        return False
+    time.sleep(3)
+    return not queue(environment)
+
+
 def start_again_now(environment: dict[str, str], job: str) -> None:
     """SLURM lets a job that is queued again wait for two minutes; not here."""
     wait_until(lambda: "BeginTime" in say(environment, "squeue", "-h", "-r", "-j", job, "-o", "%r"), 60)
@@ -149,7 +157,7 @@ def test_arrays_of_workers_write_and_dump_what_one_process_does(
     # As SLURM does before the end of a task's time; scancel would wait for the task that it sees queued again.
     os.kill(min(processes_of("SLURM_ARRAY_TASK_ID=0", "slurm_script", str(tmp_path))), signal.SIGUSR2)
     start_again_now(slurm, f"{job}_0")
-    wait_until(lambda: not queue(slurm))
+    wait_until(lambda: all_ended(slurm))
     assert "worker: the time is nearly over; queued again" in (tmp_path / "log-0").read_text()
     logs = {path.name: path.read_text()[-2000:] for path in tmp_path.glob("*-[0-3]")}
     assert "joined 4 shards" in "".join(logs.values()), logs
@@ -183,7 +191,7 @@ def test_a_pipeline_survives_a_cancelled_task_a_killed_server_and_a_requeue_and_
     wait_until(lambda: processes_of("SHARD=2/4", "serve.vllm_main"))
     say(slurm, "scontrol", "requeue", f"{job}_2")
     start_again_now(slurm, f"{job}_2")
-    wait_until(lambda: not queue(slurm))  # what waited for the two that failed is gone, too
+    wait_until(lambda: all_ended(slurm))  # what waited for the two that failed is gone, too
     states = say(slurm, *command("distributed", "status", folder))
     sizes = Counter(int(record.id, 16) % 4 for record in read_conversations(tiny / "synth"))
     lost = sizes[0] + sizes[1]
@@ -197,7 +205,7 @@ def test_a_pipeline_survives_a_cancelled_task_a_killed_server_and_a_requeue_and_
     job = re.findall(r"synth: job (\d+)", printed)[0]
     assert "TimeLimit=00:30:00" in say(slurm, "scontrol", "show", "job", job)  # as submitted
     assert "dump: 2 of 4 tasks to do" in printed
-    wait_until(lambda: not queue(slurm))
+    wait_until(lambda: all_ended(slurm))
     states = say(slurm, *command("distributed", "status", folder))
     for line in (
         f"synth: 4 done; {NUM_ROWS} rows; 0 of {NUM_ROWS} rows remain",
@@ -245,9 +253,10 @@ def test_two_agents_of_torchrun_resume_after_a_kill_with_the_same_losses(
     wait_until(lambda: max(int(path.name[5:]) for path in output.glob("step-*")) >= 10 * steps, 120)
     say(slurm, "scancel", "--signal=USR2", job)  # as before the end of its time: saved, and queued again by itself
     start_again_now(slurm, job)
-    wait_until(lambda: not queue(slurm))
+    wait_until(lambda: all_ended(slurm))
     assert "this job is preempted" in logs_of(output)
-    assert json.loads((output / "run.json").read_text())["complete"], logs_of(output)
+    about = say(slurm, "scontrol", "show", "job", job)
+    assert json.loads((output / "run.json").read_text())["complete"], about + logs_of(output)
     folders = (tmp_path / "alone", output)
     losses = [[line["loss"] for line in read_lines(folder / "metrics.jsonl")] for folder in folders]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
