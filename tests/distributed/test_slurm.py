@@ -253,10 +253,11 @@ def test_two_agents_of_torchrun_resume_after_a_kill_with_the_same_losses(
     wait_until(lambda: max(int(path.name[5:]) for path in output.glob("step-*")) >= 10 * steps, 120)
     say(slurm, "scancel", "--signal=USR2", job)  # as before the end of its time: saved, and queued again by itself
     start_again_now(slurm, job)
-    wait_until(lambda: all_ended(slurm))
-    assert "this job is preempted" in logs_of(output)
+    wait_until(lambda: json.loads((output / "run.json").read_text())["complete"] or all_ended(slurm))
     about = say(slurm, "scontrol", "show", "job", job)
     assert json.loads((output / "run.json").read_text())["complete"], about + logs_of(output)
+    wait_until(lambda: all_ended(slurm))
+    assert "this job is preempted" in logs_of(output)
     folders = (tmp_path / "alone", output)
     losses = [[line["loss"] for line in read_lines(folder / "metrics.jsonl")] for folder in folders]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
