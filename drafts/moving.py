@@ -10,6 +10,11 @@ import torch
 Value = TypeVar("Value")
 
 
+def find_device() -> torch.device:
+    """Return the device of a single process: its first GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def to_device(value: Value, device: torch.device) -> Value:
     """Return `value` with its tensors on `device`; everything else stays as it is. Copies do not block the host."""
     moved: Value = _move(value, device)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from common.errors import UserError
 from common.vml import settle_vector_functions
+from drafts.moving import find_device
 from dump.capture import Staged, Staging
 from recipe.recipe import Recipe
 from target.target import Target
@@ -30,7 +31,7 @@ class Transformers:
         """Load the target. Raises UserError if its decoder layers cannot be found."""
         name = str({**recipe.serve.args, **recipe.dump.args}.get("dtype", "auto"))
         dtype = name if name == "auto" else getattr(torch, name)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = find_device()
         self._model = load_model(target, dtype).to(device).eval()
         self._device = device
         layers, norm = find_layers(self._model, target)

@@ -29,7 +29,7 @@ from contracts.conversation import CONVERSATIONS_FILE, Sample, hash_conversation
 from contracts.ledger import Ledger
 from contracts.run import read_run
 from contracts.store import Manifest, Store, StoredSample, open_store
-from drafts.moving import to_device
+from drafts.moving import find_device, to_device
 from dump.diagnose import find_plain_defect, name_defect
 from dump.predictions import logit_gaps, sampled_deviations, sampling_of
 from dump.reference import compare_layers, fits_memory
@@ -107,7 +107,7 @@ def verify(
     ledger = Ledger(store.ledger_path)
     done = sorted(ledger.ids("done"))
     chosen = part.choose(done)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     head, counts = read_head(target).to(device, torch.float32), Counts()
     for sample_id, source in track(_walk(store, recipe, target, manifest, chosen), "verify", "sample", len(chosen)):
         store.check_file(sample_id, ledger.entries[sample_id])

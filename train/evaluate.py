@@ -32,6 +32,7 @@ from contracts.draft import DraftConfig, DraftRun
 from contracts.run import read_run
 from contracts.store import Manifest, StoredSample
 from drafts.draft import Draft
+from drafts.moving import find_device
 from drafts.places import spans_of
 from drafts.published import read_config
 from recipe.recipe import Recipe
@@ -88,7 +89,7 @@ def evaluate(
     sample_ids = store.sample_ids()[:num_samples]
     if not sample_ids:
         raise UserError(store_folder, found="no sample", expected="held-out samples", fix="Give a store that has some.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     processes = Processes(0, 1, device)
     with processes.autocast():
         draft, head = load_served(run, recipe).to(device), read_head(target).to(device)

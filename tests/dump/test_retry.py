@@ -197,3 +197,15 @@ def test_a_stop_while_samples_wait_for_their_writers_fails_none_of_them(
     assert failed(tmp_path) == 0
     dump(recipe, rows, tmp_path)
     check_whole(Store(tmp_path), recipe_path)
+
+
+def test_the_disk_must_hold_the_shards_that_are_not_finished(
+    recipe: Recipe, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[int]()
+    monkeypatch.setattr("dump.run.refuse_full_disk", lambda folder, num_bytes: asked.append(num_bytes))
+    for number in range(3):
+        dump(recipe, rows, tmp_path, shard=(number, 3))
+    sizes = [json.loads((tmp_path / f"shards/{n:05d}-of-00003/run.json").read_text())["summary"] for n in range(3)]
+    for number, planned in enumerate(asked):
+        assert planned >= (3 - number) * sizes[number]["bytes"]

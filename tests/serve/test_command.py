@@ -73,3 +73,10 @@ def test_the_printed_command_survives_a_shell(recipe_path: Path) -> None:
     words = shlex.split(printed)
     assert words[words.index("--port") + 1] == "8001"
     assert words[words.index("--hf-overrides") + 1] == '{"a b": 1}'
+
+
+@pytest.mark.parametrize("flag", ["tool-call-parser", "reasoning-parser"])
+def test_sglang_is_refused_parsers_for_synthesis_too(recipe_path: Path, target_folder: Path, flag: str) -> None:
+    recipe = load_recipe(recipe_path, ["serve.backend=sglang", f"serve.sglang_args={{{flag}: x}}"])
+    with pytest.raises(UserError, match=f"{flag}: found x, expected none for synth"):
+        build_command(recipe, Target.read(target_folder), port=1, serving=Serving(purpose="synth"))
