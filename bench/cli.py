@@ -124,11 +124,18 @@ def gate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the draft and the figures.")],
     samples: Annotated[int, typer.Option(min=1, help="Number of samples of the store to overfit.")] = 100,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 400,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that train under torchrun, one for each GPU.")] = 1,
 ) -> None:
     """Check a recipe before a long run: overfit a few samples, serve the draft, compare predicted with served."""
+    from bench.gate import Gate
     from bench.gate import gate as open_gate
+    from contracts.store import open_store
+    from target.target import Target
 
-    open_gate(options.load(), options.args, store, output, samples, steps)
+    recipe = options.load()
+    target = Target.here(recipe.target)
+    opened, manifest = open_store(store, target)
+    open_gate(Gate(recipe, options.args, target, opened, output, samples, steps, processes), manifest)
 
 
 @app.command(

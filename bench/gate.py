@@ -27,7 +27,7 @@ from contracts.acceptance import Acceptance
 from contracts.conversation import read_conversations
 from contracts.draft import DraftRun
 from contracts.run import Run
-from contracts.store import Store, open_store
+from contracts.store import Manifest, Store
 from drafts.published import read_config
 from recipe.recipe import Recipe
 from serve.settings import measured_settings
@@ -39,7 +39,10 @@ MIN_LENGTH = 2.0
 
 @dataclass(frozen=True)
 class Gate:
-    """Inputs and folders of the gate. `recipe_args`: the flags that `recipe` was loaded from."""
+    """Inputs and folders of the gate. `recipe_args`: the flags that `recipe` was loaded from.
+
+    `processes`: those that train and evaluate, one for each GPU.
+    """
 
     recipe: Recipe
     recipe_args: Sequence[str]
@@ -48,6 +51,7 @@ class Gate:
     output: Path
     num_samples: int
     num_steps: int
+    processes: int = 1
 
     @property
     def draft(self) -> DraftRun:
@@ -62,16 +66,13 @@ class Gate:
         return self.output / "eval.json"
 
 
-def gate(
-    recipe: Recipe, recipe_args: Sequence[str], store_folder: Path, output: Path, num_samples: int, num_steps: int
-) -> dict[str, Any]:
+def gate(work: Gate, manifest: Manifest) -> dict[str, Any]:
     """Train, evaluate, export and serve a draft; return the report.
 
-    `recipe_args`: the flags that `recipe` was loaded from. Raises IncompleteError with the likely cause if the gate
-    fails, UserError if the store's conversations are no longer in their folder.
+    Raises IncompleteError with the likely cause if the gate fails, UserError if the store's conversations are no longer
+    in their folder.
     """
-    target = Target.here(recipe.target)
-    store, manifest = open_store(store_folder, target)
+    recipe, target, store, output = work.recipe, work.target, work.store, work.output
     conversations = Path(manifest.conversations_folder)
     if not (conversations / "run.json").exists():
         raise UserError(
@@ -80,13 +81,12 @@ def gate(
             expected="those that the store was dumped from",
             fix="Put them back.",
         )
-    work = Gate(recipe, recipe_args, target, store, output, num_samples, num_steps)
     _train(work)
     walks = {walk["sample"]: walk["accepted"] for walk in read_json(work.evaluation, "an evaluation")["walks"]}
     turns = [t for t in read_turns(read_conversations(conversations)) if _sample_of(t) in walks]
     if not turns:
         raise UserError(
-            store_folder,
+            store.folder,
             found="no greedy reply that ended",
             expected="some",
             fix="Raise synth.max_tokens, or --samples.",
@@ -94,7 +94,7 @@ def gate(
     run = Run.open(
         output,
         "bench gate",
-        settings={"samples": num_samples, "steps": num_steps, "serve": measured_settings(recipe)},
+        settings={"samples": work.num_samples, "steps": work.num_steps, "serve": measured_settings(recipe)},
         inputs={"target": target.fingerprint, "store": store.checksum, "draft": hash_file(work.export / "config.json")},
         recipe_yaml=recipe.to_yaml(),
     )
@@ -122,9 +122,9 @@ def _train(work: Gate) -> None:
     """Train a draft on the store's first samples, evaluate it on the same ones, and export it."""
     recipe, draft, store = work.recipe_args, work.draft.folder, work.store.folder
     more = ("--set", f"train.max_samples={work.num_samples}", "--set", f"train.num_steps={work.num_steps}")
-    run_stage("train", "offline", *recipe, *more, "--store", store, "--output", draft)
+    run_stage("train", "offline", *recipe, *more, "--store", store, "--output", draft, processes=work.processes)
     places = ("--run", draft, "--store", store, "--output", work.evaluation)
-    run_stage("train", "eval", *recipe, *places, "--samples", work.num_samples)
+    run_stage("train", "eval", *recipe, *places, "--samples", work.num_samples, processes=work.processes)
     run_stage("train", "export", *recipe, "--run", draft, "--output", work.export)
 
 

@@ -9,9 +9,15 @@ from pathlib import Path
 from common.errors import IncompleteError
 
 
-def run_stage(name: str, *words: object) -> None:
-    """Run a console command of this environment. Raises IncompleteError unless it exits with 0."""
+def run_stage(name: str, *words: object, processes: int = 1) -> None:
+    """Run a console command of this environment, with several `processes` under torchrun.
+
+    Raises IncompleteError unless it exits with 0.
+    """
     command = [str(Path(sys.executable).with_name(name)), *map(str, words)]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *launcher, "-m", f"{name}.cli", *map(str, words)]
     code = subprocess.run(command, check=False).returncode
     if code:
         raise IncompleteError(

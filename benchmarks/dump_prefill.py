@@ -3,7 +3,8 @@
     python benchmarks/dump_prefill.py [--target FOLDER] [--rounds 5] [--profile | --memory]
 
 Prints tokens/s of both and their ratio, for 200 prompts of 256 tokens and 64 of 1024. The two engines run in separate
-processes and alternate. Plain prefill: `max_tokens=1`, no extraction, nothing written.
+processes and alternate. Plain prefill: `max_tokens=1`, no extraction, nothing written. Exits with an error if a side
+does not prefill every token of every prompt.
 
 The default target is random: 12 layers, hidden size 384, 21M parameters without its embedding. The ratio depends on the
 floating-point operations per captured byte: about 5,400 here, 1,500 for the tiny recipe's target (the worst case),
@@ -26,7 +27,10 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from contracts.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes/Tiny-DFlash/recipe.yaml"
@@ -82,7 +86,7 @@ def compare(sides: dict[str, subprocess.Popen[str]], rounds: int) -> None:
     for count, length in SHAPES:
         ratios = []
         for number in range(rounds + 1):  # the first only warms up
-            rates = {side: ask(process, count, length, number) for side, process in sides.items()}
+            rates = {side: ask(side, process, count, length, number) for side, process in sides.items()}
             if number:
                 ratios.append(rates["dump"] / rates["prefill"])
                 print(
@@ -100,7 +104,7 @@ def compare_memory(target: Path) -> None:
     peaks = []
     for count in (200, 2000):
         process = start_side("dump", target, False)
-        ask(process, count, 256, 0)
+        ask("dump", process, count, 256, 0)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         peaks.append(sum(read_peak(pid) for pid in (str(process.pid), *children)))
         print(f"{count} samples of 256 tokens: {peaks[-1] / 2**20:.0f} MiB at its peak, writers included", flush=True)
@@ -121,19 +125,27 @@ def start_side(side: str, target: Path, profile: bool) -> subprocess.Popen[str]:
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     while process.stdout.readline() != "ready\n":
-        assert process.poll() is None, f"the {side} side ended"
+        if process.poll() is not None:
+            raise SystemExit(f"the {side} side ended with exit code {process.returncode} before its engine was loaded")
     return process
 
 
-def ask(process: subprocess.Popen[str], count: int, length: int, seed: int) -> float:
-    """Run one round; return its tokens/s."""
+def ask(side: str, process: subprocess.Popen[str], count: int, length: int, seed: int) -> float:
+    """Run one round; return its tokens/s. Exits if the side ends, or does not prefill every token of every prompt."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(json.dumps([count, length, seed]) + "\n")
     process.stdin.flush()
-    while not (line := process.stdout.readline()).startswith("seconds "):
-        assert process.poll() is None, "a side ended"
-    return count * length / float(line.split()[1])
+    while not (line := process.stdout.readline()).startswith("result "):
+        if process.poll() is not None:
+            raise SystemExit(f"the {side} side ended with exit code {process.returncode} in a round")
+    seconds, samples, tokens = json.loads(line.removeprefix("result "))
+    if (samples, tokens) != (count, count * length):
+        raise SystemExit(
+            f"the {side} side did other work: found {tokens} tokens of {samples} samples, expected {count * length} "
+            f"of {count}"
+        )
+    return tokens / float(seconds)
 
 
 def serve_rounds(side: str, target_folder: Path, profile: bool) -> None:
@@ -175,12 +187,14 @@ def serve_rounds(side: str, target_folder: Path, profile: bool) -> None:
         count, length, seed = json.loads(line)
         prompts = make_prompts(count, length, seed, target.vocab_size)
         if side == "dump":
-            seconds = time_dump(make_filler, job.store.folder, prompts, profile)
+            result = time_dump(make_filler, job.store, prompts, profile)
         else:
             started = time.monotonic()
-            llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+            outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
             seconds = time.monotonic() - started
-        print(f"seconds {seconds}", flush=True)
+            prefilled = [len(output.prompt_token_ids) - (output.num_cached_tokens or 0) for output in outputs]
+            result = seconds, len(prefilled), sum(prefilled)
+        print(f"result {json.dumps(result)}", flush=True)
     shutil.rmtree(work, ignore_errors=True)
     if side == "dump":
         pool.shutdown()
@@ -192,14 +206,14 @@ def make_prompts(count: int, length: int, seed: int, vocab_size: int) -> list[li
     return [[rng.randrange(min(1000, vocab_size)) for _ in range(length)] for _ in range(count)]
 
 
-def time_dump(make_filler: Any, folder: Path, prompts: list[list[int]], profile: bool) -> float:
-    """Return the seconds from the first sample to the last ledger line, when all states are durable."""
+def time_dump(make_filler: Any, store: Store, prompts: list[list[int]], profile: bool) -> tuple[float, int, int]:
+    """Return the seconds from the first sample to the last ledger line, and what is durable: samples and tokens."""
     from contracts.conversation import Conversation, Sample
     from dump.ledger import DumpLedger
     from dump.samples import Row
 
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    shutil.rmtree(store.folder, ignore_errors=True)
+    store.folder.mkdir()
 
     def rows() -> Iterator[Row]:
         for number, token_ids in enumerate(prompts):
@@ -210,7 +224,7 @@ def time_dump(make_filler: Any, folder: Path, prompts: list[list[int]], profile:
             )  # fmt: skip
             yield Row(f"{conversation.id}-0", conversation, sample)
 
-    ledger = DumpLedger(folder / "ledger.jsonl")
+    ledger = DumpLedger(store.ledger_path)
     started = time.monotonic()
     fill = partial(make_filler(ledger).run, rows(), len(prompts))
     if profile:
@@ -223,9 +237,10 @@ def time_dump(make_filler: Any, folder: Path, prompts: list[list[int]], profile:
     else:
         fill()
     seconds = time.monotonic() - started
-    assert ledger.counts["done"] == len(prompts)
     ledger.close()
-    return seconds
+    lengths = store.lengths()
+    stored = [length for sample_id, length in lengths.items() if store.sample_path(sample_id).exists()]
+    return seconds, len(stored), sum(stored)
 
 
 if __name__ == "__main__":

@@ -6,21 +6,24 @@ Each task starts a server, then works on its part of the rows, `--in-flight` at 
 again, waits, and starts its server again. Finished rows are kept, because each has its ledger line; rows in flight are
 repeated. After a warning (SLURM's signal) a task takes no more rows and finishes those it can before the end. Slow
 nodes take twice as long. Also printed: the time until the last task ends, relative to the same tasks without preemption
-and slow nodes; and the same time with four times as many tasks, which balances slow nodes.
+and slow nodes; and the same time with four times as many tasks, which balances slow nodes. Exits with an error if a
+simulation does not finish every row exactly once.
 """
 
 from __future__ import annotations
 
 import argparse
 import heapq
+import math
 import random
 from dataclasses import dataclass
 
 
 @dataclass
 class Result:
-    """Row-hours of kept work, of lost work and of server starts; hours until the last task ends."""
+    """Finished rows; row-hours of kept work, of lost work and of server starts; hours until the last task ends."""
 
+    rows: float = 0.0
     work: float = 0.0
     lost: float = 0.0
     starts: float = 0.0
@@ -30,7 +33,10 @@ class Result:
 def simulate(
     args: argparse.Namespace, *, tasks: int, every_h: float | None, warning_h: float, slow: float, seed: int = 0
 ) -> Result:
-    """Simulate one run, in hours. `every_h`: mean time between preemptions of a node; None: never."""
+    """Simulate one run, in hours. `every_h`: mean time between preemptions of a node; None: never.
+
+    Exits unless every row is finished once.
+    """
     rng = random.Random(seed)
     result, free = Result(), [0.0] * args.nodes
     is_slow = [rng.random() < slow for _ in range(args.nodes)]
@@ -49,6 +55,7 @@ def simulate(
         needed = args.start_h + rows / rate
         result.starts += min(life, args.start_h) * args.in_flight
         if life >= needed:
+            result.rows += rows
             result.work += rows * pace
             heapq.heappush(nodes, (start + needed, node))
             result.end = max(result.end, start + needed)
@@ -58,10 +65,13 @@ def simulate(
         flight = min(args.in_flight, rows - finished)
         # A row in flight is half done on average. Those that end within the warning are kept.
         kept = flight * min(1.0, warning_h / pace)
+        result.rows += finished
         result.work += finished * pace
         result.lost += (flight - kept) * pace / 2 if working else 0.0
         heapq.heappush(queue, (start + life + args.queue_h, rows - finished))
         heapq.heappush(nodes, (start + life, node))
+    if not math.isclose(result.rows, args.rows, rel_tol=1e-6):
+        raise SystemExit(f"{tasks} tasks finished {result.rows:.0f} rows, expected each of the {args.rows:.0f} once")
     return result
 
 

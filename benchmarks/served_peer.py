@@ -6,7 +6,8 @@
 ENVIRONMENT has speculators 0.9.0. Its trainer reads the store converted by `dump convert`, packs as many tokens into a
 batch as ours has on average, draws as many anchors, and uses our optimizer settings and schedule. Its loss weights are
 its default (D-PACE), or static decay with `--peer-weights fixed-exp-decay`. Its weights have the same names as ours and
-are served with a copy of our export's config, without YaRN. `bench acceptance` measures both on the same replies.
+are served with a copy of our export's config, without YaRN. `bench acceptance` measures both on the same replies. Exits
+with an error if steps, parameters or measured replies of the two differ.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
@@ -28,6 +31,11 @@ from recipe.recipe import Recipe
 from target.layers import captured_layers
 from target.mask_token import choose_mask_token
 from target.target import Target
+
+MAX_DIFFERENCE = 0.01
+"""Largest relative difference of reply tokens: drafts of other acceptance round differently at near ties."""
+FROZEN = ("embed_tokens.", "lm_head.", "verifier_", "t2d", "d2t")
+"""Beginnings of the names of the target's weights, which speculators does not train."""
 
 
 def main() -> None:
@@ -51,26 +59,43 @@ def main() -> None:
     weights = train_peer(args, recipe, out, name)
     export_peer(weights, out / "ours-export", out / f"{name}-export")
 
-    lengths = {}
+    reports = {}
     for draft in ("ours", name):
         folder = out / f"{draft}-bench"
         stage("bench", "acceptance", *with_recipe, "--conversations", str(args.conversations),
               "--draft", str(out / f"{draft}-export"), "--output", str(folder))  # fmt: skip
-        report = json.loads((folder / "acceptance.json").read_text())
-        lengths[draft] = float(report["acceptance_length"])
-        print(f"{draft:>24}: acceptance length {lengths[draft]:.3f}")
+        reports[draft] = json.loads((folder / "acceptance.json").read_text())
+    check_replies(reports["ours"], reports[name])
+    lengths = {draft: float(report["acceptance_length"]) for draft, report in reports.items()}
+    for draft, length in lengths.items():
+        print(f"{draft:>24}: acceptance length {length:.3f}")
     print(f"ours / {name}: {lengths['ours'] / lengths[name]:.3f}")
 
 
+def check_replies(ours: Mapping[str, Any], peer: Mapping[str, Any]) -> None:
+    """Exit unless both drafts were measured on the same turns, with as many draft tokens and reply tokens."""
+    for what in ("num_draft_tokens", "turns"):
+        if ours[what] != peer[what]:
+            raise SystemExit(f"the two were measured otherwise ({what}): ours {ours[what]}, theirs {peer[what]}")
+    if [walk["turn"] for walk in ours["walks"]] != [walk["turn"] for walk in peer["walks"]]:
+        raise SystemExit(f"the two were measured on other turns, {ours['turns']} each")
+    tokens, theirs = (report["steps"] + report["accepted"] for report in (ours, peer))
+    if abs(tokens - theirs) > MAX_DIFFERENCE * theirs:
+        raise SystemExit(
+            f"the two were measured on other replies: ours {tokens} tokens, theirs {theirs}; expected the same number "
+            f"within {MAX_DIFFERENCE:.0%}"
+        )
+
+
 def train_peer(args: argparse.Namespace, recipe: Recipe, out: Path, name: str) -> Path:
-    """Train with speculators, unless its weights exist; return the weights file."""
+    """Train with speculators, unless its weights exist; return the weights file. Exits if it trained other steps."""
     section, target = recipe.training(), Target.read(recipe.target.path)
     draft = section.draft
-    assert isinstance(draft, DFlashSection)
+    if not isinstance(draft, DFlashSection):
+        raise SystemExit(f"train.draft.method: found {draft.method}, expected dflash, which the peer trains")
     folder = out / name
-    found = sorted(folder.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    if found:
-        return found[-1]
+    if section.num_steps in (found := find_checkpoints(folder)):
+        return found[section.num_steps]
     summary = read_run(args.store, "dump run")["summary"]
     tokens = round(section.global_batch_size * summary["tokens"] / summary["samples"])
     config = {
@@ -104,14 +129,32 @@ def train_peer(args: argparse.Namespace, recipe: Recipe, out: Path, name: str) -
     for key, value in words.items():
         command += [f"--{key}", str(value)]
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([*command, "--target-layer-ids", *layers], check=True, env=environment)
-    return sorted(folder.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)[-1]
+    run([*command, "--target-layer-ids", *layers], environment)
+    found = find_checkpoints(folder)
+    if section.num_steps not in found:
+        raise SystemExit(f"{folder}: found checkpoints of steps {sorted(found)}, expected one of {section.num_steps}")
+    return found[section.num_steps]
+
+
+def find_checkpoints(folder: Path) -> dict[int, Path]:
+    """Return the weights of speculators' checkpoints by their steps.
+
+    Its loop takes another step in each epoch that is left after --max-steps, so the last checkpoint may have more.
+    """
+    states = folder.glob("[0-9]*/training_state.json")
+    return {int(json.loads(path.read_text())["global_step"]): path.with_name("model.safetensors") for path in states}
 
 
 def export_peer(weights: Path, ours: Path, output: Path) -> None:
-    """Write the peer's weights, which have the same names as ours, with our export's config."""
+    """Write the peer's weights with our export's config. Exits unless they have the names and shapes of ours."""
     output.mkdir(exist_ok=True)
     theirs, wanted = load_file(weights), load_file(ours / "model.safetensors")
+    shapes = [{key: tuple(value.shape) for key, value in each.items()} for each in (wanted, theirs)]
+    for key in sorted({*wanted, *(key for key in theirs if not key.startswith(FROZEN))}):
+        if shapes[0].get(key) != shapes[1].get(key):
+            raise SystemExit(
+                f"the two have other parameters ({key}): ours {shapes[0].get(key)}, theirs {shapes[1].get(key)}"
+            )
     save_file({key: theirs[key].to(wanted[key].dtype) for key in wanted}, output / "model.safetensors")
     config = json.loads((ours / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_theta"]}
@@ -121,7 +164,14 @@ def export_peer(weights: Path, ours: Path, output: Path) -> None:
 
 
 def stage(*words: str) -> None:
-    subprocess.run([str(Path(sys.executable).with_name(words[0])), *words[1:]], check=True)
+    """Run a stage of ours."""
+    run([str(Path(sys.executable).with_name(words[0])), *words[1:]])
+
+
+def run(command: list[str], environment: Mapping[str, str] | None = None) -> None:
+    """Run a command; exit if it fails."""
+    if code := subprocess.run(command, check=False, env=environment).returncode:
+        raise SystemExit(f"{' '.join(command[:3])} ended with exit code {code}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 Prints conversations/s and the ratio to 256 threads on the `openai` package that send the same requests and store
 nothing. With --memory: the ratio of peak memory over 1,000,000 rows and over 10,000. With --layers: requests/s of 256
-tasks on each layer of the async client, and the ratio to its transport alone.
+tasks on each layer of the async client, and the ratio to its transport alone. Exits with an error unless every client
+sends one request for each row, all of the same form.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -55,17 +59,43 @@ def main() -> None:
             print(f"ratio {peaks[1_000_000] / peaks[10_000]:.2f} (limit 1.3)")
             return
         if args.layers:
-            rates = {layer: run_layer(layer, args.rows, url) for layer in LAYERS}
+            rates, forms = {}, {}
+            for layer in LAYERS:
+                rates[layer] = run_layer(layer, args.rows, url)
+                forms[layer] = take_form(url, layer, args.rows)
+            check_forms(forms)
             for layer, rate in rates.items():
                 print(f"{layer:<10} {rate:.0f}/s: {rate / rates['transport']:.2f} of the transport")
             return
         ratios = []
         for _ in range(args.rounds):
             ours, _ = run_synth(work, args.rows, url)
-            threads = run_threads(args.rows // 4, url)
+            form = take_form(url, "synth generate", args.rows)
+            threads = run_threads(args.rows // 4, url, form)
+            check_forms({"synth generate": form, "the threads": take_form(url, "the threads", args.rows // 4)})
             ratios.append(ours / threads)
             print(f"synth generate {ours:.0f}/s, {THREADS} threads on openai {threads:.0f}/s: {ratios[-1]:.2f}x")
         print(f"ratio {sorted(ratios)[len(ratios) // 2]:.2f} (median of {args.rounds}; limit 3)")
+
+
+def take_form(url: str, client: str, num_rows: int) -> dict[str, Any]:
+    """Return the form of a client's requests, without the row's number. Exits unless it sent one for each row."""
+    with urllib.request.urlopen(f"{url.removesuffix('/v1')}/seen") as answer:  # noqa: S310 (our own server)
+        seen = json.load(answer)
+    if seen["posts"] != num_rows:
+        raise SystemExit(f"{client} sent {seen['posts']} requests, expected one for each of {num_rows} rows")
+    return dict(json.loads(re.sub(r"number \d+", "number 0", seen["body"])))
+
+
+def check_forms(forms: dict[str, dict[str, Any]]) -> None:
+    """Exit unless all clients sent requests of the same form."""
+    (first, form), *others = forms.items()
+    for client, other in others:
+        for key in sorted({*form, *other}):
+            if form.get(key) != other.get(key):
+                raise SystemExit(
+                    f"the clients send other requests ({key}): {first} {form.get(key)!r}, {client} {other.get(key)!r}"
+                )
 
 
 @contextmanager
@@ -108,14 +138,17 @@ def run_synth(folder: Path, num_rows: int, url: str) -> tuple[float, int]:
     log = (folder / "synth.log").open("wb")
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, (folder / "synth.log").read_text()[-2000:]
+    if status:
+        raise SystemExit(f"synth generate failed:\n{(folder / 'synth.log').read_text()[-2000:]}")
     state = json.loads((output / "run.json").read_text())
-    assert state["summary"]["done"] == num_rows
+    if state["summary"]["done"] != num_rows:
+        raise SystemExit(f"synth generate kept {state['summary']['done']} conversations, expected {num_rows}")
     return num_rows / state["seconds"], usage.ru_maxrss * 1024
 
 
-def run_threads(num_rows: int, url: str) -> float:
-    """Run a pool of threads on the `openai` package; return conversations/s."""
+def run_threads(num_rows: int, url: str, form: dict[str, Any]) -> float:
+    """Run a pool of threads on the `openai` package, which send requests of `form`; return conversations/s."""
+    settings = {key: value for key, value in form.items() if key not in ("model", "messages")}
     script = f"""
 import time, openai
 from concurrent.futures import ThreadPoolExecutor
@@ -123,7 +156,7 @@ client = openai.OpenAI(base_url={url!r}, api_key="EMPTY", max_retries=0)
 def ask(number):
     client.chat.completions.create(
         model="target", messages=[{{"role": "user", "content": f"What about number {{number}}?"}}],
-        max_tokens={MAX_TOKENS}, temperature=0, extra_body={{"return_token_ids": True}},
+        extra_body={settings!r},
     )
 started = time.monotonic()
 with ThreadPoolExecutor({THREADS}) as pool:

@@ -3,7 +3,8 @@
     python benchmarks/synth_server.py --run runs/tiny-dflash [--rows 512] [--concurrency 32] [--rounds 3]
 
 Prints generated tokens/s of both and their ratio. Needs the tiny recipe's target and prompts (`make demo`). Decoding is
-greedy, so both generate the same tokens. The first round warms the server's prefix cache and is not counted.
+greedy, so both generate the same tokens; exits with an error if they do not. The first round warms the server's prefix
+cache and is not counted.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from recipe.load import load_recipe
@@ -23,6 +25,8 @@ from target.target import Target
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes/Tiny-DFlash/recipe.yaml"
 MAX_TOKENS = 128
+MAX_DIFFERENCE = 0.01
+"""Largest relative difference of generated tokens: batches round differently, and a near tie may end a reply early."""
 
 
 def main() -> None:
@@ -41,13 +45,13 @@ def main() -> None:
         with run_server(command, log_path=work / "server.log", startup_timeout_s=600) as server:
             ratios = []
             for number in range(args.rounds + 1):
-                peer, peer_tokens = run_vllm_bench(work, server.url, target, args.rows, args.concurrency)
-                ours, our_tokens = run_synth(work, number, server.url, target, args.concurrency)
-                assert abs(our_tokens - peer_tokens) <= 0.01 * peer_tokens, (our_tokens, peer_tokens)
+                peer, *theirs = run_vllm_bench(work, server.url, target, args.rows, args.concurrency)
+                ours, *own = run_synth(work, number, server.url, target, args.concurrency)
+                check_work(own, theirs, args.rows)
                 label = f"round {number}" if number else "warm-up"
                 print(
-                    f"{label}: synth generate {ours:.0f} tokens/s ({our_tokens} tokens), "
-                    f"vllm bench serve {peer:.0f} ({peer_tokens}): {ours / peer:.2f}",
+                    f"{label}: synth generate {ours:.0f} tokens/s ({own[1]} tokens), "
+                    f"vllm bench serve {peer:.0f} ({theirs[1]}): {ours / peer:.2f}",
                     flush=True,
                 )
                 if number:
@@ -55,39 +59,58 @@ def main() -> None:
     print(f"ratio {sorted(ratios)[len(ratios) // 2]:.2f} (median of {args.rounds}; limit 0.95)")
 
 
+def check_work(ours: Sequence[int], peer: Sequence[int], num_rows: int) -> None:
+    """Exit unless both sides answered all rows with the same number of tokens. `ours`, `peer`: rows and tokens."""
+    if (ours[0], peer[0]) != (num_rows, num_rows):
+        raise SystemExit(
+            f"synth generate answered {ours[0]} rows, vllm bench serve {peer[0]}: expected {num_rows} of both"
+        )
+    if abs(ours[1] - peer[1]) > MAX_DIFFERENCE * peer[1]:
+        raise SystemExit(
+            f"synth generate generated {ours[1]} tokens, vllm bench serve {peer[1]}: expected the same number within "
+            f"{MAX_DIFFERENCE:.0%}"
+        )
+
+
 def write_prompts(source: Path, work: Path, num_rows: int) -> None:
     """Write `num_rows` different questions of the run to work/prompts.jsonl, which both sides read."""
     rows = [json.loads(line) for line in source.read_text().splitlines()]
     questions = sorted({row["messages"][-1]["content"]: None for row in rows})[:num_rows]
-    assert len(questions) == num_rows, f"{source} has {len(questions)} different questions, fewer than --rows"
+    if len(questions) < num_rows:
+        raise SystemExit(f"{source}: found {len(questions)} different questions, expected at least --rows {num_rows}")
     (work / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in questions))
 
 
-def run_vllm_bench(work: Path, url: str, target: Path, num_rows: int, concurrency: int) -> tuple[float, int]:
-    """Run `vllm bench serve`; return generated tokens/s and the number of tokens."""
+def run_vllm_bench(work: Path, url: str, target: Path, num_rows: int, concurrency: int) -> tuple[float, int, int]:
+    """Run `vllm bench serve`; return generated tokens/s and the numbers of answered rows and of tokens."""
     command = [sys.executable, "-m", "serve.vllm_main", "bench", "serve", "--backend", "openai-chat"]
     command += ["--base-url", url, "--endpoint", "/v1/chat/completions", "--model", MODEL_NAME]
     command += ["--tokenizer", str(target), "--dataset-name", "custom", "--dataset-path", str(work / "prompts.jsonl")]
     command += ["--skip-chat-template", "--disable-shuffle", "--num-prompts", str(num_rows), "--temperature", "0"]
     command += ["--custom-output-len", str(MAX_TOKENS), "--max-concurrency", str(concurrency), "--disable-tqdm"]
     command += ["--save-result", "--result-dir", str(work), "--result-filename", "bench.json"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_quietly(command)
     found = json.loads((work / "bench.json").read_text())
-    assert found["completed"] == num_rows, found
-    return found["output_throughput"], found["total_output_tokens"]
+    return found["output_throughput"], found["completed"], found["total_output_tokens"]
 
 
-def run_synth(work: Path, number: int, url: str, target: Path, concurrency: int) -> tuple[float, int]:
-    """Run `synth generate`; return generated tokens/s and the number of tokens."""
+def run_synth(work: Path, number: int, url: str, target: Path, concurrency: int) -> tuple[float, int, int]:
+    """Run `synth generate`; return generated tokens/s and the numbers of answered rows and of tokens."""
     output = work / f"synth-{number}"
     command = [str(Path(sys.executable).with_name("synth")), "generate", "-r", str(RECIPE), "--thinking-modes", ""]
     command += ["--set", f"target.path={target}", "--set", f"synth.max_tokens={MAX_TOKENS}", "--endpoint", f"{url}/v1"]
     command += ["--prompts", str(work / "prompts.jsonl"), "--output", str(output), "--concurrency", str(concurrency)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_quietly(command)
     last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
-    return last["tokens"] / last["seconds"], last["tokens"]
+    summary = json.loads((output / "run.json").read_text())["summary"]
+    return last["tokens"] / last["seconds"], summary["done"] + summary["truncated"], last["tokens"]
+
+
+def run_quietly(command: list[str]) -> None:
+    """Run a command; exit with the end of what it printed if it fails."""
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    if result.returncode:
+        raise SystemExit(f"{' '.join(command[:4])} ended with exit code {result.returncode}:\n{result.stderr[-3000:]}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""Compare a DFlash training step with speculators' on the same work: forward, backward, clipping, AdamW; fp32, CPU.
+"""Compare a training step with speculators' on the same work: forward, backward, clipping, AdamW; fp32, CPU.
 
     python -m venv peer && peer/bin/pip install torch==2.13.0 speculators==0.9.0 pydantic pyyaml
     peer/bin/python benchmarks/train_step.py [--seq 2048 --anchors 256 [--vocab 65536]]
+    peer/bin/python benchmarks/train_step.py --method eagle3 [--loss ce] [--seq 1024 --vocab 32768]
 
 Prints the ratio of steps/s (both sides alternate in one process), the first losses, the largest difference of gradients
-on the same anchors, the ratio of peak memory (each side in its own process), and the limit: the matrix products of our
-step alone. Both sides start from the same random weights and compute labels, the target's greedy tokens, from its final
-states.
+(DFlash: on the same anchors), the ratio of peak memory (each side in its own process), and the limit: the matrix
+products of our step alone. Both sides start from the same random weights and compute labels, the target's greedy tokens
+or its distribution, from its final states.
 
-Other programs can time our step with `build(ctx)` and `NAME`: ctx has dims, batch, state, layer_config, mask_token_id.
+Other programs can time our DFlash step with `build(ctx)` and `NAME`: ctx has dims, batch, state, layer_config,
+mask_token_id.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 # Spinning threads would take cores from the working ones. torch reads these variables when it is first imported.
@@ -35,84 +37,32 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from benchmarks import train_step_dflash, train_step_eagle3  # noqa: E402
+
 NAME = "draftline"
 MAX_DISTANCE = 1e-4
 """Largest relative difference of losses and gradients at which both sides count as doing the same work."""
+METHODS: dict[str, ModuleType] = {"dflash": train_step_dflash, "eagle3": train_step_eagle3}
 Step = Callable[[], float]
 
 
-def build(ctx: dict[str, Any]) -> Step:
-    """Return our step on `ctx["batch"]`, from `ctx["state"]`. Draws speculators' anchors unless `there` is false."""
-    from drafts.batch import Batch
-    from drafts.dflash.config import DFlashConfig, DFlashSection
-    from drafts.dflash.model import DFlash
-    from drafts.objective import teacher_argmax
-    from target.head import TargetHead
-
-    there = ctx.get("there", True)
-    if there:
-        from speculators.models.dflash.utils import select_anchors
-    dims, state, batch = ctx["dims"], ctx["state"], ctx["batch"]
-    config = DFlashConfig(
-        hidden_size=dims.hidden, vocab_size=dims.vocab, num_target_layers=16, layer_ids=list(range(dims.n_aux)),
-        block_size=dims.block, mask_token_id=ctx["mask_token_id"], num_layers=dims.draft_layers,
-        num_attention_heads=dims.heads, num_key_value_heads=dims.kv_heads, head_dim=dims.head_dim,
-        intermediate_size=dims.inter, rms_norm_eps=1e-6, max_position_embeddings=4096, yarn=None,
-        rope_theta=ctx["layer_config"].rope_parameters["rope_theta"], target_fingerprint="", store="",
-    )  # fmt: skip
-    section = DFlashSection(
-        num_attention_heads=dims.heads, num_key_value_heads=dims.kv_heads, intermediate_size=dims.inter,
-        slot_weights="decay", loss_decay=dims.gamma, num_anchors=dims.anchors,  # as build_peer sets it
-    )  # fmt: skip
-    model = DFlash(config, section)
-    model.load_state_dict({name: state[name] for name, _ in model.named_parameters()})
-    head = TargetHead(
-        state["embed_tokens.weight"], state["lm_head.weight"], state["verifier_norm.weight"], "rms", config.rms_norm_eps
-    )
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=dims.lr, weight_decay=0.01, fused=True)
-    token_ids, mask = batch["input_ids"][0], batch["loss_mask"][0].bool()
-    packed = Batch(
-        token_ids, mask, batch["hidden_states"][0].float(), batch["verifier_last_hidden_states"][0].float(),
-        [len(token_ids)], [""], [0],
-    )  # fmt: skip
-
-    def step(update: bool = True) -> float:
-        if there:
-            anchors, valid = select_anchors(batch["loss_mask"], dims.anchors, dims.block)
-            anchors = anchors.flatten()[valid.flatten()].sort().values
-        else:
-            anchors = torch.randperm(dims.seq - dims.prompt - dims.block)[: dims.anchors].sort().values + dims.prompt
-        blocks = model.lay_out(token_ids, mask, [len(token_ids)], [anchors])
-        places = anchors[:, None] + torch.arange(dims.block - 1)
-        labels = teacher_argmax(head, packed.hidden_states, places.flatten()).view(places.shape)
-        found = model(packed, replace(blocks, labels=labels), head)
-        loss = found.loss_sum / (found.num_slots + 1e-5)
-        optimizer.zero_grad()
-        loss.backward()
-        if update:
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-        return float(loss.item())
-
-    step.model = model  # type: ignore[attr-defined]
-    return step
+def build(ctx: dict[str, Any], method: ModuleType = train_step_dflash) -> Step:
+    """Return our step on `ctx["batch"]`, from `ctx["state"]`."""
+    return make_step(ctx["dims"], *method.build_ours(ctx), fused=True)
 
 
-def build_peer(ctx: dict[str, Any], model: Any) -> Step:
+def build_peer(ctx: dict[str, Any], model: Any, method: ModuleType) -> Step:
     """Return speculators' step, as its trainer runs it."""
-    from speculators.losses import resolve_loss_config
+    return make_step(ctx["dims"], model, method.build_peer(ctx, model), fused=False)
 
-    dims = ctx["dims"]
-    call = {
-        "loss_config": resolve_loss_config("ce", "eager"), "gamma": dims.gamma, "max_anchors": dims.anchors,
-        "per_position_loss_weight": "fixed-exp-decay",
-    }  # fmt: skip
+
+def make_step(dims: argparse.Namespace, model: Any, compute_loss: Callable[[], torch.Tensor], *, fused: bool) -> Step:
+    """Return a step that minimizes a loss of the model with AdamW."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=dims.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=dims.lr, weight_decay=0.01, fused=fused or None)
 
     def step(update: bool = True) -> float:
-        _, loss, _ = model(**ctx["batch"], **call)
+        loss = compute_loss()
         optimizer.zero_grad()
         loss.backward()
         if update:
@@ -124,25 +74,10 @@ def build_peer(ctx: dict[str, Any], model: Any) -> Step:
     return step
 
 
-def make_context(dims: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+def make_context(dims: argparse.Namespace, method: ModuleType) -> tuple[dict[str, Any], Any]:
     """Make the shared inputs, random tokens and states in one sequence, and speculators' random model."""
-    from speculators.models.dflash import DFlashSpeculatorConfig
-    from speculators.models.dflash.core import DFlashDraftModel
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3Config
-
     torch.manual_seed(0)
-    layer_config = Qwen3Config(
-        vocab_size=dims.vocab, hidden_size=dims.hidden, intermediate_size=dims.inter,
-        num_hidden_layers=dims.draft_layers, num_attention_heads=dims.heads, num_key_value_heads=dims.kv_heads,
-        head_dim=dims.head_dim, max_position_embeddings=4096, tie_word_embeddings=False, use_sliding_window=False,
-        layer_types=["full_attention"] * dims.draft_layers,
-    )  # fmt: skip
-    layer_config._attn_implementation = "sdpa"
-    config = DFlashSpeculatorConfig(
-        transformer_layer_config=layer_config, draft_vocab_size=dims.vocab, block_size=dims.block,
-        aux_hidden_state_layer_ids=list(range(2, 2 + dims.n_aux)), mask_token_id=dims.vocab - 1,
-    )  # fmt: skip
-    model = DFlashDraftModel(config)
+    model = method.make_peer_model(dims)
     with torch.no_grad():  # the weights that it would load from the target
         model.embed_tokens.weight.normal_(0, 0.02)
         model.lm_head.weight.normal_(0, 0.02)
@@ -151,7 +86,7 @@ def make_context(dims: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     model.float().train()
     context = {
         "dims": dims, "batch": make_batch(dims), "state": {k: v.clone() for k, v in model.state_dict().items()},
-        "layer_config": layer_config, "mask_token_id": dims.vocab - 1, "dtype": torch.float32,
+        "layer_config": model.config.transformer_layer_config, "mask_token_id": dims.vocab - 1,
     }  # fmt: skip
     return context, model
 
@@ -169,25 +104,12 @@ def make_batch(dims: argparse.Namespace) -> dict[str, torch.Tensor]:
     }
 
 
-def make_own_context(dims: argparse.Namespace) -> dict[str, Any]:
+def make_own_context(dims: argparse.Namespace, method: ModuleType) -> dict[str, Any]:
     """Make the context of our step without importing speculators, to measure our memory alone."""
-    from types import SimpleNamespace
-
-    hidden, queries, pairs = dims.hidden, dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
-    sizes = {"fc.weight": (hidden, dims.n_aux * hidden), "hidden_norm.weight": (hidden,), "norm.weight": (hidden,)}
-    for layer in range(dims.draft_layers):
-        parts = {
-            "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (pairs, hidden),
-            "self_attn.v_proj": (pairs, hidden), "self_attn.o_proj": (hidden, queries),
-            "self_attn.q_norm": (dims.head_dim,), "self_attn.k_norm": (dims.head_dim,),
-            "mlp.gate_proj": (dims.inter, hidden), "mlp.up_proj": (dims.inter, hidden),
-            "mlp.down_proj": (hidden, dims.inter), "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-        }  # fmt: skip
-        sizes |= {f"layers.{layer}.{name}.weight": size for name, size in parts.items()}
-    sizes |= {"embed_tokens.weight": (dims.vocab, hidden), "lm_head.weight": (dims.vocab, hidden)}
+    sizes = method.list_sizes(dims)
+    sizes |= {"embed_tokens.weight": (dims.vocab, dims.hidden), "lm_head.weight": (dims.vocab, dims.hidden)}
     state = {name: torch.randn(size) * 0.02 if len(size) > 1 else torch.ones(size) for name, size in sizes.items()}
-    state["verifier_norm.weight"] = torch.ones(hidden)
+    state["verifier_norm.weight"] = torch.ones(dims.hidden)
     rope = SimpleNamespace(rope_parameters={"rope_theta": 10000.0})
     return {
         "dims": dims, "batch": make_batch(dims), "state": state, "layer_config": rope, "mask_token_id": dims.vocab - 1,
@@ -202,10 +124,10 @@ def compare_gradients(ours: Step, peer: Step) -> tuple[float, float, float]:
         torch.manual_seed(123)
         losses.append(step(update=False))  # type: ignore[call-arg]
     theirs = dict(peer.model.named_parameters())  # type: ignore[attr-defined]
-    distances = [
-        float((parameter.grad - theirs[name].grad).norm() / theirs[name].grad.norm())
-        for name, parameter in ours.model.named_parameters()  # type: ignore[attr-defined]
-    ]
+    distances = []
+    for name, parameter in ours.model.named_parameters():  # type: ignore[attr-defined]
+        expected = theirs[name.replace("midlayer.", "layers.0.")].grad  # the names of EAGLE3's only layer
+        distances.append(float((parameter.grad - expected).norm() / expected.norm()))
     return losses[0], losses[1], max(distances)
 
 
@@ -222,18 +144,8 @@ def time_turns(steps: dict[str, Step], rounds: int, per_round: int) -> dict[str,
     return seconds
 
 
-def time_products(dims: argparse.Namespace) -> float:
-    """Return the seconds of a step's matrix products alone, forward and backward, blocks with their prefix."""
-    queries, slots, hidden = dims.anchors * dims.block, dims.anchors * (dims.block - 1), dims.hidden
-    q_size, kv_size = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
-    shapes = [(dims.seq, dims.n_aux * hidden, hidden, 2)]  # rows, in, out, times; fc has no gradient of its input
-    for layer in range(dims.draft_layers):
-        asked = slots if layer == dims.draft_layers - 1 else queries
-        shapes += [(queries, hidden, kv_size, 6), (dims.seq, hidden, kv_size, 6), (asked, hidden, q_size, 3)]
-        shapes += [(asked, q_size, hidden, 3), (asked, hidden, dims.inter, 9)]
-        prefix = (dims.seq + dims.prompt) // 2 + dims.block
-        shapes += [(asked, dims.head_dim, prefix, 5 * dims.heads)]
-    shapes += [(slots, hidden, dims.vocab, 2), (min(slots, dims.seq - dims.prompt), hidden, dims.vocab, 1)]
+def time_products(shapes: list[tuple[int, int, int, int]]) -> float:
+    """Return the seconds of some matrix products, each given as (rows, in, out, times)."""
     total = 0.0
     for rows, inner, outer, times in shapes:
         a, b = torch.randn(rows, inner), torch.randn(inner, outer)
@@ -246,14 +158,14 @@ def time_products(dims: argparse.Namespace) -> float:
     return total
 
 
-def find_peak(dims: argparse.Namespace) -> float:
+def find_peak(dims: argparse.Namespace, method: ModuleType) -> float:
     """Return the peak memory of three steps of one side in MiB, not counting its construction."""
     if dims.side == "ours":
-        step = build(make_own_context(dims))
+        step = build(make_own_context(dims, method), method)
     else:
-        context, model = make_context(dims)
+        context, model = make_context(dims, method)
         del context["state"]
-        step = build_peer(context, model)
+        step = build_peer(context, model, method)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak (proc(5))
     for _ in range(3):
@@ -272,24 +184,33 @@ def measure_memory() -> dict[str, float]:
     return peaks
 
 
-def main() -> None:
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {
         "hidden": 256, "inter": 768, "heads": 8, "kv-heads": 4, "head-dim": 32, "vocab": 4096, "draft-layers": 2,
-        "n-aux": 3, "seq": 512, "prompt": 64, "block": 8, "anchors": 64, "threads": 2, "rounds": 5, "steps": 6,
+        "n-aux": 3, "seq": 512, "prompt": 64, "block": 8, "anchors": 64, "ttt-length": 7, "threads": 2, "rounds": 5,
+        "steps": 6,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--gamma", type=float, default=4.0)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--method", choices=METHODS, default="dflash")
+    parser.add_argument("--loss", choices=("ce", "kl_div"), default="kl_div", help="EAGLE3's loss")
+    parser.add_argument("--peer-attention", choices=("sdpa", "eager"), default="sdpa")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
-    dims = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    dims = read_arguments()
+    method = METHODS[dims.method]
     torch.set_num_threads(dims.threads)
     torch.set_flush_denormal(True)
     if dims.side:
-        print(json.dumps({"peak_mib": find_peak(dims)}))
+        print(json.dumps({"peak_mib": find_peak(dims, method)}))
         return
-    context, model = make_context(dims)
-    ours, peer = build(context), build_peer(context, model)
+    context, model = make_context(dims, method)
+    ours, peer = build(context, method), build_peer(context, model, method)
     loss, peer_loss, distance = compare_gradients(ours, peer)
     print(f"first loss {loss:.6f}, speculators {peer_loss:.6f}; gradients at most {distance:.1e} apart", flush=True)
     if abs(loss - peer_loss) > MAX_DISTANCE * peer_loss or distance > MAX_DISTANCE:
@@ -297,11 +218,12 @@ def main() -> None:
     seconds = time_turns({"ours": ours, "peer": peer}, dims.rounds, dims.steps)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(
-        f"seq {dims.seq}, {dims.anchors} anchors, vocabulary {dims.vocab}: {medians['peer'] / medians['ours']:.2f}x "
+        f"{method.describe(dims)}: {medians['peer'] / medians['ours']:.2f}x "
         f"speculators' steps/s (medians of {len(seconds['ours'])}; best against best "
         f"{min(seconds['peer']) / min(seconds['ours']):.2f}x)"
     )
-    print(f"the bare matrix products take {time_products(dims) / medians['ours']:.2f} of our step", flush=True)
+    share = time_products(method.list_products(dims)) / medians["ours"]
+    print(f"the bare matrix products take {share:.2f} of our step", flush=True)
     peaks = measure_memory()
     print(f"peak memory {peaks['ours'] / peaks['peer']:.2f} of theirs ({peaks['ours']:.0f}, {peaks['peer']:.0f} MiB)")
 

@@ -2,7 +2,8 @@
 
     python benchmarks/zero_latency.py PORT
 
-Every answer is the same: 50 prompt ids and 100 reply ids, as vLLM returns them with `return_token_ids`.
+Every answer is the same: 50 prompt ids and 100 reply ids, as vLLM returns them with `return_token_ids`. GET /seen
+returns how many completions were asked for since the last call, and the body of the last request.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from dataclasses import dataclass
 
 NUM_PROMPT_TOKENS, NUM_REPLY_TOKENS = 50, 100
 
@@ -34,12 +36,28 @@ ANSWER = json.dumps(
 MODELS = b'{"object": "list", "data": [{"id": "target", "object": "model"}]}'
 
 
+@dataclass
+class Seen:
+    """The number of requests for completions since it was last asked for, and the body of the last one."""
+
+    posts: int = 0
+    body: bytes = b""
+
+    def take(self) -> bytes:
+        taken = json.dumps({"posts": self.posts, "body": self.body.decode()}).encode()
+        self.posts, self.body = 0, b""
+        return taken
+
+
 def _respond(body: bytes, status: bytes = b"200 OK") -> bytes:
     return b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body)
 
 
 class Connection(asyncio.Protocol):
     """The part of HTTP/1.1 that the two measured clients need."""
+
+    def __init__(self, seen: Seen) -> None:
+        self._seen = seen
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -53,9 +71,13 @@ class Connection(asyncio.Protocol):
             length = int(head[start + 15 :].split(b"\r\n", 1)[0]) if start >= 0 else 0
             if len(self._data) < end + 4 + length:
                 return
-            self._data = self._data[end + 4 + length :]
+            body, self._data = self._data[end + 4 : end + 4 + length], self._data[end + 4 + length :]
             if head.startswith(b"post"):
+                self._seen.posts += 1
+                self._seen.body = body
                 answer = _respond(ANSWER)
+            elif head.startswith(b"get /seen"):
+                answer = _respond(self._seen.take())
             elif b"/metrics" in head.split(b"\r\n", 1)[0]:
                 answer = _respond(b"", b"404 Not Found")
             else:
@@ -64,7 +86,9 @@ class Connection(asyncio.Protocol):
 
 
 async def main(port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(Connection, "127.0.0.1", port, backlog=4096)
+    seen = Seen()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Connection(seen), "127.0.0.1", port, backlog=4096)
     print("ready", flush=True)
     await server.serve_forever()
 

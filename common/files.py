@@ -1,4 +1,4 @@
-"""Small file operations that all stages share: atomic writes, checksums, JSON and JSON lines.
+"""Small file operations that all stages share: atomic writes, locks, checksums, JSON and JSON lines.
 
 Writes: a temporary name first, which is synced and renamed, so that a reader finds a whole file or none.
 """
@@ -6,6 +6,7 @@ Writes: a temporary name first, which is synced and renamed, so that a reader fi
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common.errors import UserError
 
@@ -71,6 +72,25 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
+
+
+def lock_file(file: IO[Any], folder: Path, *, wait: bool) -> bool:
+    """Lock `file` of `folder` until it is closed. Without `wait`, return False if another process holds the lock.
+
+    Raises UserError if the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # Lustre without -o flock, some NFS mounts
+        raise UserError(
+            folder,
+            found=f"a file system that refuses file locks ({(error.strerror or 'no reason given').lower()})",
+            expected="one with flock(2), which keeps a second process out of the folder",
+            fix="Mount it with locks (Lustre: -o flock), or choose an --output elsewhere.",
+        ) from None
+    return True
 
 
 def read_json(path: Path, what: str) -> Any:

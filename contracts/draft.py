@@ -1,6 +1,6 @@
 """The draft's files: training checkpoints, and the exported folder that a server loads.
 
-run folder    step-000500/{weights.safetensors, state.pt, position.json, recipe.yaml}   (a checkpoint)
+run folder    step-000500/{weights.safetensors, state/, position.json, recipe.yaml}   (a checkpoint)
               draft.json       the draft's config: method, dimensions, layers, mask token, target, store
               best.json        the checkpoint with the longest predicted acceptance on held-out conversations
               metrics.jsonl    one line every few steps; curves.png and tensorboard/ show them

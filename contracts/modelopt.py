@@ -67,8 +67,11 @@ class ModelOptStore:
         ids: torch.Tensor = _load(self.sample_path(sample_id))["input_ids"]
         return ids
 
-    def read_sample(self, sample_id: str) -> StoredSample:
-        """Read one sample. Raises UserError if the file is not a sample or holds another number of layers."""
+    def read_sample(self, sample_id: str, *, final_states: bool = True, decode: bool = True) -> StoredSample:  # noqa: ARG002
+        """Read one sample; its states are memory-mapped, and read when they are used.
+
+        Raises UserError if the file is not a sample or holds another number of layers.
+        """
         path = self.sample_path(sample_id)
         value = _load(path)
         states = value["hidden_states"]

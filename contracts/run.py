@@ -9,7 +9,6 @@ A folder belongs to one set of settings and inputs. Resuming with others is an e
 
 from __future__ import annotations
 
-import fcntl
 import shlex
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.errors import UserError
-from common.files import explain_unwritable, read_json, write_atomic, write_json
+from common.files import explain_unwritable, lock_file, read_json, write_atomic, write_json
 from common.redact import redact, redact_words
 from contracts.shards import next_generation
 
@@ -108,22 +107,13 @@ def _lock(folder: Path) -> IO[str]:
     with explain_unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "run.lock").open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not lock_file(lock, folder, wait=False):
         raise UserError(
             folder,
             found="another process at work in this folder",
             expected="one writer a folder",
             fix="Wait for it, stop it, or choose another --output.",
-        ) from None
-    except OSError as error:  # Lustre without -o flock, some NFS mounts
-        raise UserError(
-            folder,
-            found=f"a file system that refuses file locks ({(error.strerror or 'no reason given').lower()})",
-            expected="one with flock(2), which keeps a second process out of the folder",
-            fix="Mount it with locks (Lustre: -o flock), or choose an --output elsewhere.",
-        ) from None
+        )
     return lock
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,17 @@ STATES = ("hidden_states", "aux_hidden_states")
 
 @dataclass
 class StoredSample:
-    """One sample in memory. Shapes: (T,) int32; (T,) bool; (T, H); (T, n*H); metadata: str -> str."""
+    """One sample in memory. Shapes: (T,) int32; (T,) bool; (T, H); (T, n*H); metadata: str -> str.
+
+    `hidden_states` is (T, 0) where they were not read. `scales`: of states that are still in fp8, by the states' name.
+    """
 
     input_ids: torch.Tensor
     loss_mask: torch.Tensor
     hidden_states: torch.Tensor
     aux_hidden_states: torch.Tensor
     metadata: dict[str, str]
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -40,6 +44,25 @@ class StoredSample:
     @property
     def num_layers(self) -> int:
         return self.aux_hidden_states.shape[1] // self.hidden_states.shape[1]
+
+    def cut(self, num_tokens: int) -> StoredSample:
+        """Return the sample's first tokens."""
+        part = slice(num_tokens)
+        return StoredSample(
+            self.input_ids[part],
+            self.loss_mask[part],
+            self.hidden_states[part],
+            self.aux_hidden_states[part],
+            self.metadata,
+            {name: scale[part] for name, scale in self.scales.items()},
+        )
+
+    def decoded(self) -> StoredSample:
+        """Return the sample with bf16 states in place of fp8 ones."""
+        decoded: dict[str, Any] = {
+            name: decode_states(getattr(self, name), scale) for name, scale in self.scales.items()
+        }
+        return replace(self, scales={}, **decoded)
 
 
 def write_sample_file(path: Path, sample: StoredSample, dtype: str | None, buffer: Buffer) -> dict[str, Any]:
@@ -69,16 +92,20 @@ def write_sample_file(path: Path, sample: StoredSample, dtype: str | None, buffe
     return fields
 
 
-def read_sample_file(path: Path) -> StoredSample:
-    """Read one sample, fp8 states as bf16. Raises UserError if the file is missing or broken."""
+def read_sample_file(path: Path, *, final_states: bool = True, decode: bool = True) -> StoredSample:
+    """Read one sample, with or without its final states, and with fp8 states as bf16 if `decode`.
+
+    Raises UserError if the file is missing or broken.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            for name in STATES:
-                scale = tensors.pop(f"{name}_scale", None)
-                if scale is not None:
-                    tensors[name] = _decode(tensors[name], scale)
-            return StoredSample(**tensors, metadata=file.metadata() or {})
+            skipped = () if final_states else ("hidden_states", "hidden_states_scale")
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name not in skipped}  # noqa: SIM118
+            scales = {name: tensors.pop(f"{name}_scale") for name in STATES if f"{name}_scale" in tensors}
+            if not final_states:
+                tensors["hidden_states"] = tensors["aux_hidden_states"].new_empty((len(tensors["input_ids"]), 0))
+            sample = StoredSample(**tensors, metadata=file.metadata() or {}, scales=scales)
+            return sample.decoded() if decode else sample
     except UNREADABLE as error:
         raise _unreadable(path, error) from None
 
@@ -121,7 +148,7 @@ def _encode(name: str, states: torch.Tensor, dtype: str | None) -> dict[str, tor
     return {name: scaled.flatten(1), f"{name}_scale": scale}
 
 
-def _decode(coded: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return bf16 states `(T, n*H)` from fp8 ones and their scales `(T, n)`."""
+def decode_states(coded: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return bf16 states `(T, n*H)` from fp8 ones and their scales `(T, n)`, on their device."""
     states = coded.float().unflatten(1, (scale.shape[1], -1)) * scale[..., None]
     return states.flatten(1).to(torch.bfloat16)

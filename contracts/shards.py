@@ -78,8 +78,10 @@ def is_at_work(folder: Path) -> bool:
     with path.open("rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # over NFS an exclusive lock needs a file open for writing
-        except OSError:
+        except BlockingIOError:
             return True
+        except OSError:  # a file system without locks: nothing can be said, and Run.open refuses it
+            return False
     return False
 
 

@@ -20,7 +20,6 @@ shards/<i>-of-<n>/ until the last one joins them. Readers never write: a store m
 
 from __future__ import annotations
 
-import fcntl
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.errors import UserError
-from common.files import hash_file, read_json, write_json
+from common.files import hash_file, lock_file, read_json, write_json
 from common.progress import Progress
 from common.tensor_file import Buffer
 from contracts.ledger import Ledger
@@ -110,13 +109,14 @@ class Store:
         write_json(self.manifest_path, manifest.model_dump())
 
     def claim(self, manifest: Manifest) -> None:
-        """Write the manifest, or compare it with the existing one. Raises UserError if they differ.
+        """Write the manifest, or compare it with the existing one.
 
-        An empty checksum of the conversations is not compared: a shard does not know it.
+        An empty checksum of the conversations is not compared: a shard does not know it. Raises UserError if they
+        differ, or if the file system has no locks.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "claim.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # several shards may begin at once
+            lock_file(lock, self.folder, wait=True)  # several shards may begin at once
             if not self.manifest_path.exists():
                 return self.write_manifest(manifest)
         found = self.read_manifest()
@@ -153,9 +153,9 @@ class Store:
         """Write one sample durably; see `write_sample_file`."""
         return write_sample_file(self.sample_path(sample_id), sample, dtype, buffer or Buffer())
 
-    def read_sample(self, sample_id: str) -> StoredSample:
-        """Read one sample. Raises UserError if its file is missing or broken."""
-        return read_sample_file(self.sample_path(sample_id))
+    def read_sample(self, sample_id: str, *, final_states: bool = True, decode: bool = True) -> StoredSample:
+        """Read one sample; see `read_sample_file`."""
+        return read_sample_file(self.sample_path(sample_id), final_states=final_states, decode=decode)
 
     def read_mask(self, sample_id: str) -> torch.Tensor:
         """Read a sample's loss mask `(T,)` alone."""

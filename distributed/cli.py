@@ -84,11 +84,18 @@ def retry(
 
     Resources given here replace those of the submission; the defaults below are those of `submit`.
     """
+    from common.redact import REDACTED
     from distributed.secrets import hide_again
+    from recipe.load import load_recipe
 
     plans = _plans(folder)
     hide_again(plans[0].overrides, set_ or [])
-    _submit_all([plan.model_copy(update={"resources": plan.resources.override(resources)}) for plan in plans])
+    plans = [plan.model_copy(update={"resources": plan.resources.override(resources)}) for plan in plans]
+    for plan in plans:
+        if plan.stage == "train":
+            known = [word for word in plan.overrides if REDACTED not in word]
+            load_recipe(Path(plan.recipe), known).training().check_processes(plan.resources.num_processes)
+    _submit_all(plans)
 
 
 def _submit_all(plans: list[StagePlan]) -> None:

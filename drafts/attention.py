@@ -51,6 +51,11 @@ class Layout:
     groups: list[Group]
     flex: FlexLayout | None
 
+    def make_masks(self) -> None:
+        """Make FlexAttention's masks, once a step and outside of the compiled layers."""
+        if self.flex is not None:
+            self.flex.make_masks()
+
 
 def lay_out(
     lengths: Sequence[int],
@@ -225,6 +230,11 @@ class _Scratch:
 
 _unused: list[torch.Tensor] = []
 """Buffers of layers whose backward pass is over, reused in the next step."""
+
+
+def forget_buffers() -> None:
+    """Free the buffers that are kept for the next step."""
+    _unused.clear()
 
 
 class _Memory:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+
+from contracts.sample_file import decode_states
 
 
 @dataclass(frozen=True)
@@ -12,6 +15,7 @@ class Batch:
     """Shapes: token_ids (T,) int64; loss_mask (T,) bool; aux_hidden_states (T, n*H); hidden_states (T, H), pre-norm.
 
     `lengths` of the documents sum to T. `seeds` has one seed per document for what a draft draws at this step.
+    `hidden_states` is (T, 0) where the objective needs none. `scales`: of states that are still in fp8, by their name.
     """
 
     token_ids: torch.Tensor
@@ -21,3 +25,11 @@ class Batch:
     lengths: list[int]
     sample_ids: list[str]
     seeds: list[int]
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def decoded(self) -> Batch:
+        """Return the batch with bf16 states in place of fp8 ones; on a GPU after the copy, which is then shorter."""
+        decoded: dict[str, Any] = {
+            name: decode_states(getattr(self, name), scale) for name, scale in self.scales.items()
+        }
+        return replace(self, scales={}, **decoded)

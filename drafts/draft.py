@@ -16,8 +16,16 @@ from torch import nn
 from contracts.draft import DraftConfig
 from contracts.store import StoredSample
 from drafts.batch import Batch
+from drafts.moving import to_device
 from drafts.objective import StepLoss
+from drafts.places import anchor_places
 from target.head import TargetHead
+
+PLACES_AT_ONCE = 1024
+"""Positions drafted from together in evaluation: memory does not grow with a reply's length."""
+
+MAX_GRAPHS = 64
+"""Graphs that torch.compile may make of one layer: its default, 8, is too few for EAGLE3's steps."""
 
 
 class Plan(Protocol):
@@ -46,6 +54,16 @@ class Draft(nn.Module, ABC):
         """Return the layers that torch.compile compiles one by one."""
         return []
 
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Compile the layers once for batches of all lengths. `backend`: see torch.compile."""
+        # Beyond this number of graphs of one function torch silently stops to compile. A method may need one for each
+        # of its steps, in training and in evaluation.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+        # Otherwise a size that equals another one in the first batch, such as tiles and heads, must stay equal to it.
+        torch.fx.experimental._config.use_duck_shape = False
+        for layer in self.layers_to_compile():
+            layer.compile(dynamic=True, backend=backend)
+
     def layers_to_shard(self) -> list[nn.Module]:
         """Return the layers that FSDP2 shards one by one; they must only be called through their forward."""
         return []
@@ -58,12 +76,36 @@ class Draft(nn.Module, ABC):
     def forward(self, batch: Batch, plan: Any, head: TargetHead) -> StepLoss:
         """Return the training loss of a planned batch."""
 
+    def suppose_values(self) -> None:
+        """Let `plan` work on a draft whose tensors have no values, as on torch's meta device."""
+
+    def places(self, loss_mask: torch.Tensor) -> torch.Tensor:
+        """Return the positions of a sample that this method can draft from, ascending, `(N,)`."""
+        return anchor_places(loss_mask)
+
     @abstractmethod
+    def plan_drafting(self, token_ids: torch.Tensor, loss_mask: torch.Tensor, places: torch.Tensor) -> Any:
+        """Plan, on the CPU, to draft after some positions of one sample. Shapes: (T,), (T,) and (N,)."""
+
+    @abstractmethod
+    def draft_planned(
+        self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, plan: Any, head: TargetHead
+    ) -> torch.Tensor:
+        """Return the greedy draft tokens `(N, K)` after the planned positions. Shapes: (T,) and (T, n*H)."""
+
+    @torch.inference_mode()
     def draft(self, sample: StoredSample, head: TargetHead) -> torch.Tensor:
         """Return the greedy draft tokens after every position that serving can draft from.
 
         Shapes: (T, K) on the CPU, -1 at all other positions.
         """
+        device, ids = head.lm_head.device, sample.input_ids.long()
+        drafted = torch.full((sample.num_tokens, self.config.num_draft_tokens), -1)
+        token_ids, aux = to_device((ids, sample.aux_hidden_states), device)
+        for places in self.places(sample.loss_mask).split(PLACES_AT_ONCE):
+            plan = to_device(self.plan_drafting(ids, sample.loss_mask, places), device)
+            drafted[places] = self.draft_planned(token_ids, aux, plan, head).cpu()
+        return drafted
 
     @abstractmethod
     def taps(self, sample: StoredSample, head: TargetHead, start: int) -> dict[str, torch.Tensor]:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from drafts.unevaluated import Unevaluated
+
 TILE = 128
 TENSORS = (
     "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
@@ -30,7 +32,8 @@ class FlexLayout:
     """What FlexAttention needs of a layout.
 
     Block a sees the context rows first_rows[a] <= row < anchor_rows[a]. `tiles`: by number of queries of a block, the
-    eight tensors of a BlockMask. Sizes that differ between batches are tensors, so that no batch recompiles the kernel.
+    eight tensors of a BlockMask; `masks`: their BlockMasks, from `make_masks`; `pairs`: the number of pairs of a query
+    and a key that it sees. Sizes that differ between batches are tensors, so that no batch recompiles the kernel.
 
     Shapes: first_rows and anchor_rows (A,); num_context ().
     """
@@ -41,17 +44,16 @@ class FlexLayout:
     block_size: int
     seq_lengths: dict[int, tuple[int, int]]
     tiles: dict[int, list[torch.Tensor]]
-    _masks: dict[int, BlockMask] = field(default_factory=dict, init=False, repr=False, compare=False)
+    pairs: dict[int, int]
+    masks: dict[int, BlockMask] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def mask(self, num_queries: int) -> BlockMask:
-        """Return the mask for the last `num_queries` queries of each block."""
-        if num_queries not in self._masks:
-            sees = self._make_rule(num_queries)
-            tiles: dict[str, Any] = dict(zip(TENSORS, self.tiles[num_queries], strict=True))
-            self._masks[num_queries] = BlockMask(
-                self.seq_lengths[num_queries], **tiles, BLOCK_SIZE=(TILE, TILE), mask_mod=sees
+    def make_masks(self) -> None:
+        """Make the masks, once a step and outside of the compiled layers."""
+        for num_queries, tensors in self.tiles.items():
+            tiles: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
+            self.masks[num_queries] = BlockMask(
+                self.seq_lengths[num_queries], **tiles, BLOCK_SIZE=(TILE, TILE), mask_mod=self._make_rule(num_queries)
             )
-        return self._masks[num_queries]
 
     def _make_rule(self, num_queries: int) -> Callable[..., torch.Tensor]:
         """Return the rule for one query and one key."""
@@ -76,7 +78,9 @@ def plan_flex(
         for number in num_queries
     }
     seq_lengths = {number: (len(anchor_rows) * number, num_keys) for number in num_queries}
-    return FlexLayout(first_rows, anchor_rows, torch.tensor(num_context), block_size, seq_lengths, tiles)
+    keys = int((anchor_rows - first_rows + block_size).sum())  # of one query of each block
+    pairs = {number: keys * number for number in num_queries}
+    return FlexLayout(first_rows, anchor_rows, torch.tensor(num_context), block_size, seq_lengths, tiles, pairs)
 
 
 def plan_tiles(
@@ -117,7 +121,9 @@ def _to_block_mask(partial: torch.Tensor, full: torch.Tensor) -> list[torch.Tens
 def _to_indices(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return how many tiles are marked in each row, and the columns, marked ones first: (1, 1, R), (1, 1, R, C)."""
     columns = dense.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return dense.sum(-1).int()[None, None], columns.int().contiguous()[None, None]
+    # A clone, as `contiguous` keeps odd strides of a size of 1, and other strides recompile the kernel.
+    columns = columns.int().clone(memory_format=torch.contiguous_format)
+    return dense.sum(-1).int()[None, None], columns[None, None]
 
 
 def attend_flex(
@@ -135,10 +141,11 @@ def attend_flex(
     value = torch.cat([context_value, block_value.flatten(0, 1)]).transpose(0, 1)[None]
     by_head = query.flatten(0, 1).transpose(0, 1)[None]
     if query.device.type == "meta":
-        output: torch.Tensor = _Unevaluated.apply(by_head, key, value)
+        output: torch.Tensor = Unevaluated.apply(by_head, key, value, layout.pairs[query.shape[1]])
     else:
-        kernel = attention or _compiled_flex()
-        output = kernel(by_head, key, value, block_mask=layout.mask(query.shape[1]), enable_gqa=True)
+        # Within a compiled layer, the layer's compilation includes the kernel.
+        kernel = attention or (flex_attention if torch.compiler.is_compiling() else _compiled_flex())
+        output = kernel(by_head, key, value, block_mask=layout.masks[query.shape[1]], enable_gqa=True)
     return output[0].transpose(0, 1).unflatten(0, query.shape[:2])
 
 
@@ -146,18 +153,3 @@ def attend_flex(
 def _compiled_flex() -> Callable[..., torch.Tensor]:
     compiled: Callable[..., torch.Tensor] = torch.compile(flex_attention, dynamic=True)
     return compiled
-
-
-class _Unevaluated(torch.autograd.Function):
-    """FlexAttention's shapes and saved tensors on torch's meta device, where nothing is computed."""
-
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        output = torch.empty_like(query)
-        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, sums)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])

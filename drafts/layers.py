@@ -1,6 +1,8 @@
-"""The parts of a transformer layer that drafts share: RMSNorm and the gated MLP, with hand-written gradients.
+"""The parts of a transformer layer that drafts share: RMSNorm and the gated MLP.
 
-On CPUs, torch's own are chains of operations that each read and write memory and save tensors for the backward pass.
+On CPUs, torch's own are chains of operations that each read and write memory and save tensors for the backward pass;
+hand-written gradients are faster. On GPUs, torch's own are used: torch.compile fuses them into one kernel, which it
+cannot do with hand-written ones.
 """
 
 from __future__ import annotations
@@ -21,8 +23,15 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if _is_on_gpu(x):
+            return stock_rms_norm(x, self.weight, self.eps)
         normed: torch.Tensor = _RMSNorm.apply(x, self.weight, self.eps)
         return normed
+
+
+def stock_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return torch's RMSNorm, in the dtype of `x`; its kernel computes in fp32."""
+    return functional.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -48,6 +57,10 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
+def _is_on_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda
+
+
 class GatedMLP(nn.Module):
     """`down_proj(silu(gate_proj(x)) * up_proj(x))`, under the parameter names of Llama and Qwen."""
 
@@ -64,6 +77,8 @@ class GatedMLP(nn.Module):
 
 def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Return `silu(gate) * up`; only gate and up are saved for the backward pass."""
+    if _is_on_gpu(gate):
+        return functional.silu(gate) * up
     product: torch.Tensor = _Gated.apply(gate, up)
     return product
 

@@ -39,6 +39,15 @@ class DraftSection(Section):
         """Tokens that the draft proposes in one step, K."""
         raise NotImplementedError
 
+    @property
+    def needs_final_states(self) -> bool:
+        """Whether training reads the target's final states, from which its distribution is computed."""
+        return self.objective == "distill"
+
+    def to_save_memory(self) -> dict[str, Any]:
+        """Return other values of the section's keys with which a step takes less memory; empty: none."""
+        return {}
+
 
 class TransformerSection(DraftSection):
     """Dimensions of a draft that is made of transformer layers."""

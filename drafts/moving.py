@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -19,6 +20,20 @@ def to_device(value: Value, device: torch.device) -> Value:
     """Return `value` with its tensors on `device`; everything else stays as it is. Copies do not block the host."""
     moved: Value = _move(value, device)
     return moved
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """Yield every tensor inside of `value`."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif is_dataclass(value) and not isinstance(value, type):
+        for part in fields(value):
+            yield from tensors_of(getattr(value, part.name))
+    elif isinstance(value, dict):
+        yield from tensors_of(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_of(part)
 
 
 def _move(value: Any, device: torch.device) -> Any:

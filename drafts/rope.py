@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from drafts.method import TransformerConfig
 from drafts.rope_parameters import rope_parameters
 
+CPU = torch.device("cpu")
 Tables = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines at some positions, (..., 1, D) both: the same for all heads."""
 
@@ -34,7 +35,8 @@ class Rope(nn.Module):
                 max_position_embeddings=config.max_position_embeddings,
                 rope_parameters=parameters,
             )
-            inverse_frequencies, self.scale = ROPE_INIT_FUNCTIONS[kind](qwen, torch.device("cpu"))
+            with CPU:  # transformers fails under another default device
+                inverse_frequencies, self.scale = ROPE_INIT_FUNCTIONS[kind](qwen, CPU)
         self.register_buffer("inverse_frequencies", inverse_frequencies, persistent=False)
 
     def at(self, positions: torch.Tensor) -> Tables:

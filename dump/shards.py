@@ -5,14 +5,13 @@ Writes: the store's ledger.jsonl and run.json, and the checksum of all conversat
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import read_json, write_atomic
+from common.files import lock_file, read_json, write_atomic
 from contracts.conversation import add_checksums
 from contracts.ledger import STATUSES, Ledger, check_counts
 from contracts.run import Run
@@ -33,7 +32,7 @@ def join_shards(store: Store, count: int, recipe: Recipe) -> dict[str, Any]:
         print(f"dump: {len(finished)} of {count} shards are finished; the last one joins their ledgers")
         return {}
     with (store.folder / "join.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two shards may finish at the same time
+        lock_file(lock, store.folder, wait=True)  # two shards may finish at the same time
         settings = {key: value for key, value in states[0]["settings"].items() if key != "shard"}
         checksum = add_checksums(state["inputs"]["conversations"] for state in states)
         inputs = {**states[0]["inputs"], "conversations": checksum}

@@ -53,11 +53,16 @@ class TrainSection(Section):
     evaluate_every: int = operational(
         default=0, ge=0, description="steps between evaluations on held-out rows; 0: never"
     )
+    evaluate_samples: int = operational(default=256, gt=0, description="most held-out samples of such an evaluation")
     checkpoint_every: int = operational(default=100, gt=0, description="steps between checkpoints")
     keep_checkpoints: int = operational(default=2, gt=0, description="latest checkpoints kept, besides the best")
     gradient_checkpointing: bool = operational(default=False, description="recompute activations: slower, less memory")
-    compile: bool = operational(default=False, description="torch.compile, layer by layer; for GPUs")
+    compile: bool | None = operational(default=None, description="torch.compile, layer by layer; default: on GPUs")
     parallel: Literal["ddp", "fsdp2"] = operational(default="ddp", description="under torchrun with several processes")
+    num_readers: int | None = operational(
+        default=None, gt=0, description="threads that read the store ahead; default: 4 on a GPU, 1 on a CPU"
+    )
+    read_ahead_gib: float = operational(default=4.0, gt=0, description="most GiB of states read ahead, by process")
     num_threads: int | None = operational(default=None, gt=0, description="CPU threads; default: all cores")
 
     @model_validator(mode="after")

@@ -101,7 +101,7 @@ def command(
     format_: Annotated[str, typer.Option("--format", help="Output format: shell, json or docker.")] = "shell",
 ) -> None:
     """Print the command that serves the target, ready to paste."""
-    from serve.hardware import find_node
+    from recipe.hardware import find_node
 
     loaded = options.load()
     built = options.build(loaded, loaded.serve.port or 8000)

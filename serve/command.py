@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.files import hash_file, hash_json
 from contracts.draft import DESCRIPTOR_FILE, Descriptor
 from drafts.published import num_speculative_tokens, read_descriptor
+from recipe.hardware import check_fit, find_node
 from recipe.recipe import Recipe
 from recipe.serve import HeadSection, Purpose, ServeSection
 from serve.engine import engine_env, is_cpu_engine
@@ -35,7 +36,6 @@ from serve.flags import (
     to_flags,
     uses_sglang,
 )
-from serve.hardware import check_fit, find_node
 from target.target import Target
 
 MODEL_NAME = "target"

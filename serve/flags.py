@@ -12,9 +12,9 @@ from typing import Any
 
 from common.errors import UserError
 from recipe.check import check_block_size, check_kv_dtype
+from recipe.hardware import find_node
 from recipe.recipe import Recipe
 from recipe.serve import Purpose, PurposeSection, ServeSection, VariantSection
-from serve.hardware import find_node
 from target.target import Target
 
 

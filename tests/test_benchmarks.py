@@ -1,15 +1,24 @@
-"""Claims about `benchmarks/`: those that need nothing but this project still run."""
+"""Claims about `benchmarks/`: those that need nothing but this project run; each refuses sides of unequal work."""
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
+import math
 import os
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 
 
 def run_benchmark(name: str, *args: str, **environment: str) -> str:
@@ -48,3 +57,148 @@ def test_the_gpu_check_runs_dry_on_a_cpu_with_little_more_than_torch_and_transfo
     assert report["failed"] == []
     assert report["checks"]["losses"]["dflash"]["largest relative difference"] == 0.0
     assert "step        ok" in printed
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / f"benchmarks/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses looks for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def one_line(run: Callable[[], object]) -> str:
+    """The message that a benchmark exits with, which makes its exit code 1."""
+    with pytest.raises(SystemExit) as end:
+        run()
+    assert isinstance(end.value.code, str)
+    assert "\n" not in end.value.code
+    return end.value.code
+
+
+@pytest.mark.parametrize(
+    ("result", "told"),
+    [
+        ([1.0, 4, 24], None),
+        ([1.0, 4, 18], "the dump side did other work: found 18 tokens of 4 samples, expected 24 of 4"),
+        ([1.0, 3, 24], "found 24 tokens of 3 samples, expected 24 of 4"),
+        (None, "the dump side ended with exit code 3"),
+    ],
+)
+def test_a_side_of_dump_prefill_that_skips_tokens_or_ends_is_named(
+    result: list[float] | None, told: str | None
+) -> None:
+    answer = "raise SystemExit(3)" if result is None else f"print('result', {json.dumps(result)!r})"
+    side = [sys.executable, "-c", f"input(); {answer}"]
+    with subprocess.Popen(side, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def ask() -> float:
+            rate: float = load("dump_prefill").ask("dump", process, 4, 6, 0)
+            return rate
+
+        if told is None:
+            assert ask() == 24.0
+        else:
+            assert told in one_line(ask)
+
+
+def test_a_process_that_computes_no_cosines_is_not_counted_as_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("first_calls")
+    right = [struct.pack("d", 1e-6)] * (module.PROCESSES - 1)
+    assert len(module.read_errors([*right, struct.pack("d", 1.0)])) == module.PROCESSES
+    for wrong in (b"", struct.pack("d", math.nan)):
+        message = one_line(lambda answer=wrong: module.read_errors([*right, answer]))  # type: ignore[misc]
+        assert message == "found cosines of 23 processes in a wave, expected 24"
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["first_calls.py", "--waves", "1"])
+    assert "without MKL" in one_line(module.main)
+
+
+def test_a_simulation_that_loses_rows_of_preempted_tasks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("preemption")
+    args = argparse.Namespace(nodes=4, rows=20_000, in_flight=64, row_s=55.0, start_h=0.25, queue_h=0.1)
+
+    def simulate() -> Any:
+        return module.simulate(args, tasks=4, every_h=1.0, warning_h=0.0, slow=0.0)
+
+    assert math.isclose(simulate().rows, 20_000)
+    push = module.heapq.heappush
+
+    def lose(heap: list[tuple[float, float]], item: tuple[float, float]) -> None:
+        push(heap, (item[0], item[1] * 0.9) if isinstance(item[1], float) else item)  # of a task: rows left
+
+    monkeypatch.setattr(module.heapq, "heappush", lose)
+    assert "rows, expected each of the 20000 once" in one_line(simulate)
+
+
+def test_clients_that_send_other_requests_or_too_few_are_refused() -> None:
+    module = load("synth_client")
+    with module.serve_at_once() as url:
+        module.run_layer("transport", 300, url)
+        form = module.take_form(url, "transport", 300)
+        assert form["max_tokens"] == module.MAX_TOKENS
+        module.run_layer("low-level", 300, url)
+        message = one_line(lambda: module.take_form(url, "low-level", 301))
+        assert message == "low-level sent 300 requests, expected one for each of 301 rows"
+    module.check_forms({"a": form, "b": dict(form)})
+    message = one_line(lambda: module.check_forms({"a": form, "b": {**form, "max_tokens": 1}}))
+    assert message == "the clients send other requests (max_tokens): a 128, b 1"
+
+
+def test_servers_answers_of_other_rows_or_tokens_are_refused() -> None:
+    check = load("synth_server").check_work
+    check([24, 2787], [24, 2790], 24)
+    assert "answered 23 rows" in one_line(lambda: check([23, 2787], [24, 2787], 24))
+    assert "vllm bench serve 23" in one_line(lambda: check([24, 2787], [23, 2787], 24))
+    assert "generated 2787 tokens, vllm bench serve 2700" in one_line(lambda: check([24, 2787], [24, 2700], 24))
+
+
+def test_a_peer_of_other_steps_or_parameters_is_refused(tmp_path: Path) -> None:
+    module = load("served_peer")
+    for epoch, steps in enumerate((300, 600, 800, 801)):
+        (tmp_path / f"{epoch}").mkdir()
+        (tmp_path / f"{epoch}/training_state.json").write_text(json.dumps({"epoch": epoch, "global_step": steps}))
+    (tmp_path / "epoch3_end").symlink_to("3")
+    found = module.find_checkpoints(tmp_path)
+    assert set(found) == {300, 600, 800, 801}
+    assert found[800] == tmp_path / "2/model.safetensors"
+
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    (ours / "config.json").write_text(json.dumps({"rope_theta": 1e4}))
+    (ours / "draftline.json").touch()
+    weights = {"fc.weight": torch.zeros(2, 6), "norm.weight": torch.zeros(2)}
+    save_file(weights, ours / "model.safetensors")
+    for change, told in (
+        ({"lm_head.weight": torch.zeros(9, 2)}, None),  # the target's
+        ({"fc.weight": torch.zeros(2, 8)}, "(fc.weight): ours (2, 6), theirs (2, 8)"),
+        ({"extra.weight": torch.zeros(2)}, "(extra.weight): ours None, theirs (2,)"),
+    ):
+        save_file({**weights, **change}, tmp_path / "theirs.safetensors")
+        export = lambda: module.export_peer(tmp_path / "theirs.safetensors", ours, tmp_path / "export")  # noqa: E731
+        if told is None:
+            export()
+        else:
+            assert told in one_line(export)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, None),
+        ({"steps": 41}, "ours 140 tokens, theirs 141"),
+        ({"turns": 3}, "(turns): ours 2, theirs 3"),
+        ({"num_draft_tokens": 7}, "(num_draft_tokens): ours 3, theirs 7"),
+        ({"walks": [{"turn": "a"}, {"turn": "c"}]}, "other turns"),
+    ],
+)
+def test_drafts_that_were_measured_on_other_replies_are_not_compared(change: dict[str, Any], told: str | None) -> None:
+    module = load("served_peer")
+    module.MAX_DIFFERENCE = 0.005
+    report = {"steps": 40, "accepted": 100, "turns": 2, "num_draft_tokens": 3, "walks": [{"turn": "a"}, {"turn": "b"}]}
+    if told is None:
+        module.check_replies(report, {**report, "steps": 50, "accepted": 90})  # other acceptance, the same replies
+    else:
+        assert told in one_line(lambda: module.check_replies(report, {**report, **change}))

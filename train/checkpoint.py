@@ -1,15 +1,33 @@
-"""Checkpoints of a training run: written atomically; the last few and the best are kept."""
+"""Checkpoints of a training run: written in shards beside the next steps, kept: the last few and the best.
+
+    step-000500/state/               weights and optimizer, as torch.distributed.checkpoint writes them
+                weights.safetensors  the weights alone, which `train eval` and `train export` read
+                position.json, recipe.yaml
+
+Each process copies its share of the state to the CPU and goes on; threads write it. The folder gets its name once all
+shares are on disk, so a kill never leaves half a checkpoint. Any number of processes can resume from it.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from common.errors import UserError
 from common.files import read_json, write_json
 from contracts.draft import DraftRun
 from train.processes import Processes
@@ -17,49 +35,127 @@ from train.processes import Processes
 if TYPE_CHECKING:
     from train.offline import Training
 
+STATE = "state"
+"""The folder of torch.distributed.checkpoint within a checkpoint."""
 
-def save_checkpoint(training: Training, step: int, best_length: float | None = None) -> None:
-    """Write step-<number>; delete all but the last `train.keep_checkpoints` and the best.
 
-    Every process calls it. `best_length`: the predicted acceptance length if this checkpoint is the best so far.
-    """
-    run, processes, config = training.run, training.processes, training.config
-    weights, state = processes.read_state(training.model, training.optimizer)
-    if not processes.is_first:
-        return processes.wait()
-    folder = run.step_folder(step)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / "weights.safetensors")
-    # No method uses torch's global generator today; the state is there for one that does.
-    torch.save({"optimizer": state, "rng": torch.get_rng_state()}, temporary / "state.pt")
-    position = {"step": step, "seed": training.section.seed, "target": config.target_fingerprint, "store": config.store}
-    write_json(temporary / "position.json", position)
-    (temporary / "recipe.yaml").write_text(training.recipe.to_yaml())
-    for path in temporary.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    if best_length is not None:
-        run.write_best(step, best_length)
-    best = run.best_step()
-    for old in run.steps()[: -training.section.keep_checkpoints]:
-        if old != best:
-            shutil.rmtree(run.step_folder(old))
-    return processes.wait()
+class Checkpoints:
+    """Writes the checkpoints of a run; every process has one and calls its methods at the same steps."""
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, best_length: float | None = None) -> None:
+        """Begin to write step-<number>; wait for the one before.
+
+        `best_length`: the predicted acceptance length if this checkpoint is the best so far.
+        """
+        self.finish()
+        training, processes = self._training, self._training.processes
+        temporary = _temporary(training.run.step_folder(step))
+        if processes.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        processes.wait()
+        state = processes.share_of(_read_state(processes, training.model, training.optimizer))
+        alone = processes.world == 1
+        with _quiet():
+            written = async_save(state, checkpoint_id=temporary / STATE, process_group=processes.writers, no_dist=alone)
+        assert isinstance(written, Future)
+        self._pending = self._pool.submit(self._complete, written, step, best_length)
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written is complete, on every process."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+            self._training.processes.wait()
+
+    def _complete(self, written: Future[Any], step: int, best_length: float | None) -> None:
+        """Wait for all shares; then the first process completes the folder and deletes older ones."""
+        written.result()
+        training, run = self._training, self._training.run
+        if not training.processes.is_first:
+            return
+        folder = run.step_folder(step)
+        temporary = _temporary(folder)
+        save_file(_read_weights(temporary / STATE), temporary / "weights.safetensors")
+        position = {
+            "step": step,
+            "seed": training.section.seed,
+            "target": training.config.target_fingerprint,
+            "store": training.config.store,
+        }
+        write_json(temporary / "position.json", position)
+        (temporary / "recipe.yaml").write_text(training.recipe.to_yaml())
+        for path in filter(Path.is_file, temporary.rglob("*")):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        if best_length is not None:
+            run.write_best(step, best_length)
+        best = run.best_step()
+        for old in run.steps()[: -training.section.keep_checkpoints]:
+            if old != best:
+                shutil.rmtree(run.step_folder(old))
 
 
 def load_checkpoint(run: DraftRun, processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load the last checkpoint, if any, into all processes; return the step to resume from."""
+    """Load the last checkpoint, if any, into all processes; return the step to resume from.
+
+    Deletes what a killed run left of an unfinished one. Raises UserError for a checkpoint of an earlier version, which
+    has no shards.
+    """
+    if processes.is_first:
+        for unfinished in run.folder.glob(".step-*.tmp"):
+            shutil.rmtree(unfinished)
     steps = run.steps()
     if not steps:
         return 0
     folder = run.step_folder(steps[-1])
-    state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True)
-    processes.load_state(model, optimizer, load_file(folder / "weights.safetensors"), state["optimizer"])
-    torch.set_rng_state(state["rng"])
+    if not (folder / STATE).exists():
+        raise UserError(
+            folder,
+            found="a checkpoint of an earlier version",
+            expected=f"{STATE}/, as this version writes it",
+            fix="Finish the run with the version that began it, or choose another --output.",
+        )
+    state = _read_state(processes, model, optimizer)
+    with _quiet():
+        load(state, checkpoint_id=folder / STATE, process_group=processes.writers, no_dist=processes.world == 1)
+    processes.write_state(model, optimizer, state["model"], state["optimizer"])
     if processes.is_first:
         print(f"train: going on from step {steps[-1]}")
     return int(read_json(folder / "position.json", "a checkpoint's position")["step"])
+
+
+def _read_state(processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    weights, moments = processes.read_state(model, optimizer)
+    return {"model": weights, "optimizer": moments}
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Read the whole weights from all shards."""
+    weights = {
+        name.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in FileSystemReader(folder).read_metadata().state_dict_metadata.items()
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+    with _quiet():
+        load({"model": weights}, checkpoint_id=folder, no_dist=True)
+    return weights
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide torch's warning that a single process has no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.tmp")

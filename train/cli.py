@@ -14,7 +14,34 @@ from recipe.cli import OverridesOption, RecipeOption, load_checked
 
 app = make_app("Train a draft from a store, evaluate it, export it.")
 
+ForceOption = Annotated[bool, typer.Option("--force", help="Begin even if the memory seems too small.")]
 RunOption = Annotated[Path, typer.Option("--run", help="Folder of `train offline`.")]
+
+
+@app.command(epilog="Example: train plan -r recipes/MiniMax-M3-DFlash/recipe.yaml --gpu h200 --gpus 8 --read-rate 10")
+def plan(
+    recipe: RecipeOption,
+    store: Annotated[Path | None, typer.Option(help="Take the samples' lengths from this store.")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="h100, h200, b200, b300, gb200, gb300, mi355x or cpu.", show_default="serve.hardware, or h100"
+        ),
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs that train.", show_default="those of a node")] = None,
+    mean_tokens: Annotated[int, typer.Option(min=2, help="Without --store: mean tokens of a sample.")] = 2000,
+    prompt_share: Annotated[float, typer.Option(min=0, max=0.99, help="Without --store: share of prompts.")] = 0.25,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the GPU's peak that training reaches.")] = 0.4,
+    run: Annotated[Path | None, typer.Option(help="Take the MFU from this training run on the same GPUs.")] = None,
+    read_rate: Annotated[float | None, typer.Option(min=0.001, help="GB/s that a node reads from the store.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    set_: OverridesOption = None,
+) -> None:
+    """Print memory, operations, bytes to read and hours of a training; no GPU, store or weights are needed."""
+    from train.plan import Request, answer
+
+    loaded = load_checked(recipe, set_)
+    answer(loaded, Request(store, gpu, gpus, mean_tokens, prompt_share, mfu, run, read_rate), as_json=json_)
 
 
 @app.command(epilog="Example: train offline -r recipes/Tiny-DFlash/recipe.yaml --store runs/store --output runs/draft")
@@ -22,12 +49,13 @@ def offline(
     recipe: RecipeOption,
     store: Annotated[Path, typer.Option(help="A store that `dump run` wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.")],
+    force: ForceOption = False,
     set_: OverridesOption = None,
 ) -> None:
     """Train to the recipe's number of steps; an interrupted run resumes from its last checkpoint."""
     from train.offline import train_offline
 
-    train_offline(load_checked(recipe, set_), store, output)
+    train_offline(load_checked(recipe, set_), store, output, force=force)
 
 
 @app.command(
@@ -41,12 +69,13 @@ def eval_(
     store: Annotated[Path, typer.Option(help="A store of held-out conversations.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The report (JSON).")],
     samples: Annotated[int | None, typer.Option(min=1, help="Evaluate only the first N samples.")] = None,
+    force: ForceOption = False,
     set_: OverridesOption = None,
 ) -> None:
-    """Predict the acceptance length by walking held-out conversations as serving does."""
-    from train.evaluate import evaluate
+    """Predict the acceptance length by walking held-out conversations as serving does; torchrun shares them out."""
+    from train.evaluate import Evaluation, evaluate
 
-    evaluate(load_checked(recipe, set_), run, store, output, samples)
+    evaluate(load_checked(recipe, set_), Evaluation(run, store, output, samples, force))
 
 
 @app.command(epilog="Example: train export -r recipes/Tiny-DFlash/recipe.yaml --run runs/draft --output runs/export")

@@ -7,12 +7,16 @@ run needs no saved position, and any number of processes sees the same batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.errors import UserError
@@ -21,6 +25,7 @@ from common.progress import track
 from contracts.modelopt import ModelOptStore, is_modelopt, open_modelopt
 from contracts.store import Manifest, Store, StoredSample, find_token, open_store
 from drafts.batch import Batch
+from drafts.moving import tensors_of, to_device
 from drafts.places import anchor_places
 from recipe.recipe import Recipe
 from recipe.train import TrainSection
@@ -28,6 +33,8 @@ from target.target import Target
 from train.processes import Processes
 
 AnyStore = Store | ModelOptStore
+MAX_AHEAD = 16
+"""Batches read ahead at most, however small they are."""
 
 
 def open_states(recipe: Recipe, folder: Path, target: Target) -> tuple[AnyStore, Manifest]:
@@ -56,8 +63,9 @@ def refuse_mask_token(samples: Samples, mask_token_id: int | None, processes: Pr
 class Samples:
     """A store's samples, split by conversation, read on demand and cached up to `cache_bytes`.
 
-    `cut_away`: samples left out because nothing can be drafted within their first `max_tokens` tokens. With
-    `keep_dtype`, batches have the stored dtype (a GPU casts faster); else fp32.
+    `cut_away`: samples left out because nothing can be drafted within their first `max_tokens` tokens. For a GPU,
+    batches have the stored dtype and lie in pinned memory; the GPU casts faster. For a CPU they are fp32. Threads may
+    read at the same time.
     """
 
     def __init__(
@@ -66,11 +74,11 @@ class Samples:
         section: TrainSection,
         max_tokens: int,
         cache_bytes: int = 4 << 30,
-        keep_dtype: bool = False,
+        on_gpu: bool = False,
     ) -> None:
         """Split the store's samples. Raises UserError if none is left to train on."""
         self.store, self.section, self.max_tokens = store, section, max_tokens
-        self._keep_dtype = keep_dtype
+        self._on_gpu = on_gpu
         ids = store.sample_ids()[: section.max_samples]
         self.cut_away = _cut_away(store, ids, max_tokens)
         ids = [id_ for id_ in ids if id_ not in self.cut_away]
@@ -88,23 +96,25 @@ class Samples:
         self._cache: dict[str, StoredSample] = {}
         self._room = cache_bytes
         self._epoch, self._order = -1, list[int]()
+        self._lock = threading.Lock()
 
     def read(self, sample_id: str) -> StoredSample:
-        """Read a sample; one of more than `max_tokens` tokens is cut there and added to `truncated`."""
+        """Read a sample; one of more than `max_tokens` tokens is cut there and added to `truncated`.
+
+        Its final states are read only if the objective needs them; for a GPU, fp8 states stay as they are.
+        """
         if sample_id in self._cache:
             return self._cache[sample_id]
-        sample = self.store.read_sample(sample_id)
+        needed = self.section.draft.needs_final_states
+        sample = self.store.read_sample(sample_id, final_states=needed, decode=not self._on_gpu)
         if sample.num_tokens > self.max_tokens:
             self.truncated.add(sample_id)
-            cut = slice(self.max_tokens)
-            sample = StoredSample(
-                sample.input_ids[cut], sample.loss_mask[cut], sample.hidden_states[cut], sample.aux_hidden_states[cut],
-                sample.metadata,
-            )  # fmt: skip
+            sample = sample.cut(self.max_tokens)
         size = sample.aux_hidden_states.nbytes + sample.hidden_states.nbytes
-        if size <= self._room:
-            self._room -= size
-            self._cache[sample_id] = sample
+        with self._lock:
+            if size <= self._room:
+                self._room -= size
+                self._cache[sample_id] = sample
         return sample
 
     def count_supervised(self, vocab_size: int) -> torch.Tensor:
@@ -115,25 +125,54 @@ class Samples:
             counts += torch.bincount(sample.input_ids[sample.loss_mask].long(), minlength=vocab_size)
         return counts
 
+    def largest_masks(self, rank: int, world: int) -> list[torch.Tensor]:
+        """Return the loss masks of this process's batch with most tokens, for plans of memory.
+
+        Where the store has no lengths, all samples count as `max_tokens` long.
+        """
+        section = self.section
+        store = self.store if isinstance(self.store, Store) else None
+        lengths = store.lengths() if store else {}
+        places = range(section.num_steps * section.gradient_accumulation_steps * section.batch_size)
+        sizes = np.fromiter(
+            (min(lengths.get(self._pick(p), self.max_tokens), self.max_tokens) for p in places), np.int64
+        )
+        totals = sizes.reshape(-1, section.batch_size)[:, rank::world].sum(1)
+        first = int(totals.argmax()) * section.batch_size
+        picked = [self._pick(place) for place in range(first + rank, first + section.batch_size, world)]
+        if store is None:
+            return [torch.ones(self.max_tokens, dtype=torch.bool)] * len(picked)
+        return [store.read_mask(id_)[: self.max_tokens] for id_ in picked]
+
     def batch(self, number: int, rank: int = 0, world: int = 1) -> Batch:
         """Return this process's part of batch `number`."""
         first = number * self.section.batch_size
         places = range(first + rank, first + self.section.batch_size, world)
-        picked = [self._pick(place) for place in places]
+        with self._lock:
+            picked = [self._pick(place) for place in places]
         samples = [self.read(sample_id) for sample_id in picked]
         return Batch(
             token_ids=torch.cat([sample.input_ids for sample in samples]).long(),
             loss_mask=torch.cat([sample.loss_mask for sample in samples]),
             aux_hidden_states=self._join([sample.aux_hidden_states for sample in samples]),
             hidden_states=self._join([sample.hidden_states for sample in samples]),
+            scales={name: self._join([sample.scales[name] for sample in samples]) for name in samples[0].scales},
             lengths=[sample.num_tokens for sample in samples],
             sample_ids=picked,
             seeds=[self.section.seed * 1_000_003 + place for place in places],
         )
 
     def _join(self, states: list[torch.Tensor]) -> torch.Tensor:
-        joined = torch.cat(states)
-        return joined if self._keep_dtype else joined.float()
+        if not self._on_gpu:
+            return torch.cat(states).float()
+        shape = (sum(map(len, states)), states[0].shape[1])
+        # torch keeps freed pinned memory and hands it out again once the copies from it are done.
+        joined = torch.empty(shape, dtype=states[0].dtype, pin_memory=torch.cuda.is_available())
+        start = 0
+        for part in states:
+            joined[start : start + len(part)] = part
+            start += len(part)
+        return joined
 
     def _pick(self, place: int) -> str:
         """Return the id of the sample at `place` in the endless sequence of shuffled epochs."""
@@ -152,11 +191,20 @@ class Planned:
     batch: Batch
     plan: Any
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the batch's states."""
+        return self.batch.aux_hidden_states.nbytes + self.batch.hidden_states.nbytes
+
 
 def read_ahead(
     samples: Samples, first_step: int, processes: Processes, plan: Callable[[Batch], Any]
 ) -> Iterator[Planned]:
-    """Yield this process's batches from `first_step` on; the next one is read and planned meanwhile, in a thread."""
+    """Yield this process's batches from `first_step` on, on its device.
+
+    Threads read and plan the next ones meanwhile: as many as fit into `train.read_ahead_gib`, at least one. On a GPU,
+    the copy of a batch runs beside the step before it.
+    """
     section = samples.section
     first = first_step * section.gradient_accumulation_steps
     end = section.num_steps * section.gradient_accumulation_steps
@@ -165,13 +213,48 @@ def read_ahead(
         batch = samples.batch(number, processes.rank, processes.world)
         return Planned(batch, plan(batch))
 
-    with ThreadPoolExecutor(1, "read-ahead") as pool:
-        following = pool.submit(read, first) if first < end else None
-        for number in range(first, end):
-            assert following is not None
-            planned = following.result()
-            following = pool.submit(read, number + 1) if number + 1 < end else None
+    on_gpu = processes.device.type == "cuda"
+    ahead = _read_in_threads(read, range(first, end), section, section.num_readers or (4 if on_gpu else 1))
+    yield from copy_ahead(ahead, processes.device) if on_gpu else ahead
+
+
+def _read_in_threads(
+    read: Callable[[int], Planned], numbers: range, section: TrainSection, num_readers: int
+) -> Iterator[Planned]:
+    """Yield `read(number)` in order; threads read ahead within the byte budget, which the last batch measures."""
+    budget, waiting, following = int(section.read_ahead_gib * 2**30), deque[Future[Planned]](), iter(numbers)
+    depth = 1
+    with ThreadPoolExecutor(num_readers, "read-ahead") as pool:
+        for number in islice(following, depth):
+            waiting.append(pool.submit(read, number))
+        while waiting:
+            planned = waiting.popleft().result()
+            depth = min(MAX_AHEAD, max(1, budget // max(1, planned.num_bytes)))
+            for number in islice(following, depth - len(waiting)):
+                waiting.append(pool.submit(read, number))
             yield planned
+
+
+def copy_ahead(batches: Iterable[Planned], device: torch.device) -> Iterator[Planned]:
+    """Yield batches on a GPU; each is copied by a stream of its own while the step before it runs."""
+    stream, copied = torch.cuda.Stream(device), deque[tuple[Planned, torch.cuda.Event]]()
+    for planned in batches:
+        with torch.cuda.stream(stream):
+            moved = to_device(planned, device)
+            copied.append((moved, stream.record_event()))
+        if len(copied) == 2:
+            yield _take(*copied.popleft())
+    while copied:
+        yield _take(*copied.popleft())
+
+
+def _take(planned: Planned, event: torch.cuda.Event) -> Planned:
+    """Let the step wait for a copy on the device, and keep the copy's memory until the step is done."""
+    current = torch.cuda.current_stream()
+    current.wait_event(event)
+    for tensor in tensors_of(planned):
+        tensor.record_stream(current)
+    return Planned(planned.batch.decoded(), planned.plan)
 
 
 def _cut_away(store: AnyStore, ids: list[str], max_tokens: int) -> set[str]:

@@ -14,6 +14,7 @@ from drafts.draft import Draft
 from drafts.published import read_config
 from recipe.mask import mask_token_of
 from recipe.recipe import Recipe
+from target.layers import captured_layers
 from target.target import Target
 
 
@@ -38,20 +39,30 @@ def make_config(recipe: Recipe, target: Target, manifest: Manifest) -> DraftConf
             expected="the states before the final norm, from which the target's distribution is computed",
             fix="Dump them un-normed, or set train.draft.objective to tokens.",
         )
+    source = {"target_fingerprint": target.fingerprint, "store": manifest.conversations}
+    return _make(recipe, target, manifest.layer_ids, source)
+
+
+def suppose_config(recipe: Recipe, target: Target) -> DraftConfig:
+    """Return the config of the draft that a recipe would train, for plans: no store or weights are needed."""
+    return _make(recipe, target, captured_layers(recipe.target, target), {"target_fingerprint": "", "store": ""})
+
+
+def _make(recipe: Recipe, target: Target, layer_ids: list[int], source: dict[str, str]) -> DraftConfig:
+    section = recipe.training()
     method = METHODS[section.draft.method]
     method.check(section.draft, target)
     shared: dict[str, Any] = {
         "hidden_size": target.hidden_size,
         "vocab_size": target.vocab_size,
         "num_target_layers": target.num_layers,
-        "layer_ids": manifest.layer_ids,
+        "layer_ids": layer_ids,
         "mask_token_id": mask_token_of(recipe, target),
         "rms_norm_eps": target.norm_eps,
         "rope_theta": target.rope_theta,
         "max_position_embeddings": recipe.target.max_model_len,
         "yarn": recipe.export.yarn if section.yarn else None,
-        "target_fingerprint": target.fingerprint,
-        "store": manifest.conversations,
+        **source,
     }
     return method.make_config(section.draft, shared)
 

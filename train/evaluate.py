@@ -16,7 +16,6 @@ counts q(d) instead of 0 or 1 for each token that was tried: the same mean, with
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,11 @@ import torch
 from common.cores import count_cores
 from common.errors import UserError
 from common.files import hash_file, read_json, write_json
-from common.progress import track
 from contracts.acceptance import Acceptance
 from contracts.draft import DraftConfig, DraftRun
 from contracts.run import read_run
-from contracts.store import Manifest, StoredSample
+from contracts.store import Manifest, Store, StoredSample
 from drafts.draft import Draft
-from drafts.moving import find_device
 from drafts.places import spans_of
 from drafts.published import read_config
 from recipe.recipe import Recipe
@@ -41,7 +38,9 @@ from target.sampling import Context, probabilities_of
 from target.target import Target
 from train.data import AnyStore, open_states
 from train.draft import load_served, served_config
-from train.processes import Processes
+from train.footprint import measure_drafting
+from train.plan import Machine, refuse_unfit, suppose_masks, work_of
+from train.processes import Processes, start_processes
 
 ROWS_PER_CHUNK = 1024
 
@@ -60,47 +59,60 @@ class Walk:
         return [accepted for reply in self.replies for accepted in reply]
 
 
-def evaluate(
-    recipe: Recipe, run_folder: Path, store_folder: Path, output: Path, num_samples: int | None = None
-) -> dict[str, Any]:
-    """Walk all samples of a store, or the first `num_samples`; write and return the report.
+@dataclass(frozen=True)
+class Evaluation:
+    """What `train eval` is asked for. `num_samples`: only the store's first; `force`: however small the memory."""
 
-    Raises UserError if the store's target or layers are not the draft's, or if it holds no sample.
+    run: Path
+    store: Path
+    output: Path
+    num_samples: int | None = None
+    force: bool = False
+
+
+def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
+    """Walk a store's samples, shared out over processes; write and return the report (on the first process).
+
+    Raises UserError if the store's target or layers are not the draft's, if it holds no sample, or, without `force`, if
+    drafting does not fit into memory.
     """
-    torch.set_num_threads(recipe.training().num_threads or count_cores())
     target = Target.here(recipe.target)
-    store, manifest = open_states(recipe, store_folder, target)
-    read_run(run_folder, "train offline")
-    run = DraftRun(run_folder)
+    store, manifest = open_states(recipe, asked.store, target)
+    read_run(asked.run, "train offline")
+    run = DraftRun(asked.run)
     config = served_config(read_config(run), recipe)
-    _check_store(store_folder, manifest, config, target)
+    _check_store(asked.store, manifest, config, target)
     inputs = {
         "draft": hash_file(run.chosen_weights()),
         "yarn": config.yarn.model_dump() if config.yarn else None,
         "store": store.checksum,
-        "samples": num_samples,
+        "samples": asked.num_samples,
         "final_norm": target.final_norm,  # changes the expected acceptance
     }
-    if output.exists():
-        report = read_json(output, "an evaluation")
+    if asked.output.exists():
+        report = read_json(asked.output, "an evaluation")
         if report.get("inputs") == inputs:
-            print(f"eval: {output} is finished, skipped (acceptance length {report['acceptance_length']:.3f})")
+            print(f"eval: {asked.output} is finished, skipped (acceptance length {report['acceptance_length']:.3f})")
             return dict(report)
-    sample_ids = store.sample_ids()[:num_samples]
+    sample_ids = store.sample_ids()[: asked.num_samples]
     if not sample_ids:
-        raise UserError(store_folder, found="no sample", expected="held-out samples", fix="Give a store that has some.")
-    device = find_device()
-    processes = Processes(0, 1, device)
-    with processes.autocast():
-        draft, head = load_served(run, recipe).to(device), read_head(target).to(device)
-        report = {**_walk_store(draft, head, store, sample_ids), "inputs": inputs}
-    write_json(output, report)
-    low, high = report["interval"]
-    print(
-        f"eval: acceptance length {report['acceptance_length']:.3f} [{low:.3f}, {high:.3f}], expected "
-        f"{report['expected_acceptance_length']:.3f}, at K = {config.num_draft_tokens} (simulated) over "
-        f"{report['samples']} samples, {report['steps']} steps -> {output}"
-    )
+        raise UserError(asked.store, found="no sample", expected="held-out samples", fix="Give a store that has some.")
+    with start_processes() as processes, processes.autocast():
+        torch.set_num_threads(recipe.training().num_threads or max(1, count_cores() // processes.world))
+        if not asked.force:
+            _refuse_unfit(recipe, target, config, store, sample_ids, processes)
+        draft, head = load_served(run, recipe).to(processes.device), read_head(target).to(processes.device)
+        walked = [_walk(draft, head, store, id_) for id_ in processes.track(sample_ids, "eval")]
+        walked = processes.gather(walked)
+    report = {**_report(walked, config.num_draft_tokens), "inputs": inputs}
+    if processes.is_first:
+        write_json(asked.output, report)
+        low, high = report["interval"]
+        print(
+            f"eval: acceptance length {report['acceptance_length']:.3f} [{low:.3f}, {high:.3f}], expected "
+            f"{report['expected_acceptance_length']:.3f}, at K = {config.num_draft_tokens} (simulated) over "
+            f"{report['samples']} samples, {report['steps']} steps -> {asked.output}"
+        )
     return report
 
 
@@ -115,30 +127,36 @@ def _check_store(folder: Path, manifest: Manifest, config: DraftConfig, target: 
         )
 
 
-def _walk_store(draft: Draft, head: TargetHead, store: AnyStore, sample_ids: list[str]) -> dict[str, Any]:
-    """Return the report of a draft over samples, without its inputs."""
-    num_tokens = draft.config.num_draft_tokens
-    walks: list[dict[str, Any]] = []
-    parts: list[Acceptance] = []
-    groups: dict[str, dict[str, list[Acceptance]]] = {
-        name: defaultdict(list) for name in ("by_mode", "by_category", "by_length", "by_temperature")
+@dataclass(frozen=True)
+class Walked:
+    """One walked sample: accepted tokens by reply, their expectation, and the groups that it belongs to."""
+
+    sample: str
+    accepted: list[list[int]]
+    expected: float
+    groups: dict[str, str]
+
+
+def _walk(draft: Draft, head: TargetHead, store: AnyStore, sample_id: str) -> Walked:
+    sample = store.read_sample(sample_id)
+    found = walk_sample(sample, draft.draft(sample, head))
+    groups = {
+        "by_mode": sample.metadata.get("thinking_mode", ""),
+        "by_category": sample.metadata.get("category", ""),
+        "by_length": length_bucket(sample.num_tokens),
+        "by_temperature": sample.metadata.get("temperature", ""),
     }
-    expected = 0.0
-    for sample_id in track(sample_ids, desc="eval", unit="sample"):
-        sample = store.read_sample(sample_id)
-        found = walk_sample(sample, draft.draft(sample, head))
-        acceptance = Acceptance.from_steps(found.steps, num_tokens)
-        expected += expected_acceptances(found, sample, head)
-        parts.append(acceptance)
-        for name, key in {
-            "by_mode": sample.metadata.get("thinking_mode", ""),
-            "by_category": sample.metadata.get("category", ""),
-            "by_length": length_bucket(sample.num_tokens),
-            "by_temperature": sample.metadata.get("temperature", ""),
-        }.items():
-            groups[name][key].append(acceptance)
-        walks.append({"sample": sample_id, "accepted": found.replies})
-    total = Acceptance.pool(parts)
+    return Walked(sample_id, found.replies, expected_acceptances(found, sample, head), groups)
+
+
+def _report(walked: list[Walked], num_tokens: int) -> dict[str, Any]:
+    """Return the report over samples, without its inputs."""
+    parts = [Acceptance.from_steps([a for reply in one.accepted for a in reply], num_tokens) for one in walked]
+    total, groups = Acceptance.pool(parts), dict[str, dict[str, list[Acceptance]]]()
+    for one, part in zip(walked, parts, strict=True):
+        for name, key in one.groups.items():
+            groups.setdefault(name, {}).setdefault(key, []).append(part)
+    expected = sum(one.expected for one in walked)
     return {
         **_summarize(parts),
         "expected_acceptance_length": round(1.0 + expected / max(1, total.steps), 4),
@@ -147,9 +165,20 @@ def _walk_store(draft: Draft, head: TargetHead, store: AnyStore, sample_ids: lis
             name: {key: _summarize(members) for key, members in sorted(by_key.items())}
             for name, by_key in groups.items()
         },
-        "samples": len(walks),
-        "walks": walks,
+        "samples": len(walked),
+        "walks": [{"sample": one.sample, "accepted": one.accepted} for one in walked],
     }
+
+
+def _refuse_unfit(
+    recipe: Recipe, target: Target, config: DraftConfig, store: AnyStore, sample_ids: list[str], processes: Processes
+) -> None:
+    """Raise UserError if drafting for the longest sample does not fit into memory."""
+    lengths = store.lengths() if isinstance(store, Store) else {}
+    longest = max(lengths.get(id_, config.max_position_embeddings) for id_ in sample_ids)
+    masks = suppose_masks(1, max(2, longest))
+    work = work_of(recipe.training(), config, target, masks, processes.device.type == "cuda")
+    refuse_unfit("train eval", Machine.here(processes.device), work, measure_drafting, ("single", 1))
 
 
 def _summarize(parts: list[Acceptance]) -> dict[str, Any]:

@@ -31,25 +31,26 @@ from contracts.draft import DraftConfig, DraftRun
 from contracts.run import Run
 from drafts import METHODS
 from drafts.draft import Draft
-from drafts.moving import to_device
 from recipe.recipe import Recipe
 from recipe.train import TrainSection
 from target.head import TargetHead, read_head
 from target.target import Target
-from train.checkpoint import load_checkpoint, save_checkpoint
+from train.checkpoint import Checkpoints, load_checkpoint
 from train.data import Planned, Samples, open_states, read_ahead, refuse_mask_token
 from train.draft import make_config
 from train.evaluate import walk
+from train.footprint import measure_step
 from train.log import LOG_EVERY, Log, cut_metrics
+from train.plan import Machine, refuse_unfit, work_of
 from train.processes import Processes, start_processes
 from train.schedule import learning_rate
 
 
-def train_offline(recipe: Recipe, store_folder: Path, output: Path) -> dict[str, Any]:
+def train_offline(recipe: Recipe, store_folder: Path, output: Path, *, force: bool = False) -> dict[str, Any]:
     """Train to `train.num_steps`, or resume; return the summary (steps, parameters, last loss).
 
-    Raises UserError for a store of another target or with other layers than the recipe's; IncompleteError if SIGTERM
-    stopped the run, after a checkpoint.
+    Raises UserError for a store of another target or with other layers than the recipe's, or, without `force`, for a
+    step that does not fit into memory; IncompleteError if SIGTERM stopped the run, after a checkpoint.
     """
     section = recipe.training()
     target = Target.here(recipe.target)
@@ -72,7 +73,9 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path) -> dict[str,
             print(f"train: {output} is finished, skipped ({_describe(run.state['summary'])})")
             return dict(run.state["summary"])
         on_gpu = processes.device.type == "cuda"
-        samples = Samples(store, section, config.max_position_embeddings, keep_dtype=on_gpu)
+        samples = Samples(store, section, config.max_position_embeddings, on_gpu=on_gpu)
+        if not force:
+            _refuse_unfit(recipe, target, config, samples, processes)
         refuse_mask_token(samples, config.mask_token_id, processes)
         training = _prepare(recipe, config, read_head(target), samples, DraftRun(output), processes)
         summary = _train(training, run)
@@ -80,6 +83,15 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path) -> dict[str,
             run.finish(summary)
             print(f"train: {_describe(summary)} in {run.seconds:.0f} s -> {output}")
         return summary
+
+
+def _refuse_unfit(recipe: Recipe, target: Target, config: DraftConfig, samples: Samples, processes: Processes) -> None:
+    """Raise UserError if this process's largest batch does not fit into memory."""
+    section = recipe.training()
+    masks = samples.largest_masks(processes.rank, processes.world)
+    work = work_of(section, config, target, masks, processes.device.type == "cuda")
+    parallel = section.parallel if processes.world > 1 else "single"
+    refuse_unfit("train offline", Machine.here(processes.device), work, measure_step, (parallel, processes.world))
 
 
 def _settings(section: TrainSection, config: DraftConfig, target: Target) -> dict[str, Any]:
@@ -123,9 +135,8 @@ def _prepare(
     if message and processes.is_first:
         print(f"train: {message}")
     draft.to(processes.device)
-    if section.compile:
-        for layer in draft.layers_to_compile():
-            layer.compile()
+    if section.compile or (section.compile is None and processes.device.type == "cuda"):
+        draft.compile_layers()
     model = processes.wrap(draft, section)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=section.learning_rate, betas=(0.9, 0.95), weight_decay=section.weight_decay, fused=True
@@ -141,11 +152,11 @@ def _train(training: Training, run: Run | None) -> dict[str, Any]:
     loss = cut_metrics(training.run.metrics_path, first_step) if processes.is_first else math.nan
     best_length = training.run.best_length()
     batches = read_ahead(training.samples, first_step, processes, training.draft.plan)
-    log = Log(training.run, section, processes, first_step)
+    log, checkpoints = Log(training.run, section, processes, first_step), Checkpoints(training)
     with log, stop_at_sigterm() as stopped:
         for step in range(first_step, section.num_steps):
             log.start("data")
-            micro = [to_device(next(batches), processes.device) for _ in range(section.gradient_accumulation_steps)]
+            micro = [next(batches) for _ in range(section.gradient_accumulation_steps)]
             counts, num_slots, norm = _step(training, micro, step, log)
             log.start("rest")
             log.count(micro)
@@ -159,14 +170,16 @@ def _train(training: Training, run: Run | None) -> dict[str, Any]:
                 improved, best_length = length > best_length, max(length, best_length)
             stop = bool(processes.sum(torch.tensor(int(stopped["signal"]))))
             if (step + 1) % section.checkpoint_every == 0 or last or stop or improved:
-                save_checkpoint(training, step + 1, best_length if improved else None)
+                checkpoints.save(step + 1, best_length if improved else None)
                 log.draw(at_once=last or stop)
             if stop and not last:
+                checkpoints.finish()
                 raise IncompleteError(
                     f"{training.run.folder}: stopped by SIGTERM after step {step + 1}, which is saved. Run again."
                 )
             if run is not None:
                 run.tick()
+        checkpoints.finish()
     return _summarize(training, num_parameters, loss, best_length)
 
 
@@ -210,8 +223,9 @@ def held_out_length(training: Training) -> float:
     draft.eval()
     steps: list[int] = []
     with processes.autocast():
-        for sample_id in training.samples.held_out[processes.rank :: processes.world]:
-            sample = training.samples.read(sample_id)
+        looked_at = training.samples.held_out[: training.section.evaluate_samples]
+        for sample_id in looked_at[processes.rank :: processes.world]:
+            sample = training.samples.read(sample_id).decoded()
             steps += (a for reply in walk(sample, draft.draft(sample, training.head)) for a in reply)
     draft.train()
     if sharded is not None:

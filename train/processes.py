@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -22,25 +22,28 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from common.progress import track
 from drafts.draft import Draft
 from recipe.train import TrainSection
 
+Item = TypeVar("Item")
 TIMEOUT = timedelta(minutes=60)
 """How long processes wait for one another: the first one may write a checkpoint or read a whole store meanwhile."""
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
 class Processes:
     """This process's rank, the number of processes and the device; a single process is rank 0 of 1.
 
-    `control`: a gloo group for values on the CPU; None where gloo is the default group's backend.
+    `control`: a gloo group for values on the CPU; None where gloo is the default group's backend. `writers`: a gloo
+    group of the threads that write checkpoints, whose messages must not mix with those of the steps.
     """
 
     rank: int
     world: int
     device: torch.device
     control: Any = None
+    writers: Any = None
 
     @property
     def is_first(self) -> bool:
@@ -53,6 +56,19 @@ class Processes:
         summed = values.detach().to("cpu", copy=True)
         dist.all_reduce(summed, group=self.control)
         return summed
+
+    def track(self, items: Sequence[Item], desc: str) -> Iterable[Item]:
+        """Return this process's share of samples, with a progress bar on the first process."""
+        share = items[self.rank :: self.world]
+        return track(share, desc=desc, unit="sample") if self.is_first else share
+
+    def gather(self, shares: list[Item]) -> list[Item]:
+        """Return the items of all processes in their order before `track` shared them out."""
+        if self.world == 1:
+            return shares
+        parts: list[list[Item]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(parts, shares, group=self.control)
+        return [item for row in itertools.zip_longest(*parts, fillvalue=None) for item in row if item is not None]
 
     def from_first(self, value: float) -> float:
         """Return the first process's value, on every process."""
@@ -106,38 +122,32 @@ class Processes:
         return model
 
     def read_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the whole states of both on the CPU, by names of parameters; every process must call it.
+        """Return the states of both by names of parameters, sharded under FSDP2; every process must call it."""
+        return get_model_state_dict(model), get_optimizer_state_dict(model, optimizer)
 
-        They have the same form for every number of processes, so that a run can go on with another one.
-        """
-        if self.world == 1:
-            return model.state_dict(), _rename(optimizer.state_dict(), dict(enumerate(_names(model))))
-        return (
-            get_model_state_dict(model, options=WHOLE),
-            get_optimizer_state_dict(model, optimizer, options=WHOLE),
-        )
-
-    def load_state(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
+    def write_state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], moments: dict[str, Any]
     ) -> None:
-        """Load states from `read_state`."""
-        if self.world == 1:
-            model.load_state_dict(weights)
-            optimizer.load_state_dict(_rename(state, {name: number for number, name in enumerate(_names(model))}))
-            return
-        set_model_state_dict(model, weights, options=WHOLE)
-        set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
+        """Set states of the form that `read_state` returns."""
+        set_model_state_dict(model, weights)
+        set_optimizer_state_dict(model, optimizer, moments)
+
+    def share_of(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return this process's share of a state that all processes have; sharded tensors are shares already.
+
+        Otherwise each process would copy all of it to the CPU.
+        """
+
+        def keep(entries: dict[str, Any]) -> dict[str, Any]:
+            mine = [name for name in entries if not _is_sharded(entries[name])][self.rank :: self.world]
+            return {name: value for name, value in entries.items() if name in mine or _is_sharded(value)}
+
+        optimizer = {**state["optimizer"], "state": keep(state["optimizer"]["state"])}
+        return {"model": keep(state["model"]), "optimizer": optimizer}
 
 
-def _names(model: nn.Module) -> list[str]:
-    """Return the names of the parameters in the optimizer's order."""
-    return [name for name, _ in model.named_parameters()]
-
-
-def _rename(state: dict[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return an optimizer's state with other names of its parameters."""
-    groups = [{**group, "params": [names[key] for key in group["params"]]} for group in state["param_groups"]]
-    return {"state": {names[key]: value for key, value in state["state"].items()}, "param_groups": groups}
+def _is_sharded(value: Any) -> bool:
+    return isinstance(value, DTensor) or (isinstance(value, dict) and any(map(_is_sharded, value.values())))
 
 
 @contextmanager
@@ -154,6 +164,7 @@ def start_processes() -> Iterator[Processes]:
     on_gpu = device.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
     try:
-        yield Processes(rank, world, device, dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else None)
+        control = dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else None
+        yield Processes(rank, world, device, control, dist.new_group(backend="gloo", timeout=TIMEOUT))
     finally:
         dist.destroy_process_group()

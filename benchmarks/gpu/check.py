@@ -189,7 +189,7 @@ def check_processes(work: Work) -> dict[str, Any]:
 def check_reading(work: Work) -> dict[str, Any]:
     recipe = load_recipe(work.recipe(next(iter(METHODS))))
     store = Store(work.folder / "store")
-    samples = Samples(store, recipe.training(), recipe.target.max_model_len, cache_bytes=0, keep_dtype=work.on_gpu)
+    samples = Samples(store, recipe.training(), recipe.target.max_model_len, cache_bytes=0, on_gpu=work.on_gpu)
     started, num_bytes = time.perf_counter(), 0
     for number in range(8):
         batch = samples.batch(number)

@@ -41,6 +41,9 @@ class DFlashSection(TransformerSection):
     def num_draft_tokens(self) -> int:
         return self.block_size - 1
 
+    def to_save_memory(self) -> dict[str, Any]:
+        return {"num_anchors": max(1, self.num_anchors // 2)}
+
 
 class DFlashConfig(TransformerConfig):
     """`block_size` includes the anchor."""

@@ -44,9 +44,6 @@ from drafts.places import anchor_places
 from drafts.rope import Rope, Tables, rotate
 from target.head import TargetHead, logits_of
 
-ANCHORS_AT_ONCE = 1024
-"""Blocks drafted together in evaluation: memory does not grow with a reply's length."""
-
 
 @dataclass(frozen=True)
 class Blocks:
@@ -207,6 +204,7 @@ class DFlash(Draft):
         """
         width, anchor_rows = self.config.block_size, blocks.layout.anchor_rows
         offsets = torch.arange(width, device=anchor_rows.device)
+        blocks.layout.make_masks()
         places = Places(
             query_rope=self.rope.at(blocks.positions[:, None] + offsets),
             context_rope=self.rope.at(blocks.context_positions),
@@ -264,23 +262,19 @@ class DFlash(Draft):
 
         return of_rows, blocks.ends
 
-    @torch.inference_mode()
-    def draft(self, sample: StoredSample, head: TargetHead) -> torch.Tensor:
-        """Return the greedy tokens after every position that serving can draft from: `(T, B-1)`, -1 elsewhere."""
-        drafted = torch.full((sample.num_tokens, self.config.block_size - 1), -1)
-        device, ids = head.lm_head.device, sample.input_ids.long()
-        token_ids, aux = ids.to(device), sample.aux_hidden_states.to(device)
-        for anchors in anchor_places(sample.loss_mask).split(ANCHORS_AT_ONCE):
-            blocks = to_device(self.lay_out(ids, sample.loss_mask, [sample.num_tokens], [anchors]), device)
-            hidden = self.hidden(token_ids, aux, blocks, head.embedding)
-            drafted[anchors] = greedy_tokens(hidden, head.lm_head).cpu()
-        return drafted
+    def plan_drafting(self, token_ids: torch.Tensor, loss_mask: torch.Tensor, places: torch.Tensor) -> Blocks:
+        return self.lay_out(token_ids, loss_mask, [len(token_ids)], [places])
+
+    def draft_planned(
+        self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, plan: Blocks, head: TargetHead
+    ) -> torch.Tensor:
+        return greedy_tokens(self.hidden(token_ids, aux_hidden_states, plan, head.embedding), head.lm_head)
 
     @torch.inference_mode()
     def taps(self, sample: StoredSample, head: TargetHead, start: int) -> dict[str, torch.Tensor]:
         mask, device = self.config.mask_token_id or 0, head.lm_head.device
         ids = sample.input_ids.long()
-        blocks = to_device(self.lay_out(ids, sample.loss_mask, [len(ids)], [torch.tensor([start])]), device)
+        blocks = to_device(self.plan_drafting(ids, sample.loss_mask, torch.tensor([start])), device)
         hidden = self.hidden(ids.to(device), sample.aux_hidden_states.to(device), blocks, head.embedding)
         return {
             "mask_token": torch.tensor(mask),

@@ -36,9 +36,6 @@ from drafts.places import anchor_places
 from drafts.rope import Rope, Tables, rotate
 from target.head import TargetHead, logits_of
 
-CHAINS_AT_ONCE = 1024
-"""Chains drafted together in evaluation: memory does not grow with a reply's length."""
-
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, both (rows, KV heads, D)."""
 
@@ -156,6 +153,10 @@ class Eagle3(Draft):
     def layers_to_compile(self) -> list[nn.Module]:
         return [self.midlayer]
 
+    def suppose_values(self) -> None:
+        if self.lm_head is not None:  # as if the draft knew the first tokens
+            self._t2d_of_version = (self.t2d._version, torch.arange(len(self.t2d)) < len(self.d2t))
+
     def initialize(self, seed: int, head: TargetHead, count_tokens: Callable[[], torch.Tensor]) -> str:
         super().initialize(seed, head, count_tokens)
         if self.lm_head is None:
@@ -259,7 +260,7 @@ class Eagle3(Draft):
                 teacher = keep_known(teacher, self.known_ids())
         loss_sum, hits, _ = fused_cross_entropy(
             normed.flatten(0, 1).index_select(0, slots),
-            head.lm_head if self.lm_head is None else self.lm_head.weight,
+            self._lm_head(head),
             chains.labels.view(-1)[slots],
             weights.float(),
             teacher,
@@ -277,6 +278,8 @@ class Eagle3(Draft):
         """Yield all chains' outputs `(N, H)` per step; `token_of_step(i)` returns the input tokens (N,)."""
         layer, attention = self.midlayer, self.midlayer.self_attn
         save_memory = self.training and self.gradient_checkpointing
+        for layout in chains.layouts:
+            layout.make_masks()
         features = self.fc(as_input(aux_hidden_states, self.fc.weight))
         # Position t takes token t+1. The last position of a document has none, and no chain attends to it.
         following = functional.embedding(token_ids.roll(-1), embedding)
@@ -289,14 +292,19 @@ class Eagle3(Draft):
             own.append(pair)
             yield hidden
 
-    @torch.inference_mode()
-    def draft(self, sample: StoredSample, head: TargetHead) -> torch.Tensor:
-        """Return the greedy tokens after every position that serving can draft from: `(T, K)`, -1 elsewhere."""
-        lm_head = head.lm_head if self.lm_head is None else self.lm_head.weight
-        drafted = torch.full((sample.num_tokens, self.config.num_draft_tokens), -1)
-        for places in chain_places(sample.loss_mask).split(CHAINS_AT_ONCE):
-            drafted[places] = self._draft_from(sample, places, head, lambda hidden: greedy_tokens(hidden, lm_head))
-        return drafted
+    def places(self, loss_mask: torch.Tensor) -> torch.Tensor:
+        return chain_places(loss_mask)
+
+    def plan_drafting(self, token_ids: torch.Tensor, loss_mask: torch.Tensor, places: torch.Tensor) -> Chains:
+        return self.lay_out(token_ids, loss_mask, [len(token_ids)], [places], self.config.num_draft_tokens)
+
+    def draft_planned(
+        self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, plan: Chains, head: TargetHead
+    ) -> torch.Tensor:
+        lm_head = self._lm_head(head)
+        return self._unroll_greedily(
+            token_ids, aux_hidden_states, plan, head, lambda hidden: greedy_tokens(hidden, lm_head)
+        )
 
     @torch.inference_mode()
     def draft_logits(
@@ -306,27 +314,29 @@ class Eagle3(Draft):
 
         Shapes: (N, K) and (N, K, V), on the CPU.
         """
-        lm_head = head.lm_head if self.lm_head is None else self.lm_head.weight
+        device, ids, lm_head = head.lm_head.device, sample.input_ids.long(), self._lm_head(head)
         steps = list[torch.Tensor]()
 
         def choose(hidden: torch.Tensor) -> torch.Tensor:
             steps.append(logits_of(hidden.to(lm_head.dtype), lm_head))
             return steps[-1].argmax(-1)
 
-        drafted = self._draft_from(sample, places, head, choose)
-        return drafted, torch.stack(steps, dim=1).cpu()
+        chains = to_device(self.plan_drafting(ids, sample.loss_mask, places), device)
+        drafted = self._unroll_greedily(ids.to(device), sample.aux_hidden_states.to(device), chains, head, choose)
+        return drafted.cpu(), torch.stack(steps, dim=1).cpu()
 
-    def _draft_from(
+    def _lm_head(self, head: TargetHead) -> torch.Tensor:
+        return head.lm_head if self.lm_head is None else self.lm_head.weight
+
+    def _unroll_greedily(
         self,
-        sample: StoredSample,
-        places: torch.Tensor,
+        token_ids: torch.Tensor,
+        aux: torch.Tensor,
+        chains: Chains,
         head: TargetHead,
         choose: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Return the tokens `(N, K)` of chains from `places`; `choose` takes a step's token from its states (N, H)."""
-        device, ids, num_tokens = head.lm_head.device, sample.input_ids.long(), self.config.num_draft_tokens
-        chains = to_device(self.lay_out(ids, sample.loss_mask, [sample.num_tokens], [places], num_tokens), device)
-        token_ids, aux = ids.to(device), sample.aux_hidden_states.to(device)
+        """Return the tokens `(N, K)` of all chains; `choose` takes a step's token from its states (N, H)."""
         drafted = list[torch.Tensor]()
 
         def latest(step: int) -> torch.Tensor:
@@ -335,7 +345,7 @@ class Eagle3(Draft):
         for hidden in self._unroll(token_ids, aux, chains, head.embedding, latest):
             tokens = choose(self.norm(hidden))
             drafted.append(tokens if self.lm_head is None else tokens + self.d2t[tokens])
-        return torch.stack(drafted, dim=1).cpu()
+        return torch.stack(drafted, dim=1)
 
     @torch.inference_mode()
     def taps(self, sample: StoredSample, head: TargetHead, start: int) -> dict[str, torch.Tensor]:

@@ -1,16 +1,23 @@
-"""Claims about the store: what is written is read back, ids cannot leave the folder, broken files are named."""
+"""Claims about the store: what is written is read back, ids cannot leave the folder, broken files are named.
+
+One claim is made at a time, and a file system that has no locks is named.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from common.errors import UserError
+from common.files import lock_file
 from contracts.ledger import LedgerWriter
 from contracts.modelopt import ModelOptStore, write_modelopt
-from contracts.store import Store, StoredSample, find_token
+from contracts.store import Manifest, Store, StoredSample, find_token
 
 ID = "0123456789abcdef0123456789abcdef-0"
 
@@ -57,6 +64,40 @@ def test_a_torn_or_changed_file_is_named(tmp_path: Path) -> None:
 def test_a_folder_without_a_manifest_is_no_store(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"manifest\.json: found no such file"):
         Store(tmp_path).read_manifest()
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    return Manifest(
+        target="t", target_fingerprint="f", quantization="none", layer_ids=[1, 2], num_layers=4, hidden_size=4,
+        final_norm="rms", tokenizer="", template="", engine="none", engine_version="", dtype="float32",
+    )  # fmt: skip
+
+
+def test_a_claim_waits_for_another_shards(tmp_path: Path, manifest: Manifest) -> None:
+    with (tmp_path / "claim.lock").open("a") as held:
+        assert lock_file(held, tmp_path, wait=True)
+        with (tmp_path / "claim.lock").open("a") as other:
+            assert not lock_file(other, tmp_path, wait=False)
+        claim = threading.Thread(target=Store(tmp_path).claim, args=(manifest,))
+        claim.start()
+        claim.join(timeout=0.3)
+        assert not (tmp_path / "manifest.json").exists()
+    claim.join()
+    assert Store(tmp_path).read_manifest() == manifest
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_claim_on_a_file_system_without_locks_is_refused_by_that_name(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(UserError, match=r"a file system that refuses file locks \(.*Lustre: -o flock"):
+        Store(tmp_path).claim(manifest)
+    assert not (tmp_path / "manifest.json").exists()
 
 
 def test_a_token_is_found_in_the_first_sample_that_holds_it_in_our_layout_and_in_modelopts(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import run, run_here
+from torch.distributed.launcher.api import LaunchConfig
 
 from common.errors import UserError
 from distributed import submit as module
@@ -52,6 +54,12 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Resources]]:
 
     monkeypatch.setattr(module, "_submit", note)
     return found
+
+
+def stub(path: Path, line: str) -> None:
+    """Write a shell script that stands for a program."""
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
 
 
 def submit_all(folder: Path, synth_done: set[int], dump_done: set[int], shards: int = 4) -> None:
@@ -209,6 +217,19 @@ def test_more_processes_than_samples_of_a_batch_are_refused_before_anything_is_s
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("sizes", [("--gpus-per-node", 5), ("--nodes", 5), ("--nodes", 3, "--tasks-per-node", 2)])
+def test_processes_are_counted_over_nodes_and_agents_and_only_for_a_training(
+    recipe_path: Path, tmp_path: Path, given: list[tuple[str, Resources]], sizes: tuple[object, ...]
+) -> None:
+    args = ("--recipe", recipe_path, "--input", tmp_path / "in", "--output", tmp_path / "run", *sizes)
+    result = run_here("distributed", "submit", "train", *args, check=False)
+    assert (result.returncode, "train.global_batch_size: found 4" in result.stderr) == (2, True)
+    assert not given
+    run_here("distributed", "submit", "train", *args, "--set", "train.global_batch_size=6")
+    run_here("distributed", "submit", "dump", *args)
+    assert [name for name, _ in given] == ["train", "dump"]
+
+
 def test_cores_follow_the_gpus_unless_they_are_given() -> None:
     assert Resources().sbatch_cores() == {}
     assert Resources(gpus_per_node=8).sbatch_cores() == {"slurm_cpus_per_gpu": 8}
@@ -216,6 +237,28 @@ def test_cores_follow_the_gpus_unless_they_are_given() -> None:
     assert Resources(gpus_per_node=8, slurm=["cpus-per-gpu=3"]).sbatch_cores() == {}
 
 
-def test_torchrun_leaves_a_checkpoint_the_time_that_slurms_warning_gives() -> None:
-    plan = StagePlan(stage="train", recipe="r", overrides=[], input="i", output="o", resources=DEFAULTS)
-    assert plan.task(0).env == {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "150"}
+def test_the_script_for_sbatch_asks_for_gpus_and_the_cores_of_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, line in (("sbatch", 'cp "$1" script; echo Submitted batch job 17'), ("srun", "exit 1")):
+        stub(tmp_path / name, line)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.chdir(tmp_path)
+    resources = DEFAULTS.override(Resources(gpus_per_node=4))
+    submit(StagePlan(stage="train", recipe="r", overrides=[], input="i", output="o", resources=resources))
+    options = {line for line in (tmp_path / "script").read_text().splitlines() if line.startswith("#SBATCH")}
+    assert {"#SBATCH --gpus-per-node=4", "#SBATCH --cpus-per-gpu=8", "#SBATCH --signal=USR2@180"} <= options
+
+
+@pytest.mark.parametrize(("signal_delay_s", "timeout"), [(180, "150"), (600, "570"), (40, "30")])
+def test_torchrun_leaves_a_checkpoint_the_time_that_slurms_warning_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_delay_s: int, timeout: str
+) -> None:
+    variable = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    stub(tmp_path / "torchrun", f"echo ${variable} > {tmp_path}/said")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    resources = DEFAULTS.override(Resources(signal_delay_s=signal_delay_s))
+    StagePlan(stage="train", recipe="r", overrides=[], input="i", output="o", resources=resources).task(0)()
+    assert (tmp_path / "said").read_text() == f"{timeout}\n"
+    monkeypatch.setenv(variable, timeout)
+    assert LaunchConfig(1, 1, 1).shutdown_timeout == int(timeout)  # torchrun's own word for it

@@ -26,8 +26,12 @@ if name == "serve":
     print("http://" + "-".join(["server", os.environ.get("CUDA_VISIBLE_DEVICES", "all")]), flush=True)
     time.sleep(600)
 if name == "nvidia-smi":
+    if os.environ["STUB_GPUS"] == "0":
+        print("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.")
+        sys.exit(9)
     for number in range(int(os.environ["STUB_GPUS"])):
         print(f"GPU {{number}}: a stub")
+        print("  MIG 3g.40gb     Device  0: (UUID: MIG-a stub)")
 """
 
 
@@ -106,6 +110,13 @@ def test_without_an_assignment_the_nodes_gpus_are_divided(worker: Worker) -> Non
     result = worker.run("serve.args.tensor-parallel-size=2", "serve.args.data-parallel-size=2", gpus=8)
     assert result.returncode == 0, result.stderr
     assert [words[0] for words in worker.calls("serve")] == ["0,1,2,3", "4,5,6,7"]
+
+
+def test_a_node_whose_nvidia_smi_finds_no_driver_has_no_gpus_and_one_server(worker: Worker) -> None:
+    result = worker.run("serve.args.tensor-parallel-size=2", gpus=0)
+    assert result.returncode == 0, result.stderr
+    assert len(worker.calls("nvidia-smi")) == 1
+    assert [words[0] for words in worker.calls("serve")] == [None]
 
 
 @pytest.mark.parametrize(("servers", "assigned"), [("3", "0,1,2,3"), ("", "4")])

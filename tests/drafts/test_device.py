@@ -5,7 +5,6 @@ Torch's meta device has shapes and no values: whatever needs a value (`.item()`,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from drafts import METHODS
 from drafts.batch import Batch
 from drafts.draft import Draft
-from drafts.moving import to_device
+from drafts.moving import tensors_of, to_device
 from drafts.objective import DEVICE_CHUNK_ROWS
 from target.head import TargetHead
 
@@ -72,7 +71,8 @@ def draft(request: pytest.FixtureRequest) -> Draft:
     section = method.section.model_validate(values)
     with META:
         draft = method.build(method.make_config(section, SHARED), section, gradient_checkpointing=True)
-    return draft.to(torch.bfloat16).train()  # as autocast computes, which meta tensors do not know
+    draft.to(torch.bfloat16).train().suppose_values()  # bf16 as under autocast, which meta tensors do not know
+    return draft
 
 
 @pytest.fixture
@@ -99,8 +99,6 @@ def batch() -> Batch:
 def test_a_step_at_minimax_m3s_size_runs_without_values_on_one_device(
     draft: Draft, head: TargetHead, batch: Batch
 ) -> None:
-    if draft.config.method == "eagle3" and getattr(draft, "lm_head", None) is not None:
-        draft._t2d_of_version = (draft.t2d._version, torch.arange(VOCABULARY) < 32_000)  # type: ignore[assignment]
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-3)
     before = {name: tensor.device for name, tensor in vars(batch).items() if isinstance(tensor, torch.Tensor)}
     plan = draft.plan(batch)
@@ -123,23 +121,8 @@ def test_a_step_at_minimax_m3s_size_runs_without_values_on_one_device(
 
 
 def test_planning_waits_for_no_device(draft: Draft, batch: Batch) -> None:
-    if draft.config.method == "eagle3" and getattr(draft, "lm_head", None) is not None:
-        draft._t2d_of_version = (draft.t2d._version, torch.arange(VOCABULARY) < 32_000)  # type: ignore[assignment]
 
     def on_cpu(value: Any) -> bool:
-        return all(leaf.device.type == "cpu" for leaf in _tensors(value))
+        return all(leaf.device.type == "cpu" for leaf in tensors_of(value))
 
     assert on_cpu(draft.plan(batch))
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif hasattr(value, "__dataclass_fields__"):
-        for part in vars(value).values():
-            yield from _tensors(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))

@@ -1,13 +1,24 @@
-"""Claims about attention on GPUs, shown on a CPU: tiles are those of the mask, results those of the products."""
+"""Claims about attention on GPUs, shown on a CPU: tiles are those of the mask, results those of the products.
+
+torch has no backward pass of FlexAttention on CPUs and its C++ compiler does not know dynamic sizes, so the compiled
+layers are traced forward, with the backend `aot_eager`.
+"""
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
+from drafts import METHODS, layers
 from drafts.attention import KeyValues, attend, lay_out
+from drafts.batch import Batch
+from drafts.draft import Draft
 from drafts.flex import TILE, attend_flex, plan_flex, plan_tiles
+from target.head import TargetHead
 
 GPU = torch.device("cuda")  # only named: layouts are planned on the CPU
 BLOCK = 8
@@ -59,7 +70,8 @@ def test_tiles_hold_what_the_mask_shows_and_are_few(
 
 
 def _rule(flex: object, num_queries: int, shape: torch.Size) -> torch.Tensor:
-    sees = flex.mask(num_queries).mask_mod  # type: ignore[attr-defined]
+    flex.make_masks()  # type: ignore[attr-defined]
+    sees = flex.masks[num_queries].mask_mod  # type: ignore[attr-defined]
     queries, keys = torch.arange(shape[0])[:, None], torch.arange(shape[1])[None]
     return sees(torch.tensor(0), torch.tensor(0), queries, keys)
 
@@ -71,6 +83,7 @@ def test_flex_attention_gives_the_same_as_the_grouped_products(lengths: list[int
     on_cpu = lay_out(lengths, anchors, BLOCK, torch.device("cpu"), (BLOCK, BLOCK - 1))
     on_gpu = lay_out(lengths, anchors, BLOCK, GPU, (BLOCK, BLOCK - 1))
     assert on_gpu.flex is not None
+    on_gpu.make_masks()
     for num_queries in (BLOCK, BLOCK - 1):  # the last layer has no query for the anchor
         query = torch.randn(blocks, num_queries, 4, 8, generator=generator)
         shapes = [(sum(lengths), 2, 8)] * 2 + [(blocks, BLOCK, 2, 8)] * 2
@@ -87,6 +100,7 @@ def test_the_compiled_kernel_skips_the_tiles_that_are_not_listed_and_no_others()
     blocks = sum(len(part) for part in anchors)
     on_cpu, on_gpu = (lay_out(lengths, anchors, BLOCK, device) for device in (torch.device("cpu"), GPU))
     assert on_gpu.flex is not None
+    on_gpu.make_masks()
     query = torch.randn(blocks, BLOCK, 4, 16, generator=generator)
     shapes = [(sum(lengths), 2, 16)] * 2 + [(blocks, BLOCK, 2, 16)] * 2
     pairs = KeyValues(*(torch.randn(shape, generator=generator) for shape in shapes))
@@ -106,3 +120,49 @@ def test_a_plan_of_many_chains_takes_no_quadratic_memory() -> None:
     anchors = torch.arange(0, 8000)
     flex = plan_flex(torch.zeros(8000, dtype=torch.long), anchors, 8192, 7, (1,))
     assert sum(tensor.nbytes for tensor in flex.tiles[1]) < 1 << 20
+
+
+@pytest.mark.parametrize(("method", "graphs"), [("dflash", 2), ("eagle3", 3)])
+def test_batches_of_other_lengths_compile_nothing_anew(
+    method: str, graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = _make_draft(method)
+    monkeypatch.setattr(layers, "_is_on_gpu", lambda _: True)
+    monkeypatch.setattr(
+        sys.modules[type(draft).__module__],
+        "lay_out",
+        lambda lengths, anchors, size, _, queries: lay_out(lengths, anchors, size, GPU, queries),
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    draft.compile_layers(backend="aot_eager")
+    for length in (300, 420, 777):
+        generator = torch.Generator().manual_seed(length)
+        head = TargetHead(torch.randn(100, 64), torch.randn(100, 64), torch.ones(64), "rms", 1e-6)
+        batch = Batch(
+            torch.randint(0, 90, (length,), generator=generator),
+            torch.arange(length) >= length // 4,
+            torch.randn(length, 128, generator=generator),
+            torch.randn(length, 64, generator=generator),
+            [length],
+            [""],
+            [length],
+        )
+        draft(batch, draft.plan(batch), head)
+        assert counters["stats"]["unique_graphs"] == graphs  # one for each step, or for the last layer and the others
+    assert not counters["graph_break"]
+
+
+def _make_draft(method: str) -> Draft:
+    """Return a small draft without gradients."""
+    shared = {
+        "hidden_size": 64, "vocab_size": 100, "num_target_layers": 8, "layer_ids": [1, 3], "mask_token_id": 99,
+        "rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 1024, "yarn": None,
+        "target_fingerprint": "", "store": "",
+    }  # fmt: skip
+    values = {
+        "method": method, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96,
+        **({"num_layers": 2} if method == "dflash" else {"ttt_length": 3}),
+    }  # fmt: skip
+    section = METHODS[method].section.model_validate(values)
+    return METHODS[method].build(METHODS[method].make_config(section, shared), section).requires_grad_(False)

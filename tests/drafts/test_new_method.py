@@ -95,12 +95,14 @@ class Heads(Draft):
         ids, aux = sample.input_ids.long(), sample.aux_hidden_states.float()
         return functional.linear(self.hidden(ids, aux, rows, head), head.lm_head)
 
-    @torch.inference_mode()
-    def draft(self, sample: StoredSample, head: TargetHead) -> torch.Tensor:
-        drafted = torch.full((sample.num_tokens, self.config.num_heads), -1)
-        rows = anchor_places(sample.loss_mask)
-        drafted[rows] = self.logits(sample, head, rows).argmax(-1)
-        return drafted
+    def plan_drafting(self, token_ids: torch.Tensor, loss_mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return places
+
+    def draft_planned(
+        self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, plan: torch.Tensor, head: TargetHead
+    ) -> torch.Tensor:
+        hidden = self.hidden(token_ids, aux_hidden_states.float(), plan, head)
+        return functional.linear(hidden, head.lm_head).argmax(-1)
 
     @torch.inference_mode()
     def taps(self, sample: StoredSample, head: TargetHead, start: int) -> dict[str, torch.Tensor]:

@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -185,22 +184,14 @@ def test_a_shard_whose_conversations_were_written_anew_is_refused(
         dump_here(recipe_path, parts, tmp_path / "store", (0, 2))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 200 KiB, where we may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder], check=False).returncode:
-        pytest.skip("no right to mount")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
+def resize(disk: Path, num_bytes: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={num_bytes}", disk], check=True)
 
 
 def test_a_full_disk_is_one_clear_error_and_the_next_run_goes_on(
     recipe_path: Path, conversations: Path, small_disk: Path
 ) -> None:
+    resize(small_disk, 200 * 1024)
     store = small_disk / "store"
     refused = dump(recipe_path, conversations, store, *HF, check=False)
     assert refused.returncode == 2
@@ -211,12 +202,30 @@ def test_a_full_disk_is_one_clear_error_and_the_next_run_goes_on(
     assert "No space left on device" in full.stderr
     assert "Traceback" not in full.stderr
     assert not list(store.rglob(".*.tmp"))
-    subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
+    resize(small_disk, 16 * 2**20)
     kept = len(done(store))
     assert 0 < kept < 60
     printed = dump(recipe_path, conversations, store, *HF).stdout
     assert f"{kept} of 60 samples are there already" in printed
     assert "60 files whole" in run_here("dump", "verify", "-r", recipe_path, "--store", store).stdout
+
+
+def test_a_disk_must_hold_every_shard_that_is_still_to_be_written_and_no_finished_one(
+    recipe_path: Path, conversations: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    dump_here(recipe_path, conversations, tmp_path / "whole")
+    files = [path.stat().st_size for path in (tmp_path / "whole/samples").rglob("*.safetensors")]
+    size, margin = sum(files), 300 * 1024  # a tmpfs gives whole pages of 4 KiB to each of the 60 files
+    store = small_disk / "store"
+    resize(small_disk, size * 2 // 3)  # twice what one of three shards writes
+    with pytest.raises(UserError, match=r"GB free, expected .* this dump and its unfinished shards"):
+        dump_here(recipe_path, conversations, store, (0, 3))
+    assert not list(store.rglob("*.safetensors"))
+    resize(small_disk, size + margin)
+    for number in range(3):  # the last two have not the space of three
+        dump_here(recipe_path, conversations, store, (number, 3))
+    assert shutil.disk_usage(small_disk).free < size // 3
+    assert done(store) == done(tmp_path / "whole")
 
 
 def test_over_length_samples_are_left_out_or_cut_by_flag(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -96,11 +95,17 @@ def test_a_folder_of_another_user_is_left_alone() -> None:
         assert [path.name for path in parent.iterdir()] == [foreign.name]
 
 
-def test_local_memory_that_is_too_small_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = tmp_path / "shm"
-    memory.mkdir()
-    monkeypatch.setattr(dump.staging, "LOCAL_MEMORY", memory)
-    free = shutil.disk_usage(memory).free / 2**30
-    for gib, parent in ((free / 2, memory), (2 * free, tmp_path / "store/staging")):
-        with open_staging(DumpSection(staging_gib=gib), tmp_path / "store") as staging:
-            assert staging.folder.parent == parent
+def test_local_memory_without_enough_free_bytes_is_left_alone_though_it_may_be_written(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dump.staging, "LOCAL_MEMORY", small_disk)
+
+    def choose_parent(mib: int) -> Path:
+        with open_staging(DumpSection(staging_gib=mib / 1024), tmp_path / "store") as staging:
+            return staging.folder.parent
+
+    assert choose_parent(mib=5) == small_disk
+    assert choose_parent(mib=9) == tmp_path / "store/staging"
+    (small_disk / "of-another-process").write_bytes(bytes(4 * 2**20))
+    assert choose_parent(mib=5) == tmp_path / "store/staging"
+    assert choose_parent(mib=3) == small_disk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from written import write_conversations
 from contracts.store import Store, StoredSample
 from dump.diagnose import name_defect
 from dump.predictions import logit_gaps, sampled_deviations, sampling_of
+from dump.reference import fits_memory
 from dump.verify import Part
 from target.head import TargetHead, read_head
 from target.sampling import Context, kept_by, probabilities_of
@@ -262,6 +264,37 @@ def test_top_k_and_top_p_keep_what_a_sampler_would_draw_from() -> None:
     assert kept_by(q, 0.81, None).tolist() == [[True, True, True, False]]
     assert kept_by(q, None, 3).tolist() == [[True, True, True, False]]
     assert kept_by(q, 0.6, 2).tolist() == [[True, False, False, False]]
+
+
+def limit_host_memory(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    real = os.sysconf
+    pages = num_bytes // real("SC_PAGE_SIZE")
+    monkeypatch.setattr(os, "sysconf", lambda name: pages if name == "SC_AVPHYS_PAGES" else real(name))
+
+
+@pytest.mark.parametrize(
+    ("host", "gpu", "fits"),
+    [(3.0, None, True), (1.5, None, False), (3.0, 3.0, True), (3.0, 1.5, False), (1.5, 3.0, False)],
+)
+def test_the_reference_model_must_fit_the_free_memory_of_the_host_and_of_the_gpu(
+    target_folder: Path, monkeypatch: pytest.MonkeyPatch, host: float, gpu: float | None, fits: bool
+) -> None:
+    size = (target_folder / "model.safetensors").stat().st_size
+    limit_host_memory(monkeypatch, int(host * size))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int((gpu or 0) * size), 100 * size))  # free, total
+    assert fits_memory(Target.read(target_folder)) is fits
+
+
+def test_a_store_whose_reference_model_does_not_fit_is_verified_without_it_and_says_so(
+    recipe_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_host_memory(monkeypatch, 100_000)
+    code, printed = verify(recipe_path, good)
+    assert code == 0, printed
+    assert "60 files whole" in printed
+    assert "the layers were not compared with transformers: the target does not fit" in printed
+    assert "as transformers computes them" not in printed
 
 
 def test_a_drawn_part_is_checked_in_shards_and_is_no_proof_of_the_whole(

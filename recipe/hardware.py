@@ -1,6 +1,6 @@
-"""GPU nodes: number of GPUs, memory, and whether a target fits.
+"""GPU nodes: number of GPUs, memory, speed, and whether a target fits.
 
-Memory is in GB (1e9 bytes), as vendors state it.
+Memory is in GB (1e9 bytes), speed in TFLOP/s of dense bf16 products, both as vendors state them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from common.errors import UserError
 class Node:
     num_gpus: int
     gpu_memory_gb: int
+    gpu_tflops: int
     rocm: bool = False
 
     @property
@@ -23,20 +24,20 @@ class Node:
 
 
 NODES = {
-    "h100": Node(8, 80),
-    "h200": Node(8, 141),
-    "b200": Node(8, 180),
-    "b300": Node(8, 268),
-    "gb200": Node(4, 192),
-    "gb300": Node(4, 288),
-    "mi355x": Node(8, 288, rocm=True),
+    "h100": Node(8, 80, 989),
+    "h200": Node(8, 141, 989),
+    "b200": Node(8, 180, 2250),
+    "b300": Node(8, 268, 2250),
+    "gb200": Node(4, 192, 2500),
+    "gb300": Node(4, 288, 2500),
+    "mi355x": Node(8, 288, 2300, rocm=True),
 }
 
 
-def find_node(name: str) -> Node:
+def find_node(name: str, option: str = "--hardware") -> Node:
     """Look up a node by its name. Raises UserError for an unknown name."""
     if name not in NODES:
-        raise UserError("--hardware", found=name, expected=f"one of {', '.join(NODES)}", fix="Correct it.")
+        raise UserError(option, found=name, expected=f"one of {', '.join(NODES)}", fix="Correct it.")
     return NODES[name]
 
 
