@@ -123,7 +123,7 @@ def _train(work: Gate) -> None:
     recipe, draft, store = work.recipe_args, work.draft.folder, work.store.folder
     more = ("--set", f"train.max_samples={work.num_samples}", "--set", f"train.num_steps={work.num_steps}")
     run_stage("train", "offline", *recipe, *more, "--store", store, "--output", draft, processes=work.processes)
-    places = ("--run", draft, "--store", store, "--output", work.evaluation)
+    places = ("--run-folder", draft, "--store", store, "--output", work.evaluation)
     run_stage("train", "eval", *recipe, *places, "--samples", work.num_samples, processes=work.processes)
     run_stage("train", "export", *recipe, "--run", draft, "--output", work.export)
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +41,8 @@ class Checkpoints:
     """Writes the checkpoints of a run; every process has one and calls its methods at the same steps."""
 
     def __init__(self, training: Training) -> None:
+        # For a single process torch warns that it has no process group, from a thread.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
         self._training = training
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -61,8 +61,7 @@ class Checkpoints:
         processes.wait()
         state = processes.share_of(_read_state(processes, training.model, training.optimizer))
         alone = processes.world == 1
-        with _quiet():
-            written = async_save(state, checkpoint_id=temporary / STATE, process_group=processes.writers, no_dist=alone)
+        written = async_save(state, checkpoint_id=temporary / STATE, process_group=processes.writers, no_dist=alone)
         assert isinstance(written, Future)
         self._pending = self._pool.submit(self._complete, written, step, best_length)
 
@@ -124,8 +123,7 @@ def load_checkpoint(run: DraftRun, processes: Processes, model: nn.Module, optim
             fix="Finish the run with the version that began it, or choose another --output.",
         )
     state = _read_state(processes, model, optimizer)
-    with _quiet():
-        load(state, checkpoint_id=folder / STATE, process_group=processes.writers, no_dist=processes.world == 1)
+    load(state, checkpoint_id=folder / STATE, process_group=processes.writers, no_dist=processes.world == 1)
     processes.write_state(model, optimizer, state["model"], state["optimizer"])
     if processes.is_first:
         print(f"train: going on from step {steps[-1]}")
@@ -144,17 +142,8 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
         for name, entry in FileSystemReader(folder).read_metadata().state_dict_metadata.items()
         if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
-    with _quiet():
-        load({"model": weights}, checkpoint_id=folder, no_dist=True)
+    load({"model": weights}, checkpoint_id=folder, no_dist=True)
     return weights
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide torch's warning that a single process has no process group."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
 
 
 def _temporary(folder: Path) -> Path:

@@ -15,7 +15,14 @@ from recipe.cli import OverridesOption, RecipeOption, load_checked
 app = make_app("Train a draft from a store, evaluate it, export it.")
 
 ForceOption = Annotated[bool, typer.Option("--force", help="Begin even if the memory seems too small.")]
-RunOption = Annotated[Path, typer.Option("--run", help="Folder of `train offline`.")]
+RunOption = Annotated[
+    Path,
+    typer.Option(
+        "--run",
+        "--run-folder",
+        help="Folder of `train offline`. Under torchrun use --run-folder: it takes --run for an option of its own.",
+    ),
+]
 
 
 @app.command(epilog="Example: train plan -r recipes/MiniMax-M3-DFlash/recipe.yaml --gpu h200 --gpus 8 --read-rate 10")

@@ -19,7 +19,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from contracts.draft import DraftConfig
@@ -72,13 +71,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Memory of a step over time in bytes, by `KINDS`; parameters, and those of the largest layer; operations."""
+    """Memory of a step over time in bytes, by `KINDS`; number of parameters, and of those of the largest layer."""
 
     parameters: int
     largest_layer: int
     on_gpu: bool
     events: list[tuple[int, ...]]
-    flops: int
 
     def peak(self, parallel: Parallel = "single", world: int = 1) -> dict[str, int]:
         """Return the bytes of one rank by kind, at the moment when they are most.
@@ -161,9 +159,7 @@ def measure_step(work: Work) -> Footprint:
     with _setting(work) as scene:
         draft, meter, batch = scene.draft.train(), scene.meter, _make_batch(work, scene)
         plan = draft.plan(batch)
-        counter = FlopCounterMode(display=False)
-        # An early stop is an exception, whose traceback would keep the layer's tensors.
-        with scene.without_values, counter, meter, set_checkpoint_early_stop(False):
+        with scene.without_values, meter:
             batch, plan = to_device((batch, plan), scene.device)
             for tensor in (batch.aux_hidden_states, batch.hidden_states):
                 meter.note(tensor, BATCH)
@@ -175,7 +171,19 @@ def measure_step(work: Work) -> Footprint:
             result = draft(batch, plan, scene.head)
             (result.loss_sum / plan.num_slots).backward()
             torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
-        return _finish(work, scene, counter)
+        return _finish(work, scene)
+
+
+def count_flops(work: Work) -> int:
+    """Return the operations of a training step. (Beside a `Meter`, the counter would keep recomputed tensors alive.)"""
+    with _setting(work) as scene:
+        draft, batch = scene.draft.train(), _make_batch(work, scene)
+        plan = draft.plan(batch)
+        counter = FlopCounterMode(display=False)
+        with scene.without_values, counter:
+            batch, plan = to_device((batch, plan), scene.device)
+            draft(batch, plan, scene.head).loss_sum.backward()
+        return int(counter.get_total_flops())
 
 
 def measure_drafting(work: Work) -> Footprint:
@@ -184,12 +192,11 @@ def measure_drafting(work: Work) -> Footprint:
         draft, batch = scene.draft.eval(), _make_batch(work, scene)
         places = draft.places(batch.loss_mask)[-PLACES_AT_ONCE:]
         plan = draft.plan_drafting(batch.token_ids, batch.loss_mask, places)
-        counter = FlopCounterMode(display=False)
-        with scene.without_values, counter, scene.meter:
+        with scene.without_values, scene.meter:
             batch, plan = to_device((batch, plan), scene.device)
             scene.meter.note(batch.aux_hidden_states, BATCH)
             draft.draft_planned(batch.token_ids, batch.aux_hidden_states, plan, scene.head)
-        return _finish(work, scene, counter)
+        return _finish(work, scene)
 
 
 @dataclass(frozen=True)
@@ -249,12 +256,7 @@ def _make_batch(work: Work, scene: _Scene) -> Batch:
     )
 
 
-def _finish(work: Work, scene: _Scene, counter: FlopCounterMode) -> Footprint:
+def _finish(work: Work, scene: _Scene) -> Footprint:
     layers = [sum(p.numel() for p in layer.parameters()) for layer in scene.draft.layers_to_shard()]
-    return Footprint(
-        parameters=sum(p.numel() for p in scene.draft.parameters()),
-        largest_layer=max(layers, default=0),
-        on_gpu=work.on_gpu,
-        events=scene.meter.events,
-        flops=int(counter.get_total_flops()),
-    )
+    parameters = sum(p.numel() for p in scene.draft.parameters())
+    return Footprint(parameters, max(layers, default=0), work.on_gpu, scene.meter.events)

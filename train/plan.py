@@ -27,7 +27,7 @@ from recipe.recipe import Recipe
 from recipe.train import TrainSection
 from target.target import Target
 from train.draft import suppose_config
-from train.footprint import Footprint, Parallel, Work, count_parameters, measure_drafting, measure_step
+from train.footprint import Footprint, Parallel, Work, count_flops, count_parameters, measure_drafting, measure_step
 
 CONTEXT_BYTES = 2_000_000_000
 """GPU memory of the CUDA context, the libraries' workspaces and NCCL. An estimate, not measured here."""
@@ -242,7 +242,7 @@ def make_plan(recipe: Recipe, target: Target, config: DraftConfig, question: Que
     size = (samples, question.max_tokens)
     memory = {name: _peak_of(of, section, size, layout) for name, layout in _layouts(question.num_gpus).items()}
     usual_masks = suppose_masks(1, question.mean_tokens, question.prompt_share)
-    usual = measure_step(work_of(section, config, target, usual_masks, machine.on_gpu))
+    usual = work_of(section, config, target, usual_masks, machine.on_gpu)
     num_layers = len(config.layer_ids) - (not section.draft.needs_final_states)
     read = sample_bytes(question.mean_tokens, config.hidden_size, num_layers, recipe.dump.dtype)
     plan = TrainPlan(
@@ -250,10 +250,10 @@ def make_plan(recipe: Recipe, target: Target, config: DraftConfig, question: Que
         section=section,
         question=question,
         samples=samples,
-        parameters=usual.parameters,
+        parameters=count_parameters(usual),
         memory=memory,
         drafting=measure_drafting(of(section, 1, question.max_tokens)).peak(),
-        flops=usual.flops * samples * section.gradient_accumulation_steps,
+        flops=count_flops(usual) * samples * section.gradient_accumulation_steps,
         bytes_read=read * section.global_batch_size,
     )
     planned = plan.memory[_name(section.parallel, question.num_gpus)]

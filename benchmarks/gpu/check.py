@@ -36,7 +36,6 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from benchmarks.gpu.inputs import LARGE, SMALL, write_recipe, write_store, write_target  # noqa: E402
 from contracts.store import Store, StoredSample  # noqa: E402
@@ -44,9 +43,11 @@ from drafts import METHODS  # noqa: E402
 from drafts.batch import Batch  # noqa: E402
 from drafts.draft import Draft, init_weights  # noqa: E402
 from drafts.moving import to_device  # noqa: E402
+from recipe.hardware import NODES  # noqa: E402
 from recipe.load import load_recipe  # noqa: E402
 from target.head import TargetHead, read_head  # noqa: E402
 from target.target import Target  # noqa: E402
+from train import footprint  # noqa: E402
 from train.data import Samples, open_states  # noqa: E402
 from train.draft import make_config  # noqa: E402
 from train.processes import Processes  # noqa: E402
@@ -54,8 +55,6 @@ from train.processes import Processes  # noqa: E402
 TOLERANCE = {"cpu": 1e-6, "cuda": 2e-2}
 """Relative difference of losses that rounding explains: bf16 products on GPUs."""
 GRADIENT_TOLERANCE = {"cpu": 1e-5, "cuda": 5e-2}
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
-"""Dense bf16, from the vendor's data sheets, by a part of the device's name."""
 M3 = {
     "hidden_size": 6144, "vocab_size": 200_064, "num_target_layers": 60, "layer_ids": [1, 15, 29, 43, 57],
     "mask_token_id": 200_061, "rms_norm_eps": 1e-6, "rope_theta": 5e6, "max_position_embeddings": 8192, "yarn": None,
@@ -204,8 +203,7 @@ def check_step(work: Work) -> dict[str, Any]:
     draft, head = _make_draft(work)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-4, fused=True)
     if work.on_gpu:
-        for layer in draft.layers_to_compile():
-            layer.compile(dynamic=True)
+        draft.compile_layers()
         torch.cuda.reset_peak_memory_stats()
 
     def step(length: int, seed: int) -> None:
@@ -236,26 +234,29 @@ def check_step(work: Work) -> dict[str, Any]:
         "peak GiB": round(work.peak_gib(), 2),
         "recompilations": _num_graphs() - graphs,
     }
-    name = torch.cuda.get_device_name() if work.on_gpu else ""
-    if peak := next((flops for part, flops in PEAK_FLOPS.items() if part in name), None):
-        figures["MFU"] = round(count_flops(work, lengths[0]) / seconds / peak, 3)
+    planned = footprint.measure_step(_work_of_step(work, lengths[0])).peak()
+    figures["planned GiB"] = round(sum(planned.values()) / 2**30, 2)
+    name = torch.cuda.get_device_name().lower() if work.on_gpu else ""
+    if node := next((node for part, node in NODES.items() if part in name), None):
+        flops = footprint.count_flops(_work_of_step(work, lengths[0]))
+        figures["MFU"] = round(flops / seconds / (node.gpu_tflops * 1e12), 3)
     assert figures["recompilations"] == 0, figures
+    assert not work.on_gpu or abs(figures["planned GiB"] / figures["peak GiB"] - 1) < 0.1, figures
     return figures
 
 
-def count_flops(work: Work, length: int) -> float:
-    """Count the matrix products of a step on torch's meta device, and add those of the attention."""
-    meta = Work(work.folder, torch.device("meta"), work.small)
-    draft, head = _make_draft(meta)
-    draft.to(torch.bfloat16)
-    batch = _make_batch(draft.config.hidden_size, draft.config.vocab_size, length, 0)
-    batch, plan = to_device((batch, draft.plan(batch)), meta.device)
-    with FlopCounterMode(display=False) as counter:
-        draft(batch, plan, head).loss_sum.backward()
-    dims = SMALL_DRAFT if work.small else M3_DRAFT
-    pairs = float(plan.positions.numel()) * 8 * (length / 2 + 8)  # queries times the keys they see on average
-    attention = 4 * pairs * dims["num_attention_heads"] * dims["head_dim"] * len(draft.layers_to_compile())
-    return float(counter.get_total_flops()) + 3.5 * attention  # forward once, backward two and a half times
+def _work_of_step(work: Work, length: int) -> footprint.Work:
+    """Return what `train plan` would compute for the step."""
+    values, shared = _draft_values(work)
+    section = METHODS["dflash"].section.model_validate(values)
+    masks = [torch.arange(length) >= length // 8]
+    config = METHODS["dflash"].make_config(section, shared)
+    return footprint.Work(config, section, masks, work.on_gpu, tied=True)
+
+
+def _draft_values(work: Work) -> tuple[dict[str, Any], dict[str, Any]]:
+    values = {"method": "dflash", **(SMALL_DRAFT if work.small else M3_DRAFT)}
+    return values, {**M3, **({"hidden_size": 64, "vocab_size": 320, "mask_token_id": 319} if work.small else {})}
 
 
 def check_evaluation(work: Work) -> dict[str, Any]:
@@ -280,8 +281,7 @@ def check_evaluation(work: Work) -> dict[str, Any]:
 
 
 def _make_draft(work: Work) -> tuple[Draft, TargetHead]:
-    values = {"method": "dflash", **(SMALL_DRAFT if work.small else M3_DRAFT)}
-    shared = {**M3, **({"hidden_size": 64, "vocab_size": 320, "mask_token_id": 319} if work.small else {})}
+    values, shared = _draft_values(work)
     section = METHODS["dflash"].section.model_validate(values)
     with work.device:
         draft = METHODS["dflash"].build(METHODS["dflash"].make_config(section, shared), section)

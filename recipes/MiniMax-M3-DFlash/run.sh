@@ -14,7 +14,10 @@ recipe=${RECIPE:-recipes/MiniMax-M3-DFlash/recipe.yaml}
 prompts=${1:?PROMPTS.jsonl is missing}
 run=${2:-runs/minimax-m3-dflash}
 gpus=${GPUS:-$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU ' || true)}  # MIG lines are not GPUs
-[[ ${gpus:-0} -gt 0 ]] || { echo "run.sh: found no GPU (nvidia-smi --list-gpus), expected at least one. Set GPUS." >&2; exit 2; }
+if [[ ${gpus:-0} -eq 0 ]]; then
+  echo "run.sh: found no GPU (nvidia-smi --list-gpus), expected at least one. Set GPUS." >&2
+  exit 2
+fi
 with=(--recipe "$recipe" --set "serve.args.tensor-parallel-size=$gpus" "${@:3}")
 
 # 0. Check the recipe before anything starts.
@@ -49,12 +52,14 @@ head -n 100 "$run/prompts/train.jsonl" > "$run/prompts/gate.jsonl"
 greedy=("${with[@]}" --set synth.temperature=0)
 synth generate "${greedy[@]}" --prompts "$run/prompts/gate.jsonl" --output "$run/synth/gate"
 dump run "${greedy[@]}" --conversations "$run/synth/gate" --output "$run/store/gate"
-bench gate "${greedy[@]}" --set train.draft.objective=tokens --processes "$gpus" --store "$run/store/gate" --output "$run/gate"
+bench gate "${greedy[@]}" --set train.draft.objective=tokens --processes "$gpus" \
+  --store "$run/store/gate" --output "$run/gate"
 
 # 5. Train on all GPUs, predict the acceptance length, export the folder that vLLM loads.
 torchrun --standalone --nproc-per-node "$gpus" -m train.cli offline "${with[@]}" \
   --store "$run/store/train" --output "$run/draft"
-torchrun --standalone --nproc-per-node "$gpus" -m train.cli eval "${with[@]}" --run "$run/draft" --store "$run/store/held_out" --output "$run/eval.json"
+torchrun --standalone --nproc-per-node "$gpus" -m train.cli eval "${with[@]}" --run-folder "$run/draft" \
+  --store "$run/store/held_out" --output "$run/eval.json"
 train export "${with[@]}" --run "$run/draft" --output "$run/export" --eval "$run/eval.json"
 
 # 6. Measure the held-out prompts with the draft and without. Print the command that serves both.

@@ -84,7 +84,7 @@ def test_an_evaluation_during_training_walks_at_most_the_given_number_of_samples
 def test_processes_share_out_an_evaluation_and_report_the_same(recipe_path: Path, store: Store, tmp_path: Path) -> None:
     args = ["--recipe", recipe_path, "--set", "train.num_steps=3", "--set", "train.num_threads=1"]
     run_here("train", "offline", *args, "--store", store.folder, "--output", tmp_path / "run")
-    places = ["--run", tmp_path / "run", "--store", store.folder]
+    places = ["--run-folder", tmp_path / "run", "--store", store.folder]
     run_here("train", "eval", *args, *places, "--output", tmp_path / "one.json")
     torchrun = ["torchrun", "--standalone", "--nproc-per-node=2", "--module", "train.cli"]
     run(*torchrun, "eval", *args, *places, "--output", tmp_path / "two.json")
