@@ -300,13 +300,13 @@ def _find_fitting(plan: TrainPlan, of: Callable[[TrainSection, int, int], Work])
         f"train.gradient_accumulation_steps: {accumulated}": (1, tokens),
         f"train.gradient_accumulation_steps: {accumulated}, target.max_model_len: {tokens // 2}": (1, tokens // 2),
     }
-    sections = {
-        "": section,
-        "train.gradient_checkpointing: true": section.model_copy(update={"gradient_checkpointing": True}),
-        ", ".join(f"train.draft.{key}: {value}" for key, value in smaller.items()): section.model_copy(
-            update={"draft": draft}
-        ),
-    }
+    sections = {"": section}
+    if not section.gradient_checkpointing:
+        saving = section.model_copy(update={"gradient_checkpointing": True})
+        sections["train.gradient_checkpointing: true"] = saving
+    if smaller:
+        words = ", ".join(f"train.draft.{key}: {value}" for key, value in smaller.items())
+        sections[words] = section.model_copy(update={"draft": draft})
     parallels: dict[str, Parallel] = {"": "ddp" if question.num_gpus > 1 else "single"}
     if question.num_gpus > 1:
         parallels["train.parallel: fsdp2"] = "fsdp2"

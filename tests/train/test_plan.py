@@ -106,7 +106,13 @@ def test_evaluation_of_a_long_reply_takes_bounded_memory_at_a_large_vocabulary(m
     assert long["logits"] == short["logits"]
 
 
-def test_a_plan_says_what_fits_and_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["recipe.yaml", "eagle3.yaml", "smoke.yaml"])
+def test_minimax_m3s_recipes_fit_on_eight_gpus_of_80_gb(name: str) -> None:
+    plan = json.loads(run_here("train", "plan", "-r", M3.with_name(name), "--gpu", "h100", "--json").stdout)
+    assert plan["fits"]["ddp x8"]
+
+
+def test_a_plan_says_what_fits_and_what_to_change() -> None:
     plan = json.loads(run_here("train", "plan", "-r", M3, "--gpu", "h100", "--json").stdout)
     assert plan["gpus"] == 8
     assert plan["samples_per_rank"] == 2
