@@ -15,6 +15,7 @@ from torch import nn
 
 from contracts.draft import DraftConfig
 from contracts.store import StoredSample
+from drafts import moving
 from drafts.batch import Batch
 from drafts.moving import to_device
 from drafts.objective import StepLoss
@@ -55,14 +56,16 @@ class Draft(nn.Module, ABC):
         return []
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Compile the layers once for batches of all lengths. `backend`: see torch.compile."""
+        """Compile the layers, on GPUs once for batches of all lengths. `backend`: see torch.compile."""
         # Beyond this number of graphs of one function torch silently stops to compile. A method may need one for each
         # of its steps, in training and in evaluation.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
         # Otherwise a size that equals another one in the first batch, such as tiles and heads, must stay equal to it.
         torch.fx.experimental._config.use_duck_shape = False
+        # torch cannot trace the hand-written gradients of CPUs with sizes that it does not know.
+        dynamic = moving.is_on_gpu(next(self.parameters())) or None
         for layer in self.layers_to_compile():
-            layer.compile(dynamic=True, backend=backend)
+            layer.compile(dynamic=dynamic, backend=backend)
 
     def layers_to_shard(self) -> list[nn.Module]:
         """Return the layers that FSDP2 shards one by one; they must only be called through their forward."""

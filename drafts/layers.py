@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from drafts import moving
+
 
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension (arXiv 1910.07467), computed in fp32."""
@@ -23,7 +25,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if _is_on_gpu(x):
+        if moving.is_on_gpu(x):
             return stock_rms_norm(x, self.weight, self.eps)
         normed: torch.Tensor = _RMSNorm.apply(x, self.weight, self.eps)
         return normed
@@ -57,10 +59,6 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
-def _is_on_gpu(x: torch.Tensor) -> bool:
-    return x.is_cuda
-
-
 class GatedMLP(nn.Module):
     """`down_proj(silu(gate_proj(x)) * up_proj(x))`, under the parameter names of Llama and Qwen."""
 
@@ -77,7 +75,7 @@ class GatedMLP(nn.Module):
 
 def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Return `silu(gate) * up`; only gate and up are saved for the backward pass."""
-    if _is_on_gpu(gate):
+    if moving.is_on_gpu(gate):
         return functional.silu(gate) * up
     product: torch.Tensor = _Gated.apply(gate, up)
     return product

@@ -16,6 +16,11 @@ def find_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def is_on_gpu(x: torch.Tensor) -> bool:
+    """Return whether a layer computes `x` with operations that torch.compile fuses, instead of hand-written ones."""
+    return x.is_cuda
+
+
 def to_device(value: Value, device: torch.device) -> Value:
     """Return `value` with its tensors on `device`; everything else stays as it is. Copies do not block the host."""
     moved: Value = _move(value, device)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from drafts import moving
 from drafts.method import TransformerConfig
 from drafts.rope_parameters import rope_parameters
 
@@ -48,6 +49,10 @@ class Rope(nn.Module):
 
 def rotate(x: torch.Tensor, tables: Tables) -> torch.Tensor:
     """Rotate `x (..., heads, D)` by tables for its positions."""
+    if moving.is_on_gpu(x):
+        cos, sin = (table.to(x.dtype) for table in tables)
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
     rotated: torch.Tensor = _Rotate.apply(x, *tables)
     return rotated
 

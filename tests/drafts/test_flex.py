@@ -13,10 +13,10 @@ import torch
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
-from drafts import METHODS, layers
+from drafts import METHODS, moving
 from drafts.attention import KeyValues, attend, lay_out
 from drafts.batch import Batch
-from drafts.draft import Draft
+from drafts.draft import Draft, init_weights
 from drafts.flex import TILE, attend_flex, plan_flex, plan_tiles
 from target.head import TargetHead
 
@@ -127,7 +127,7 @@ def test_batches_of_other_lengths_compile_nothing_anew(
     method: str, graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = _make_draft(method)
-    monkeypatch.setattr(layers, "_is_on_gpu", lambda _: True)
+    monkeypatch.setattr(moving, "is_on_gpu", lambda _: True)
     monkeypatch.setattr(
         sys.modules[type(draft).__module__],
         "lay_out",
@@ -136,21 +136,61 @@ def test_batches_of_other_lengths_compile_nothing_anew(
     torch._dynamo.reset()
     counters.clear()
     draft.compile_layers(backend="aot_eager")
-    for length in (300, 420, 777):
-        generator = torch.Generator().manual_seed(length)
-        head = TargetHead(torch.randn(100, 64), torch.randn(100, 64), torch.ones(64), "rms", 1e-6)
-        batch = Batch(
-            torch.randint(0, 90, (length,), generator=generator),
-            torch.arange(length) >= length // 4,
-            torch.randn(length, 128, generator=generator),
-            torch.randn(length, 64, generator=generator),
-            [length],
-            [""],
-            [length],
-        )
-        draft(batch, draft.plan(batch), head)
+    for length in (300, 777):
+        _run(draft, length)
         assert counters["stats"]["unique_graphs"] == graphs  # one for each step, or for the last layer and the others
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize(("method", "graphs"), [("dflash", 2), ("eagle3", 3)])
+def test_with_gradients_too_the_layers_around_attention_compile_once(
+    method: str, graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = _make_draft(method).requires_grad_(True)
+    monkeypatch.setattr(moving, "is_on_gpu", lambda _: True)
+    monkeypatch.setattr(
+        sys.modules[type(draft).__module__],
+        "attend",
+        lambda query, pairs, _: query * pairs.block_key.mean() + pairs.context_value.mean(),
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    draft.compile_layers(backend="aot_eager")
+    for length in (300, 777):
+        _run(draft, length).backward()
+        assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+    assert all(parameter.grad is not None for parameter in draft.parameters())
+
+
+def test_the_layers_of_gpus_compute_those_of_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(moving, "is_on_gpu", lambda _, on_gpu=on_gpu: on_gpu)
+        draft = _make_draft("dflash").requires_grad_(True)
+        init_weights(draft, 0)
+        loss = _run(draft, 100)
+        loss.backward()
+        found.append([loss, *(parameter.grad for parameter in draft.parameters())])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def _run(draft: Draft, length: int) -> torch.Tensor:
+    """Return the loss of a batch of one document."""
+    generator = torch.Generator().manual_seed(length)
+    rows = torch.randn(100, 64, generator=generator)
+    head = TargetHead(rows, rows, torch.ones(64), "rms", 1e-6)
+    batch = Batch(
+        torch.randint(0, 90, (length,), generator=generator),
+        torch.arange(length) >= length // 4,
+        torch.randn(length, 128, generator=generator),
+        torch.randn(length, 64, generator=generator),
+        [length],
+        [""],
+        [length],
+    )
+    plan = draft.plan(batch)
+    return draft(batch, plan, head).loss_sum / plan.num_slots  # type: ignore[no-any-return]
 
 
 def _make_draft(method: str) -> Draft:
