@@ -129,13 +129,8 @@ def gate(
     """Check a recipe before a long run: overfit a few samples, serve the draft, compare predicted with served."""
     from bench.gate import Gate
     from bench.gate import gate as open_gate
-    from contracts.store import open_store
-    from target.target import Target
 
-    recipe = options.load()
-    target = Target.here(recipe.target)
-    opened, manifest = open_store(store, target)
-    open_gate(Gate(recipe, options.args, target, opened, output, samples, steps, processes), manifest)
+    open_gate(Gate(options.load(), options.args, store, output, samples, steps, processes))
 
 
 @app.command(

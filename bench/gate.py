@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from contracts.acceptance import Acceptance
 from contracts.conversation import read_conversations
 from contracts.draft import DraftRun
 from contracts.run import Run
-from contracts.store import Manifest, Store
+from contracts.store import Store, open_store
 from drafts.published import read_config
 from recipe.recipe import Recipe
 from serve.settings import measured_settings
@@ -46,12 +47,19 @@ class Gate:
 
     recipe: Recipe
     recipe_args: Sequence[str]
-    target: Target
-    store: Store
+    store_folder: Path
     output: Path
     num_samples: int
     num_steps: int
     processes: int = 1
+
+    @cached_property
+    def target(self) -> Target:
+        return Target.here(self.recipe.target)
+
+    @property
+    def store(self) -> Store:
+        return Store(self.store_folder)
 
     @property
     def draft(self) -> DraftRun:
@@ -66,13 +74,14 @@ class Gate:
         return self.output / "eval.json"
 
 
-def gate(work: Gate, manifest: Manifest) -> dict[str, Any]:
+def gate(work: Gate) -> dict[str, Any]:
     """Train, evaluate, export and serve a draft; return the report.
 
     Raises IncompleteError with the likely cause if the gate fails, UserError if the store's conversations are no longer
     in their folder.
     """
-    recipe, target, store, output = work.recipe, work.target, work.store, work.output
+    recipe, target, output = work.recipe, work.target, work.output
+    store, manifest = open_store(work.store_folder, target)
     conversations = Path(manifest.conversations_folder)
     if not (conversations / "run.json").exists():
         raise UserError(

@@ -8,18 +8,35 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from drafts.batch import Batch
+    from target.head import TargetHead
+
+
+def make_inputs(ctx: dict[str, Any], eps: float) -> tuple[TargetHead, Batch]:
+    """Return the target's head and the batch, as our drafts take them."""
+    from drafts.batch import Batch
+    from target.head import TargetHead
+
+    state, batch = ctx["state"], ctx["batch"]
+    head = TargetHead(state["embed_tokens.weight"], state["lm_head.weight"], state["verifier_norm.weight"], "rms", eps)
+    token_ids, mask = batch["input_ids"][0], batch["loss_mask"][0].bool()
+    packed = Batch(
+        token_ids, mask, batch["hidden_states"][0].float(), batch["verifier_last_hidden_states"][0].float(),
+        [len(token_ids)], [""], [0],
+    )  # fmt: skip
+    return head, packed
 
 
 def build_ours(ctx: dict[str, Any]) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
     """Return our model and its loss on `ctx["batch"]`. Draws speculators' anchors unless `there` is false."""
-    from drafts.batch import Batch
     from drafts.dflash.config import DFlashConfig, DFlashSection
     from drafts.dflash.model import DFlash
     from drafts.objective import teacher_argmax
-    from target.head import TargetHead
 
     there = ctx.get("there", True)
     if there:
@@ -38,14 +55,8 @@ def build_ours(ctx: dict[str, Any]) -> tuple[torch.nn.Module, Callable[[], torch
     )  # fmt: skip
     model = DFlash(config, section)
     model.load_state_dict({name: state[name] for name, _ in model.named_parameters()})
-    head = TargetHead(
-        state["embed_tokens.weight"], state["lm_head.weight"], state["verifier_norm.weight"], "rms", config.rms_norm_eps
-    )
-    token_ids, mask = batch["input_ids"][0], batch["loss_mask"][0].bool()
-    packed = Batch(
-        token_ids, mask, batch["hidden_states"][0].float(), batch["verifier_last_hidden_states"][0].float(),
-        [len(token_ids)], [""], [0],
-    )  # fmt: skip
+    head, packed = make_inputs(ctx, config.rms_norm_eps)
+    token_ids, mask = packed.token_ids, packed.loss_mask
 
     def compute_loss() -> torch.Tensor:
         if there:

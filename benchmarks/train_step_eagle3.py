@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.train_step_dflash import make_inputs
+
 if TYPE_CHECKING:
     from target.head import TargetHead
 
@@ -26,13 +28,11 @@ DECAY = 0.8
 
 def build_ours(ctx: dict[str, Any]) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
     """Return our model and its loss on `ctx["batch"]`."""
-    from drafts.batch import Batch
     from drafts.eagle3.config import Eagle3Config, Eagle3Section
     from drafts.eagle3.model import Eagle3
     from drafts.objective import teacher_argmax
-    from target.head import TargetHead
 
-    dims, state, batch = ctx["dims"], ctx["state"], ctx["batch"]
+    dims, state = ctx["dims"], ctx["state"]
     assert dims.prompt >= dims.ttt_length, "each step must have as many slots"
     config = Eagle3Config(
         hidden_size=dims.hidden, vocab_size=dims.vocab, num_target_layers=16, layer_ids=list(range(dims.n_aux)),
@@ -48,14 +48,8 @@ def build_ours(ctx: dict[str, Any]) -> tuple[torch.nn.Module, Callable[[], torch
     model = Eagle3(config, section)
     names = {name: name.replace("midlayer.", "layers.0.") for name, _ in model.named_parameters()}
     model.load_state_dict({name: state[peer_name] for name, peer_name in names.items()})
-    head = TargetHead(
-        state["embed_tokens.weight"], state["lm_head.weight"], state["verifier_norm.weight"], "rms", config.rms_norm_eps
-    )
-    token_ids, mask = batch["input_ids"][0], batch["loss_mask"][0].bool()
-    packed = Batch(
-        token_ids, mask, batch["hidden_states"][0].float(), batch["verifier_last_hidden_states"][0].float(),
-        [len(token_ids)], [""], [0],
-    )  # fmt: skip
+    head, packed = make_inputs(ctx, config.rms_norm_eps)
+    token_ids, mask = packed.token_ids, packed.loss_mask
     constant = 0.0 if dims.loss == "ce" else weigh_entropy(dims, head, packed.hidden_states)
 
     def compute_loss() -> torch.Tensor:

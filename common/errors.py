@@ -1,11 +1,13 @@
 """Draftline's exceptions, and the common entry point and error handling of all commands.
 
 A mistake of the user is reported in one line, *where: found, expected. What to do.*, with exit code 2 and no traceback.
-A run that cannot account for its rows exits with 1. Any other exception is a bug and keeps its traceback.
+A run that cannot account for its rows, or that has filled a disk, exits with 1. Any other exception is a bug and keeps
+its traceback.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -53,6 +55,14 @@ def run_app(app: Callable[[], object]) -> None:
     except DraftlineError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or "a disk"
+        print(
+            f"error: {where}: found no space left, expected some. Make room, then run again to go on.", file=sys.stderr
+        )
+        raise SystemExit(1) from None
     except SystemExit as end:
         if end.code == INTERRUPTED:
             print("stopped: what was finished is kept; run the same command again to go on", file=sys.stderr)

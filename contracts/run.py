@@ -117,6 +117,12 @@ def _lock(folder: Path) -> IO[str]:
     return lock
 
 
+def is_complete(folder: Path) -> bool:
+    """Return whether a folder holds a complete run."""
+    path = folder / "run.json"
+    return path.exists() and bool(read_json(path, "a run's state").get("complete"))
+
+
 def read_run(folder: Path, stage: str) -> dict[str, Any]:
     """Return the state of a complete run of `stage` in `folder`. Raises UserError if there is none."""
     path = folder / "run.json"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
 from common.errors import IncompleteError
+from common.memory import free_memory
 from contracts.store import Manifest, Store
 from recipe.recipe import Recipe
 from target.target import Target
@@ -19,7 +19,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "fp8_e4m3": 8e-2}
 def fits_memory(target: Target) -> bool:
     """Return whether the target's weights take less than half of the free memory that transformers would load into."""
     size = sum(file.stat().st_size for file in Path(target.path).glob("*.safetensors"))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = free_memory()
     if torch.cuda.is_available():
         free = min(free, torch.cuda.mem_get_info()[0])
     return size < free / 2

@@ -62,7 +62,9 @@ class TrainSection(Section):
     num_readers: int | None = operational(
         default=None, gt=0, description="threads that read the store ahead; default: 4 on a GPU, 1 on a CPU"
     )
-    read_ahead_gib: float = operational(default=4.0, gt=0, description="most GiB of states read ahead, by process")
+    read_ahead_gib: float | None = operational(
+        default=None, gt=0, description="most GiB of states read ahead by a process; default: 4 on a GPU, 1 on a CPU"
+    )
     num_threads: int | None = operational(default=None, gt=0, description="CPU threads; default: all cores")
 
     @model_validator(mode="after")

@@ -6,11 +6,14 @@
 
 Each process copies its share of the state to the CPU and goes on; threads write it. The folder gets its name once all
 shares are on disk, so a kill never leaves half a checkpoint. Any number of processes can resume from it.
+
+Only tensors are in the shards: torch unpickles anything else without limits when it reads them.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,14 +21,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint import metadata as checkpoint_metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from common.errors import UserError
+from common.errors import IncompleteError, UserError
 from common.files import read_json, write_json
 from contracts.draft import DraftRun
 from train.processes import Processes
@@ -59,16 +65,28 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         processes.wait()
-        state = processes.share_of(_read_state(processes, training.model, training.optimizer))
+        weights, moments = processes.read_state(training.model, training.optimizer)
+        state = {"model": processes.share_of(weights), "moments": processes.share_of(moments["state"])}
         alone = processes.world == 1
         written = async_save(state, checkpoint_id=temporary / STATE, process_group=processes.writers, no_dist=alone)
         assert isinstance(written, Future)
         self._pending = self._pool.submit(self._complete, written, step, best_length)
 
     def finish(self) -> None:
-        """Wait until the checkpoint that is being written is complete, on every process."""
+        """Wait until the checkpoint that is being written is complete, on every process.
+
+        Raises IncompleteError if it could not be written; the checkpoints before stay as they are.
+        """
         if self._pending is not None:
-            self._pending.result()
+            try:
+                self._pending.result()
+            except (CheckpointException, OSError, SafetensorError) as error:
+                failures = error.failures.values() if isinstance(error, CheckpointException) else [(error,)]
+                reasons = "; ".join(sorted({str(failure[0]) for failure in failures}))
+                raise IncompleteError(
+                    f"{self._training.run.folder}: found no way to write a checkpoint ({reasons}), expected space for "
+                    "16 bytes a parameter. Make room, then run again: it goes on from the checkpoint before."
+                ) from None
             self._pending = None
             self._training.processes.wait()
 
@@ -122,17 +140,49 @@ def load_checkpoint(run: DraftRun, processes: Processes, model: nn.Module, optim
             expected=f"{STATE}/, as this version writes it",
             fix="Finish the run with the version that began it, or choose another --output.",
         )
-    state = _read_state(processes, model, optimizer)
-    load(state, checkpoint_id=folder / STATE, process_group=processes.writers, no_dist=processes.world == 1)
-    processes.write_state(model, optimizer, state["model"], state["optimizer"])
+    weights, moments = processes.read_state(model, optimizer)
+    _refuse_code(folder / STATE)
+    load(
+        {"model": weights, "moments": moments["state"]},
+        checkpoint_id=folder / STATE,
+        process_group=processes.writers,
+        no_dist=processes.world == 1,
+    )
+    processes.write_state(model, optimizer, weights, moments)
     if processes.is_first:
         print(f"train: going on from step {steps[-1]}")
     return int(read_json(folder / "position.json", "a checkpoint's position")["step"])
 
 
-def _read_state(processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    weights, moments = processes.read_state(model, optimizer)
-    return {"model": weights, "optimizer": moments}
+def _refuse_code(folder: Path) -> None:
+    """Raise UserError if the shards' metadata names anything but tensors and files: unpickled, it could run code."""
+    path = folder / ".metadata"
+    try:
+        with path.open("rb") as file:
+            _MetadataUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        raise UserError(
+            path,
+            found=f"unexpected content ({error})",
+            expected="metadata of tensors, as torch.distributed.checkpoint writes it",
+            fix="Delete this checkpoint; the run then goes on from the one before.",
+        ) from None
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class that metadata may name. Raises pickle.UnpicklingError for any other."""
+        if module == checkpoint_metadata.__name__:
+            return getattr(checkpoint_metadata, name)
+        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
+            return getattr(torch, name)
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            return super().find_class(module, name)
+        if (module, name) == (_StorageInfo.__module__, _StorageInfo.__name__):
+            return _StorageInfo
+        if module.startswith("pathlib") and name in ("PosixPath", "PurePosixPath"):
+            return Path
+        raise pickle.UnpicklingError(f"{module}.{name}")
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:

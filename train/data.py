@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from train.processes import Processes
 AnyStore = Store | ModelOptStore
 MAX_AHEAD = 16
 """Batches read ahead at most, however small they are."""
+MAX_PLACES = 1_000_000
+"""Places of the sequence of samples that `largest_masks` looks at: about a second."""
 
 
 def open_states(recipe: Recipe, folder: Path, target: Target) -> tuple[AnyStore, Manifest]:
@@ -128,12 +130,14 @@ class Samples:
     def largest_masks(self, rank: int, world: int) -> list[torch.Tensor]:
         """Return the loss masks of this process's batch with most tokens, for plans of memory.
 
-        Where the store has no lengths, all samples count as `max_tokens` long.
+        Of long runs, the first `MAX_PLACES` places count. Where the store has no lengths, all samples count as
+        `max_tokens` long.
         """
         section = self.section
         store = self.store if isinstance(self.store, Store) else None
         lengths = store.lengths() if store else {}
-        places = range(section.num_steps * section.gradient_accumulation_steps * section.batch_size)
+        batches = min(section.num_steps * section.gradient_accumulation_steps, max(1, MAX_PLACES // section.batch_size))
+        places = range(batches * section.batch_size)
         sizes = np.fromiter(
             (min(lengths.get(self._pick(p), self.max_tokens), self.max_tokens) for p in places), np.int64
         )
@@ -186,10 +190,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class Planned:
-    """A batch and the draft's plan of its step."""
+    """A batch and the draft's plan for it. `step_slots`: supervised slots of all batches of its step."""
 
     batch: Batch
     plan: Any
+    step_slots: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -202,8 +207,8 @@ def read_ahead(
 ) -> Iterator[Planned]:
     """Yield this process's batches from `first_step` on, on its device.
 
-    Threads read and plan the next ones meanwhile: as many as fit into `train.read_ahead_gib`, at least one. On a GPU,
-    the copy of a batch runs beside the step before it.
+    Threads read and plan the next ones meanwhile: as many as fit into `train.read_ahead_gib`, at least one. A GPU holds
+    two batches: that of the step and the next one, whose copy runs beside the step.
     """
     section = samples.section
     first = first_step * section.gradient_accumulation_steps
@@ -214,18 +219,28 @@ def read_ahead(
         return Planned(batch, plan(batch))
 
     on_gpu = processes.device.type == "cuda"
-    ahead = _read_in_threads(read, range(first, end), section, section.num_readers or (4 if on_gpu else 1))
-    yield from copy_ahead(ahead, processes.device) if on_gpu else ahead
+    num_readers = section.num_readers or (4 if on_gpu else 1)
+    budget = int((section.read_ahead_gib or (4.0 if on_gpu else 1.0)) * 2**30)
+    ahead = _read_in_threads(read, range(first, end), num_readers, budget)
+    steps = _count_slots(ahead, section.gradient_accumulation_steps)
+    yield from copy_ahead(steps, processes.device) if on_gpu else steps
+
+
+def _count_slots(batches: Iterator[Planned], accumulated: int) -> Iterator[Planned]:
+    """Yield batches with the slots of their step, by which each batch's loss is divided."""
+    while micro := list(islice(batches, accumulated)):
+        slots = sum(planned.plan.num_slots for planned in micro)
+        while micro:  # a batch is freed once it is used
+            yield replace(micro.pop(0), step_slots=slots)
 
 
 def _read_in_threads(
-    read: Callable[[int], Planned], numbers: range, section: TrainSection, num_readers: int
+    read: Callable[[int], Planned], numbers: range, num_readers: int, budget: int
 ) -> Iterator[Planned]:
-    """Yield `read(number)` in order; threads read ahead within the byte budget, which the last batch measures."""
-    budget, waiting, following = int(section.read_ahead_gib * 2**30), deque[Future[Planned]](), iter(numbers)
-    depth = 1
+    """Yield `read(number)` in order; threads read ahead within `budget` bytes, which the last batch measures."""
+    waiting, following = deque[Future[Planned]](), iter(numbers)
     with ThreadPoolExecutor(num_readers, "read-ahead") as pool:
-        for number in islice(following, depth):
+        for number in islice(following, 1):
             waiting.append(pool.submit(read, number))
         while waiting:
             planned = waiting.popleft().result()
@@ -254,7 +269,7 @@ def _take(planned: Planned, event: torch.cuda.Event) -> Planned:
     current.wait_event(event)
     for tensor in tensors_of(planned):
         tensor.record_stream(current)
-    return Planned(planned.batch.decoded(), planned.plan)
+    return replace(planned, batch=planned.batch.decoded())
 
 
 def _cut_away(store: AnyStore, ids: list[str], max_tokens: int) -> set[str]:

@@ -4,7 +4,8 @@ The step runs on tensors that have shapes and no values: on torch's meta device 
 in place of a CPU, whose kernels differ. A dispatch mode sees every storage that the step makes and frees.
 
 On GPUs, a parameter takes 4 bytes, its bf16 copy under autocast 2, its gradient 4 and AdamW's two moments 8. The step
-runs in bf16 there, since meta tensors know no autocast, and the sizes of weights and gradients are scaled.
+runs in bf16 there, since meta tensors know no autocast, and the sizes of weights and gradients are scaled. A GPU holds
+two batches: the next one is copied during a step.
 """
 
 from __future__ import annotations
@@ -71,9 +72,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Memory of a step over time in bytes, by `KINDS`; number of parameters, and of those of the largest layer."""
+    """Memory of a step over time in bytes, by `KINDS`.
+
+    `parameters`: their number; `root`: of those outside of the layers that FSDP2 shards one by one; `largest_layer`: of
+    those of the largest such layer.
+    """
 
     parameters: int
+    root: int
     largest_layer: int
     on_gpu: bool
     events: list[tuple[int, ...]]
@@ -82,10 +88,9 @@ class Footprint:
         """Return the bytes of one rank by kind, at the moment when they are most.
 
         DDP keeps all gradients in its buckets. FSDP2 keeps a share of weights, gradients and optimizer; it gathers the
-        root's parameters and two layers in bf16, and reduces one layer's gradients in fp32.
+        root's parameters and two layers in bf16, and reduces the gradients of the root or of one layer in fp32.
         """
         copy = 2 if self.on_gpu else 4
-        root = self.parameters - self.largest_layer
 
         def of_rank(event: tuple[int, ...]) -> tuple[int, ...]:
             values = list(event)
@@ -93,9 +98,8 @@ class Footprint:
                 values[GRADIENTS] = 4 * self.parameters
             elif parallel == "fsdp2":
                 # Without the bf16 copies of all parameters at once, which autocast makes.
-                values[WEIGHTS] = 4 * self.parameters // world + copy * min(root, self.parameters // 2)
-                values[WEIGHTS] += 2 * copy * self.largest_layer
-                values[GRADIENTS] = event[GRADIENTS] // world + (copy + 4) * self.largest_layer
+                values[WEIGHTS] = 4 * self.parameters // world + copy * (self.root + 2 * self.largest_layer)
+                values[GRADIENTS] = event[GRADIENTS] // world + (copy + 4) * max(self.root, self.largest_layer)
                 values[OPTIMIZER] = event[OPTIMIZER] // world
             return tuple(values)
 
@@ -215,7 +219,7 @@ def _setting(work: Work) -> Iterator[_Scene]:
     """Build draft and head without values. One thread: dispatch modes are per thread."""
     fake = nullcontext() if work.on_gpu else FakeTensorMode(allow_non_fake_inputs=True)
     device = META if work.on_gpu else CPU
-    meter = Meter(work.config.vocab_size, (3, 2, 1, 1, 1, 1, 1) if work.on_gpu else (1,) * len(KINDS))
+    meter = Meter(work.config.vocab_size, (3, 2, 1, 1, 2, 1, 1) if work.on_gpu else (1,) * len(KINDS))
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     forget_buffers()
@@ -259,4 +263,4 @@ def _make_batch(work: Work, scene: _Scene) -> Batch:
 def _finish(work: Work, scene: _Scene) -> Footprint:
     layers = [sum(p.numel() for p in layer.parameters()) for layer in scene.draft.layers_to_shard()]
     parameters = sum(p.numel() for p in scene.draft.parameters())
-    return Footprint(parameters, max(layers, default=0), work.on_gpu, scene.meter.events)
+    return Footprint(parameters, parameters - sum(layers), max(layers, default=0), work.on_gpu, scene.meter.events)

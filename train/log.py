@@ -18,7 +18,6 @@ from common.progress import Progress
 from contracts.draft import DraftRun
 from recipe.train import TrainSection
 from train.curves import draw_curves
-from train.data import Planned
 from train.processes import Processes
 from train.schedule import learning_rate
 
@@ -54,8 +53,11 @@ class Log:
         """Count the time from here on for `part` of the step."""
         self._clock.start(part)
 
-    def count(self, micro: list[Planned]) -> None:
-        self._tokens += sum(len(planned.batch.token_ids) for planned in micro)
+    def count_tokens(self, number: int) -> None:
+        self._tokens += number
+
+    def count(self) -> None:
+        """Count one step."""
         self._steps += 1
         if self._processes.is_first:
             self._progress.update()

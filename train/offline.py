@@ -28,7 +28,7 @@ from common.cores import count_cores
 from common.errors import IncompleteError
 from contracts.acceptance import Acceptance
 from contracts.draft import DraftConfig, DraftRun
-from contracts.run import Run
+from contracts.run import Run, is_complete
 from drafts import METHODS
 from drafts.draft import Draft
 from recipe.recipe import Recipe
@@ -58,6 +58,10 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path, *, force: bo
     config = make_config(recipe, target, manifest)
     with start_processes() as processes:
         section.check_processes(processes.world)
+        on_gpu = processes.device.type == "cuda"
+        samples = Samples(store, section, config.max_position_embeddings, on_gpu=on_gpu)
+        if not (force or is_complete(output)):  # before the folder belongs to a recipe that cannot run
+            _refuse_unfit(recipe, target, config, samples, processes)
         run = None
         if processes.is_first:
             run = Run.open(
@@ -72,10 +76,6 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path, *, force: bo
                 return {}
             print(f"train: {output} is finished, skipped ({_describe(run.state['summary'])})")
             return dict(run.state["summary"])
-        on_gpu = processes.device.type == "cuda"
-        samples = Samples(store, section, config.max_position_embeddings, on_gpu=on_gpu)
-        if not force:
-            _refuse_unfit(recipe, target, config, samples, processes)
         refuse_mask_token(samples, config.mask_token_id, processes)
         training = _prepare(recipe, config, read_head(target), samples, DraftRun(output), processes)
         summary = _train(training, run)
@@ -155,11 +155,9 @@ def _train(training: Training, run: Run | None) -> dict[str, Any]:
     log, checkpoints = Log(training.run, section, processes, first_step), Checkpoints(training)
     with log, stop_at_sigterm() as stopped:
         for step in range(first_step, section.num_steps):
-            log.start("data")
-            micro = [next(batches) for _ in range(section.gradient_accumulation_steps)]
-            counts, num_slots, norm = _step(training, micro, step, log)
+            counts, num_slots, norm = _step(training, batches, step, log)
             log.start("rest")
-            log.count(micro)
+            log.count()
             last, improved = step + 1 == section.num_steps, False
             if (step + 1) % LOG_EVERY == 0 or last:
                 loss = log.write(step, processes.sum(counts), num_slots, norm)
@@ -183,25 +181,33 @@ def _train(training: Training, run: Run | None) -> dict[str, Any]:
     return _summarize(training, num_parameters, loss, best_length)
 
 
-def _step(training: Training, micro: list[Planned], step: int, log: Log) -> tuple[torch.Tensor, float, torch.Tensor]:
-    """Run one optimizer step over the accumulated batches; nothing in it waits for the device.
+def _step(
+    training: Training, batches: Iterator[Planned], step: int, log: Log
+) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """Run one optimizer step over the next accumulated batches; nothing in it waits for the device.
 
     Returns StepLoss counts, supervised slots of all processes, gradient norm.
     """
     section, processes, optimizer = training.section, training.processes, training.optimizer
-    num_slots = float(processes.sum(torch.tensor(float(sum(planned.plan.num_slots for planned in micro)))))
+    num_batches = section.gradient_accumulation_steps
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(section, step)
     optimizer.zero_grad()
-    counts: torch.Tensor | None = None
-    for number, planned in enumerate(micro):
+    counts, num_slots = None, 0.0
+    for number in range(num_batches):
+        log.start("data")
+        planned = next(batches)
         log.start("forward")
-        with processes.autocast(), processes.accumulate(training.model, is_last=number + 1 == len(micro)):
+        if number == 0:
+            num_slots = float(processes.sum(torch.tensor(float(planned.step_slots))))
+        with processes.autocast(), processes.accumulate(training.model, is_last=number + 1 == num_batches):
             result = training.model(planned.batch, planned.plan, training.head)
             log.start("backward")
             # Gradients are averaged over processes, the loss is one mean over all slots.
             (result.loss_sum * (processes.world / num_slots)).backward()
         counts = result.counts() if counts is None else counts + result.counts()
+        log.count_tokens(len(planned.batch.token_ids))
+        del planned, result  # before the next copy begins: a GPU then holds two batches, not three
     log.start("optimizer")
     norm = processes.whole(nn.utils.clip_grad_norm_(training.model.parameters(), section.max_grad_norm))
     optimizer.step()

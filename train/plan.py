@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from common.errors import UserError
+from common.memory import free_memory
 from contracts.draft import DraftConfig, DraftRun
 from contracts.store import Store, sample_bytes
 from recipe.hardware import find_node
@@ -33,6 +34,8 @@ CONTEXT_BYTES = 2_000_000_000
 """GPU memory of the CUDA context, the libraries' workspaces and NCCL. An estimate, not measured here."""
 SAFE_FACTOR = 20
 """On CPUs, a step is not planned if this many times its weights, head and batch fit: its activations take less."""
+KEPT_FACTOR = 1.2
+"""On CPUs, glibc keeps some freed memory: 3 to 19% of the steps in tests/train/test_plan.py."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,8 @@ class Machine:
         return cls("this machine", False, free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def holds(self, num_bytes: int) -> bool:
-        return num_bytes + (CONTEXT_BYTES if self.on_gpu else 0) <= self.memory
-
-
-def free_memory() -> int:
-    """Return the bytes of memory that new processes can have: the system's, or what the control group leaves."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
+        """Return whether a step of `num_bytes` fits, with what the device's libraries take or keep."""
+        return (num_bytes + CONTEXT_BYTES if self.on_gpu else num_bytes * KEPT_FACTOR) <= self.memory
 
 
 @dataclass(frozen=True)
@@ -78,8 +72,8 @@ class Question:
     """What `train plan` is asked: the hardware, the data, and rates to compute hours from.
 
     Memory is that of batches of the longest samples, hours are those of samples of `mean_tokens`. `prompt_share`: the
-    share of a sample's tokens that are not supervised. `mfu`: share of the GPU's peak that training reaches.
-    `read_rate`: GB/s that a node reads.
+    share of a sample's tokens that are not supervised. `dtype`: of the stored states. `mfu`: share of the GPU's peak
+    that training reaches. `read_rate`: GB/s that a node reads.
     """
 
     machine: Machine
@@ -88,6 +82,7 @@ class Question:
     max_tokens: int
     mean_tokens: int
     prompt_share: float
+    dtype: str
     mfu: float
     read_rate: float | None = None
 
@@ -161,7 +156,9 @@ def answer(recipe: Recipe, request: Request, *, as_json: bool) -> TrainPlan:
     name = request.gpu or recipe.serve.hardware or "h100"
     machine, per_node = Machine.named(name), 1 if name == "cpu" else find_node(name, "--gpu").num_gpus
     max_tokens, mean_tokens, prompt_share = recipe.target.max_model_len, request.mean_tokens, request.prompt_share
+    dtype: str = recipe.dump.dtype
     if request.store is not None:
+        dtype = Store(request.store).read_manifest().dtype
         max_tokens, mean_tokens, prompt_share = _describe_store(Store(request.store), max_tokens)
     question = Question(
         machine,
@@ -170,6 +167,7 @@ def answer(recipe: Recipe, request: Request, *, as_json: bool) -> TrainPlan:
         max_tokens=max_tokens,
         mean_tokens=min(mean_tokens, max_tokens),
         prompt_share=prompt_share,
+        dtype=dtype,
         mfu=request.mfu,
         read_rate=request.read_rate,
     )
@@ -185,7 +183,6 @@ def answer(recipe: Recipe, request: Request, *, as_json: bool) -> TrainPlan:
 
 def _describe_store(store: Store, max_tokens: int) -> tuple[int, int, float]:
     """Return the longest and the mean length of a store's samples, and the share of prompts in some of them."""
-    store.read_manifest()
     lengths = {id_: min(length, max_tokens) for id_, length in store.lengths().items()}
     if not lengths:
         raise UserError(store.folder, found="no sample", expected="some", fix="Give a store that has some.")
@@ -206,8 +203,8 @@ def _measure_mfu(plan: TrainPlan, run: DraftRun) -> float:
             expected="the metrics of a run on the GPU that --gpu names",
             fix="Give --mfu instead.",
         )
-    tokens_of_rank = plan.section.global_batch_size * plan.question.mean_tokens / plan.question.num_gpus
-    seconds = tokens_of_rank * plan.question.num_gpus / statistics.median(rates[len(rates) // 2 :])
+    tokens = plan.section.global_batch_size * plan.question.mean_tokens
+    seconds = tokens / statistics.median(rates[len(rates) // 2 :])
     return plan.flops / seconds / (tflops * 1e12)
 
 
@@ -244,7 +241,7 @@ def make_plan(recipe: Recipe, target: Target, config: DraftConfig, question: Que
     usual_masks = suppose_masks(1, question.mean_tokens, question.prompt_share)
     usual = work_of(section, config, target, usual_masks, machine.on_gpu)
     num_layers = len(config.layer_ids) - (not section.draft.needs_final_states)
-    read = sample_bytes(question.mean_tokens, config.hidden_size, num_layers, recipe.dump.dtype)
+    read = sample_bytes(question.mean_tokens, config.hidden_size, num_layers, question.dtype)
     plan = TrainPlan(
         config=config,
         section=section,

@@ -132,18 +132,13 @@ class Processes:
         set_model_state_dict(model, weights)
         set_optimizer_state_dict(model, optimizer, moments)
 
-    def share_of(self, state: dict[str, Any]) -> dict[str, Any]:
+    def share_of(self, entries: dict[str, Any]) -> dict[str, Any]:
         """Return this process's share of a state that all processes have; sharded tensors are shares already.
 
         Otherwise each process would copy all of it to the CPU.
         """
-
-        def keep(entries: dict[str, Any]) -> dict[str, Any]:
-            mine = [name for name in entries if not _is_sharded(entries[name])][self.rank :: self.world]
-            return {name: value for name, value in entries.items() if name in mine or _is_sharded(value)}
-
-        optimizer = {**state["optimizer"], "state": keep(state["optimizer"]["state"])}
-        return {"model": keep(state["model"]), "optimizer": optimizer}
+        mine = set([name for name in entries if not _is_sharded(entries[name])][self.rank :: self.world])
+        return {name: value for name, value in entries.items() if name in mine or _is_sharded(value)}
 
 
 def _is_sharded(value: Any) -> bool:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_here
-from written import write_store
+from conftest import run, run_here
+from written import write_conversations, write_store
 
 from bench.gate import explain
 from contracts.acceptance import Acceptance
@@ -73,3 +73,18 @@ def test_layers_and_mask_token_are_compared_as_each_method_writes_them(
         ),
     ):
         assert named in explain_with(trained, target_folder, tmp_path, dflash_config=changes)
+
+
+def test_a_recipe_that_does_not_fit_is_refused_before_a_server_starts(
+    recipe_path: Path, target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversations = write_conversations(target_folder, tmp_path / "synth", 2)
+    store = Store(write_store(tmp_path / "store", Target.read(target_folder)))
+    store.write_manifest(store.read_manifest().model_copy(update={"conversations_folder": str(conversations)}))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(10**7))  # so many processes share this machine's memory
+    refused = run(
+        "bench", "gate", "-r", recipe_path, "--store", store.folder, "--output", tmp_path / "gate", check=False
+    )
+    assert refused.returncode == 1
+    assert "train offline on this machine: found 0.00 GB free for one process, expected" in refused.stderr
+    assert not (tmp_path / "gate/draft").exists()

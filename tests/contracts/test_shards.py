@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 from pathlib import Path
+
+import pytest
 
 from contracts.run import Run
 from contracts.shards import folders_by_count, is_at_work, shard_folder
@@ -48,4 +52,16 @@ def test_a_process_at_work_is_seen(tmp_path: Path) -> None:
     run = Run.open(tmp_path, "dump run", settings={}, inputs={}, recipe_yaml="")
     assert is_at_work(tmp_path)
     run._lock.close()
+    assert not is_at_work(tmp_path)
+
+
+def test_where_a_file_system_has_no_locks_no_shard_counts_as_being_worked_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.lock").touch()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
     assert not is_at_work(tmp_path)

@@ -127,6 +127,17 @@ def test_a_retry_has_the_resources_of_the_submission_and_its_own_options_replace
     assert dict(given)["train"].gpus_per_node == 8
 
 
+def test_a_retry_with_more_processes_than_samples_of_a_batch_is_refused_before_the_queue(
+    recipe_path: Path, tmp_path: Path, given: list[tuple[str, Resources]]
+) -> None:
+    submit_pipeline(recipe_path, tmp_path, "--gpus-per-node", 8)
+    given.clear()
+    refused = run_here("distributed", "retry", tmp_path, "--nodes", 8, check=False)
+    assert refused.returncode == 2
+    assert "expected a sample of each batch for each of the 64 processes" in refused.stderr
+    assert given == []
+
+
 def test_gpus_can_be_taken_back(recipe_path: Path, tmp_path: Path, given: list[tuple[str, Resources]]) -> None:
     submit_pipeline(recipe_path, tmp_path, "--gpus-per-node", 8)
     run_here("distributed", "retry", tmp_path, "--gpus-per-node", 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -267,9 +266,7 @@ def test_top_k_and_top_p_keep_what_a_sampler_would_draw_from() -> None:
 
 
 def limit_host_memory(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    real = os.sysconf
-    pages = num_bytes // real("SC_PAGE_SIZE")
-    monkeypatch.setattr(os, "sysconf", lambda name: pages if name == "SC_AVPHYS_PAGES" else real(name))
+    monkeypatch.setattr("dump.reference.free_memory", lambda: num_bytes)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import pickle
+import subprocess
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import run, run_here
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from written import write_store
 
 from contracts.draft import DraftRun
@@ -16,7 +23,9 @@ from contracts.store import Store
 from recipe.load import load_recipe
 from target.target import Target
 from train import offline
-from train.data import Samples
+from train.checkpoint import Checkpoints
+from train.data import Samples, read_ahead
+from train.processes import Processes
 
 
 @pytest.fixture
@@ -104,3 +113,88 @@ def test_a_checkpoint_is_complete_when_it_has_its_name(recipe_path: Path, store:
         names = {path.name for path in found.step_folder(step).iterdir()}
         assert names == {"state", "weights.safetensors", "position.json", "recipe.yaml"}
     assert not list((tmp_path / "run").glob(".step-*"))
+
+
+class Touch:
+    """Unpickled, this creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._path,)
+
+
+def test_a_checkpoint_cannot_run_code_when_a_run_goes_on_from_it(
+    recipe_path: Path, store: Store, tmp_path: Path
+) -> None:
+    sets = ("--recipe", recipe_path, "--set", "train.num_steps=4", "--store", store.folder)
+    args = ["train", "offline", *sets, "--output", tmp_path / "run"]
+    run_here(*args)
+    folder = DraftRun(tmp_path / "run").step_folder(4) / "state"
+    metadata = FileSystemReader(folder).read_metadata()
+    assert all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values())
+    (folder / ".metadata").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
+    state = json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "run/run.json").write_text(json.dumps({**state, "complete": False}))
+    refused = run_here(*args, check=False)
+    assert refused.returncode == 2
+    assert "found unexpected content" in refused.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_step_that_writes_beside_a_checkpoint_does_not_change_it(
+    recipe_path: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = list[dict[str, torch.Tensor]]()
+    save = Checkpoints.save
+
+    def save_and_overwrite(self: Checkpoints, step: int, best_length: float | None = None) -> None:
+        model = self._training.model
+        saved.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        save(self, step, best_length)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_overwrite)
+    args = ["--recipe", recipe_path, "--set", "train.num_steps=1", "--store", store.folder]
+    run_here("train", "offline", *args, "--output", tmp_path / "run")
+    found = load_file(DraftRun(tmp_path / "run").step_folder(1) / "weights.safetensors")
+    assert found.keys() == saved[0].keys()
+    assert all(torch.equal(found[name], saved[0][name]) for name in found)
+
+
+def test_batches_of_a_step_come_one_by_one_with_the_slots_of_all(recipe_path: Path, store: Store) -> None:
+    sets = ["train.gradient_accumulation_steps=2", "train.global_batch_size=4", "train.num_steps=2"]
+    recipe = load_recipe(recipe_path, sets)
+    samples = Samples(store, recipe.training(), 256)
+
+    @dataclass
+    class Plan:
+        num_slots: int
+
+    batches = read_ahead(samples, 0, Processes(0, 1, torch.device("cpu")), lambda batch: Plan(len(batch.token_ids)))
+    found = [(planned.plan.num_slots, planned.step_slots) for planned in batches]
+    assert len(found) == 4
+    for first, second in zip(found[::2], found[1::2], strict=True):
+        assert first[1] == second[1] == first[0] + second[0]
+
+
+def test_a_full_disk_ends_a_run_in_one_line_and_with_room_it_goes_on(
+    recipe_path: Path, store: Store, small_disk: Path
+) -> None:
+    def resize(size: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}", small_disk], check=True)
+
+    sets = ("--set", "train.num_steps=40", "--set", "train.checkpoint_every=10", "--set", "train.keep_checkpoints=1")
+    args = ["train", "offline", "--recipe", recipe_path, *sets, "--store", store.folder, "--output", small_disk / "run"]
+    resize("1m")
+    full = run(*args, check=False)
+    assert full.returncode == 1
+    assert full.stderr.splitlines()[-1].startswith("error: ")
+    assert "o space left" in full.stderr
+    assert "Traceback" not in full.stderr
+    resize("64m")
+    run(*args)
+    assert DraftRun(small_disk / "run").steps() == [40]

@@ -139,7 +139,9 @@ def test_training_and_evaluation_refuse_what_does_not_fit_unless_forced(
     assert refused.returncode == 2
     assert "found 0.00 GB free for one process, expected" in refused.stderr
     assert "weights" in refused.stderr
+    assert not (tmp_path / "draft").exists()  # another recipe may still take the folder
     run_here(*training, "--force")
+    assert "is finished, skipped" in run_here(*training).stdout
     evaluation = ["train", "eval", *args, "--run", tmp_path / "draft", "--output", tmp_path / "eval.json"]
     assert run_here(*evaluation, check=False).returncode == 2
     run_here(*evaluation, "--force")
