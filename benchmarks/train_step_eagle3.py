@@ -30,7 +30,7 @@ def build_ours(ctx: dict[str, Any]) -> tuple[torch.nn.Module, Callable[[], torch
     """Return our model and its loss on `ctx["batch"]`."""
     from drafts.eagle3.config import Eagle3Config, Eagle3Section
     from drafts.eagle3.model import Eagle3
-    from drafts.objective import teacher_argmax
+    from drafts.objective import TeacherRows, teacher_argmax
 
     dims, state = ctx["dims"], ctx["state"]
     assert dims.prompt >= dims.ttt_length, "each step must have as many slots"
@@ -58,6 +58,8 @@ def build_ours(ctx: dict[str, Any]) -> tuple[torch.nn.Module, Callable[[], torch
         inputs = places[:, None] + torch.arange(dims.ttt_length)
         valid = (inputs >= dims.prompt) & (inputs < dims.seq)
         chains = replace(chains, valid=valid, slots=valid.view(-1).nonzero()[:, 0])
+        if chains.teacher is not None:
+            chains = replace(chains, teacher=TeacherRows.of_slots(inputs[valid]))
         if dims.loss == "ce":
             labels = teacher_argmax(head, packed.hidden_states, inputs.clamp(max=dims.seq - 1).flatten())
             chains = replace(chains, labels=labels.view(inputs.shape))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -183,9 +184,42 @@ def greedy_tokens(hidden: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
     return torch.cat([logits_of(rows[part], lm_head).argmax(-1) for part in parts]).view(hidden.shape[:-1])
 
 
-def make_teacher(head: TargetHead, hidden_states: torch.Tensor, places: torch.Tensor) -> Teacher:
-    """Return the target's distribution after each of `places`, from states `(T, H)` before the final norm."""
-    return lambda rows: head.logits(hidden_states[places[rows]]).softmax(-1)
+@dataclass(frozen=True)
+class TeacherRows:
+    """The rows of target states that a step's slots learn from, each once; planned on the CPU.
+
+    Shapes: rows (U,), ascending; index (N,), each slot's place among them; `on_host`: the same index, for the host.
+    """
+
+    rows: torch.Tensor
+    index: torch.Tensor
+    on_host: np.ndarray
+
+    @classmethod
+    def of_slots(cls, rows: torch.Tensor) -> TeacherRows:
+        """Plan for slots that learn from the states `rows (N,)`."""
+        distinct, index = rows.unique(return_inverse=True)
+        return cls(distinct, index, index.numpy())
+
+
+def make_teacher(
+    head: TargetHead, hidden_states: torch.Tensor, needed: TeacherRows, known: torch.Tensor | None = None
+) -> Teacher:
+    """Return the target's distribution for each slot, from states `(T, H)` before the final norm.
+
+    Slots next to each other mostly share rows, since blocks and chains overlap: a chunk computes each row once.
+    `known (n,)`: the only tokens of the draft; their probabilities are renormalized to sum to 1.
+    """
+
+    def teacher(part: slice) -> torch.Tensor:
+        low, high = int(needed.on_host[part].min()), int(needed.on_host[part].max()) + 1
+        q = head.logits(hidden_states[needed.rows[low:high]]).softmax(-1)
+        if known is not None:
+            q = q[:, known]
+            q = q / q.sum(-1, keepdim=True).clamp_min(1e-20)
+        return q.index_select(0, needed.index[part] - low)
+
+    return teacher
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from drafts.layers import GatedMLP, RMSNorm
 from drafts.moving import to_device
 from drafts.objective import (
     StepLoss,
+    TeacherRows,
     Weights,
     dpace_weights,
     fused_cross_entropy,
@@ -52,6 +53,7 @@ class Blocks:
     Shapes: positions (A,) of the anchors in their documents; context_positions (T,); labels (A, B-1), the tokens that
     the slots after the anchor must predict; valid (A, B-1), whether the target generated them, in the same run of
     generated tokens; slots (N,), flat indices of the valid ones. `ends[a]`: number of valid slots up to block a.
+    `teacher`: the states that they learn from, if they do.
     """
 
     positions: torch.Tensor
@@ -61,6 +63,7 @@ class Blocks:
     slots: torch.Tensor
     ends: list[int]
     layout: Layout
+    teacher: TeacherRows | None = None
 
     @property
     def num_slots(self) -> int:
@@ -184,6 +187,7 @@ class DFlash(Draft):
         inside = places < len(token_ids)
         places = places.clamp(max=len(token_ids) - 1)
         valid = (loss_mask[places] & inside).long().cumprod(dim=1).bool()
+        distills = self.section is not None and self.section.needs_final_states
         return Blocks(
             positions=torch.cat(list(anchors)),
             context_positions=torch.cat([torch.arange(length) for length in lengths]),
@@ -192,6 +196,7 @@ class DFlash(Draft):
             slots=valid.view(-1).nonzero()[:, 0],
             ends=valid.sum(1).cumsum(0).tolist(),
             layout=layout,
+            teacher=TeacherRows.of_slots(places[valid] - 1) if distills else None,
         )
 
     def hidden(
@@ -229,12 +234,8 @@ class DFlash(Draft):
         """Return the training loss of a batch with planned blocks."""
         assert self.section is not None
         hidden = self.hidden(batch.token_ids, batch.aux_hidden_states, blocks, head.embedding)
-        width = blocks.valid.shape[1]
         weights, bounds = self._weights(blocks)
-        teacher = None
-        if self.section.objective == "distill":
-            rows = blocks.layout.anchor_rows[blocks.slots // width] + blocks.slots % width
-            teacher = make_teacher(head, batch.hidden_states, rows)
+        teacher = None if blocks.teacher is None else make_teacher(head, batch.hidden_states, blocks.teacher)
         loss_sum, hits, _ = fused_cross_entropy(
             hidden.flatten(0, 1).index_select(0, blocks.slots),
             head.lm_head,

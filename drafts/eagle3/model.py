@@ -31,7 +31,7 @@ from drafts.eagle3.config import Eagle3Config, Eagle3Section
 from drafts.eagle3.vocabulary import choose_vocabulary
 from drafts.layers import GatedMLP, RMSNorm
 from drafts.moving import to_device
-from drafts.objective import StepLoss, Teacher, fused_cross_entropy, greedy_tokens, make_teacher
+from drafts.objective import StepLoss, TeacherRows, fused_cross_entropy, greedy_tokens, make_teacher
 from drafts.places import anchor_places
 from drafts.rope import Rope, Tables, rotate
 from target.head import TargetHead, logits_of
@@ -45,7 +45,8 @@ class Chains:
     """The chains of one batch, and the attention layout of each of their steps; planned on the CPU.
 
     Shapes: places (N,) rows of the last known tokens in the pack; positions (N,) of step 0, in the document; labels and
-    valid (N, S); slots (M,), flat indices of the valid ones; context_positions (T,).
+    valid (N, S); slots (M,), flat indices of the valid ones; context_positions (T,). `teacher`: the states that the
+    slots learn from, if they do.
     """
 
     places: torch.Tensor
@@ -55,6 +56,7 @@ class Chains:
     slots: torch.Tensor
     context_positions: torch.Tensor
     layouts: list[Layout]
+    teacher: TeacherRows | None = None
 
     @property
     def num_slots(self) -> int:
@@ -221,6 +223,7 @@ class Eagle3(Draft):
             valid = valid & known[labels]
             labels = (known.long().cumsum(0) - 1)[labels]
         valid = valid.long().cumprod(dim=1).bool()
+        distills = self.section is not None and self.section.needs_final_states
         return Chains(
             places=rows,
             positions=torch.cat(firsts),
@@ -229,6 +232,7 @@ class Eagle3(Draft):
             slots=valid.view(-1).nonzero()[:, 0],
             context_positions=torch.cat([torch.arange(length) for length in lengths]),
             layouts=layouts,
+            teacher=TeacherRows.of_slots(wanted[valid] - 1) if distills else None,
         )
 
     def _known_tokens(self) -> torch.Tensor:
@@ -253,11 +257,9 @@ class Eagle3(Draft):
         slots = chains.slots
         weights = (self.section.ttt_step_loss_decay ** torch.arange(steps, device=slots.device))[slots % steps]
         teacher = None
-        if self.section.objective == "distill":
-            rows = chains.places[slots // steps] + slots % steps
-            teacher = make_teacher(head, batch.hidden_states, rows)
-            if self.lm_head is not None:
-                teacher = keep_known(teacher, self.known_ids())
+        if chains.teacher is not None:
+            known = None if self.lm_head is None else self.known_ids()
+            teacher = make_teacher(head, batch.hidden_states, chains.teacher, known)
         loss_sum, hits, _ = fused_cross_entropy(
             normed.flatten(0, 1).index_select(0, slots),
             self._lm_head(head),
@@ -365,13 +367,3 @@ def chain_places(loss_mask: torch.Tensor) -> torch.Tensor:
     """Return `anchor_places` without position 0: a chain needs the feature of the token before."""
     places = anchor_places(loss_mask)
     return places[places > 0]
-
-
-def keep_known(teacher: Teacher, known: torch.Tensor) -> Teacher:
-    """Restrict a teacher to the tokens `known (n,)`; its probabilities are renormalized to sum to 1."""
-
-    def restricted(rows: slice) -> torch.Tensor:
-        q = teacher(rows)[:, known]
-        return q / q.sum(-1, keepdim=True).clamp_min(1e-20)
-
-    return restricted

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from drafts.layers import RMSNorm, gated
 from drafts.objective import (
+    TeacherRows,
     chunks,
     dpace_weights,
     fused_cross_entropy,
@@ -58,7 +59,9 @@ def test_distillation_is_cross_entropy_with_the_targets_own_distribution() -> No
     hidden, lm_head, labels, weights = make_rows()
     target = TargetHead(lm_head.detach(), torch.randn(VOCABULARY, WIDTH), torch.rand(WIDTH), "gemma", 1e-6)
     states, places = torch.randn(30, WIDTH), torch.arange(ROWS) % 30
-    loss, _, _ = fused_cross_entropy(hidden, lm_head, labels, weights, make_teacher(target, states, places))
+    loss, _, _ = fused_cross_entropy(
+        hidden, lm_head, labels, weights, make_teacher(target, states, TeacherRows.of_slots(places))
+    )
     q = target.logits(states[places]).softmax(-1)
     each = -(q * (hidden @ lm_head.T).log_softmax(-1)).sum(-1)
     check(loss, (each * weights).sum(), (hidden, lm_head))
@@ -145,3 +148,25 @@ class Allocations(TorchDispatchMode):
         if isinstance(result, torch.Tensor):
             self.largest = max(self.largest, result.untyped_storage().nbytes())
         return result
+
+
+def test_a_chunk_of_slots_computes_each_row_of_the_teacher_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    states, rows = torch.randn(40, 8, generator=generator), torch.randn(30, 8, generator=generator)
+    head = TargetHead(rows, rows, torch.ones(8), "rms", 1e-6)
+    places = (torch.arange(20)[:, None] + torch.arange(7)).flatten()  # 20 chains of 7 steps
+    computed, logits = list[int](), TargetHead.logits
+
+    def count(self: TargetHead, hidden: torch.Tensor) -> torch.Tensor:
+        computed.append(len(hidden))
+        return logits(self, hidden)
+
+    monkeypatch.setattr(TargetHead, "logits", count)
+    teacher = make_teacher(head, states, TeacherRows.of_slots(places))
+    known = make_teacher(head, states, TeacherRows.of_slots(places), torch.arange(0, 30, 3))
+    for part in (slice(0, 70), slice(70, 140)):
+        expected = logits(head, states[places[part]]).softmax(-1)
+        torch.testing.assert_close(teacher(part), expected)
+        some = expected[:, ::3]
+        torch.testing.assert_close(known(part), some / some.sum(-1, keepdim=True))
+    assert computed == [16] * 4  # of 70 slots each
