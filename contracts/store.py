@@ -71,6 +71,7 @@ class Manifest(BaseModel):
     template: str
     engine: str
     engine_version: str
+    tensor_parallel_size: int = 1
     dtype: str
     conversations: str = ""
     conversations_folder: str = ""
@@ -121,7 +122,7 @@ class Store:
                 return self.write_manifest(manifest)
         found = self.read_manifest()
         # The states are un-normed, so the kind of final norm does not change them.
-        ignored = {"target", "conversations_folder", "final_norm"}
+        ignored = {"target", "conversations_folder", "final_norm", "tensor_parallel_size"}
         if not (manifest.conversations and found.conversations):
             ignored.add("conversations")
         for key, value in manifest.model_dump(exclude=ignored).items():

@@ -30,8 +30,13 @@ class Staged:
     error: str = ""
 
 
-class CaptureBackend(Protocol):
-    """Runs the target; constructed with `(recipe, target, layer_ids, staging)`. `dump/backends.py` lists all."""
+class Engine(Protocol):
+    """One engine of a backend."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
 
     @property
     def token_bytes(self) -> int:
@@ -41,8 +46,23 @@ class CaptureBackend(Protocol):
     def capture(self, samples: Iterator[tuple[str, list[int]]], staging: Staging) -> Iterator[Staged]:
         """Yield each of `samples`, `(sample id, token ids)`, once it is captured, in any order.
 
-        Takes samples only as it can use them, and never stages more bytes than `staging` allows.
+        Takes samples only as it can use them, and never stages more bytes than `staging` allows. The engine sees a
+        sample's id in the id of its request.
         """
+        ...
+
+
+class CaptureBackend(Engine, Protocol):
+    """Runs the target; constructed with `(recipe, target, layer_ids, staging)`. `dump/backends.py` lists all."""
+
+    @property
+    def engines(self) -> Sequence[Engine]:
+        """Its engines, each of which a preflight must see."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any] | None:
+        """What its engines were started with; a preflight is repeated if it changes. None: unknown."""
         ...
 
     def close(self) -> None: ...

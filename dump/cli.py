@@ -67,6 +67,10 @@ def run(
     staging_dir: Annotated[
         Path | None, typer.Option(help="Where states wait to be stored.", show_default="local memory")
     ] = None,
+    preflight: Annotated[
+        bool | None,
+        typer.Option("--preflight/--no-preflight", help="Prove the engine on a few samples first.", show_default="yes"),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Begin even if the disk seems too small.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Capture the failed samples again.")] = False,
     set_: OverridesOption = None,
@@ -79,6 +83,7 @@ def run(
         "dump.truncate": truncate,
         "dump.max_reject_fraction": max_reject_fraction,
         "dump.staging_dir": staging_dir,
+        "dump.preflight": preflight,
     }
     loaded = load_checked(recipe, set_, flags)
     dump(loaded, conversations, output, shard=parse_shard(shard), force=force, retry_failed=retry_failed)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
 
 import torch
 
-from contracts.store import Manifest, StoredSample
+from contracts.store import StoredSample
 from target.final_norm import FinalNorm
 from target.head import TargetHead
 
@@ -35,8 +36,8 @@ def find_plain_defect(head: TargetHead, sample: StoredSample) -> str:
 
 
 @torch.inference_mode()
-def name_defect(head: TargetHead, sample: StoredSample, manifest: Manifest) -> str:
-    """Return the hypothesis under which the states predict the tokens."""
+def name_defect(head: TargetHead, sample: StoredSample, layer_ids: Sequence[int], tensor_parallel_size: int = 1) -> str:
+    """Return the hypothesis under which the states predict the tokens, else the most likely one."""
     states = sample.hidden_states.float()
     places = sample.loss_mask.nonzero()[:, 0]
     tokens = sample.input_ids.long()
@@ -52,8 +53,13 @@ def name_defect(head: TargetHead, sample: StoredSample, manifest: Manifest) -> s
         if len(inside) and explains(head.logits(states[inside - 1 + shift]), tokens[inside]):
             return f"the states are one token {words} than their tokens"
     width = states.shape[1]
-    for number, layer_id in enumerate(manifest.layer_ids):
+    for number, layer_id in enumerate(layer_ids):
         aux = sample.aux_hidden_states[:, number * width : (number + 1) * width].float()
         if torch.equal(aux, states):
             return f"the final state is the output of layer {layer_id}"
-    return "they are states of another conversation, of another layer or of another target"
+    if tensor_parallel_size > 1:
+        return (
+            f"they are partial sums of tensor parallelism (the engine had {tensor_parallel_size} ranks, "
+            "docs/tensor-parallel.md), or states of another conversation, layer or checkpoint"
+        )
+    return "they are states of another conversation, of another layer or of another checkpoint of the target"

@@ -52,7 +52,7 @@ class Filler:
     def __init__(
         self, backend: CaptureBackend, staging: Staging, pool: ProcessPoolExecutor, job: StoreJob, ledger: DumpLedger
     ) -> None:
-        self._backend, self._staging, self._pool, self._job, self._ledger = backend, staging, pool, job, ledger
+        self.backend, self.staging, self._pool, self._job, self._ledger = backend, staging, pool, job, ledger
         self._in_backend: dict[str, Row] = {}
         self._storing: set[Future[dict[str, Any]]] = set()
         self._problems: list[BaseException] = []
@@ -65,7 +65,7 @@ class Filler:
         with Progress(num_rows, "dump", "sample") as progress:
             note = self._make_note()
             try:
-                for staged in self._backend.capture(self._send(rows), self._staging):
+                for staged in self.backend.capture(self._send(rows), self.staging):
                     self._store(staged)
                     progress.set_note(note())
                     progress.update()
@@ -102,7 +102,7 @@ class Filler:
         except BaseException as error:
             self._problems.append(error)
         finally:
-            self._staging.give(row.num_tokens * self._backend.token_bytes)
+            self.staging.give(row.num_tokens * self.backend.token_bytes)
             self._storing.discard(future)
 
     def _make_note(self) -> Callable[[], str]:
@@ -115,7 +115,7 @@ class Filler:
             return (
                 f"{(ledger.tokens - first_tokens) / seconds:.0f} tok/s, "
                 f"{(ledger.bytes - first_bytes) / seconds / 1e6:.1f} MB/s, "
-                f"staged {self._staging.taken_bytes / 2**20:.0f} MiB"
+                f"staged {self.staging.taken_bytes / 2**20:.0f} MiB"
             )
 
         return note

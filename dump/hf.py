@@ -22,24 +22,56 @@ from recipe.recipe import Recipe
 from target.target import Target
 
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm")
+FFN_NAMES = ("mlp", "block_sparse_moe", "feed_forward", "ffn")
 
 
 class Transformers:
     """The target in transformers, with hooks that keep its hidden states."""
 
-    def __init__(self, recipe: Recipe, target: Target, layer_ids: Sequence[int], _: Staging | None = None) -> None:
-        """Load the target. Raises UserError if its decoder layers cannot be found."""
+    name = "transformers"
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        target: Target,
+        layer_ids: Sequence[int],
+        _: Staging | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Load the target, by default onto the GPU if there is one.
+
+        Raises UserError if its decoder layers cannot be found.
+        """
         name = str({**recipe.serve.args, **recipe.dump.args}.get("dtype", "auto"))
         dtype = name if name == "auto" else getattr(torch, name)
-        device = find_device()
+        device = device or find_device()
         self._model = load_model(target, dtype).to(device).eval()
         self._device = device
         layers, norm = find_layers(self._model, target)
+        self._layers = layers
         self._states: dict[int, torch.Tensor] = {}
         for place, layer_id in enumerate(layer_ids):
             layers[layer_id].register_forward_hook(self._take_output(place))
         norm.register_forward_pre_hook(self._take_input(len(layer_ids)))
         self.token_bytes = (len(layer_ids) + 1) * target.hidden_size * self._model.dtype.itemsize
+        self.settings = {"layer_ids": list(layer_ids), "dtype": name}
+
+    def keep_ffn_outputs(self) -> dict[int, torch.Tensor]:
+        """Return a dict that each later `forward` fills with the FFN outputs `(T, H)` by layer, where it finds them."""
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(layer_id: int) -> Any:
+            def hook(_module: Any, _inputs: Any, output: Any) -> None:
+                states = output[0] if isinstance(output, tuple) else output
+                kept[layer_id] = states.flatten(0, -2).float().cpu()
+
+            return hook
+
+        for layer_id, layer in enumerate(self._layers):
+            ffn = next((ffn for name in FFN_NAMES if (ffn := getattr(layer, name, None)) is not None), None)
+            if ffn is not None:
+                ffn.register_forward_hook(keep(layer_id))
+        return kept
 
     @torch.inference_mode()
     def forward(self, token_ids: Sequence[int]) -> torch.Tensor:
@@ -57,6 +89,10 @@ class Transformers:
             save_file({"hidden_states": self.forward(token_ids), "token_ids": torch.tensor(token_ids)}, path)
             Path(f"{path}.lock").touch()
             yield Staged(sample_id, path)
+
+    @property
+    def engines(self) -> list[Transformers]:
+        return [self]
 
     def close(self) -> None:
         """Do nothing: the model ends with the process."""

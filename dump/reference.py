@@ -1,7 +1,8 @@
-"""Compare a store's layers with transformers' outputs."""
+"""Compare captured layers with transformers' outputs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,48 +10,104 @@ import torch
 from common.errors import IncompleteError
 from common.memory import free_memory
 from contracts.store import Manifest, Store
+from drafts.moving import find_device
 from recipe.recipe import Recipe
 from target.target import Target
 
 # Largest relative difference (norm over norm of the reference). Wrong layers differ several times more.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "fp8_e4m3": 8e-2}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2, "fp8_e4m3": 8e-2}
+QUANTIZED = 0.5
+"""States of the right layer that are less than this off may be rounded; wrong weights differ more."""
+
+
+def weights_bytes(target: Target) -> int:
+    """Return the size of the target's weights."""
+    return sum(file.stat().st_size for file in Path(target.path).glob("*.safetensors"))
 
 
 def fits_memory(target: Target) -> bool:
     """Return whether the target's weights take less than half of the free memory that transformers would load into."""
-    size = sum(file.stat().st_size for file in Path(target.path).glob("*.safetensors"))
     free = free_memory()
     if torch.cuda.is_available():
         free = min(free, torch.cuda.mem_get_info()[0])
-    return size < free / 2
+    return weights_bytes(target) < free / 2
 
 
 def compare_layers(recipe: Recipe, target: Target, store: Store, manifest: Manifest, sample_ids: list[str]) -> None:
     """Raise IncompleteError for the first sample with other layers than the manifest's; name the layer."""
-    from dump.hf import Transformers
-
-    reference = Transformers(recipe, target, list(range(target.num_layers)))
-    tolerance, wanted = TOLERANCE[manifest.dtype], manifest.layer_ids
+    reference = Reference(recipe, target, find_device())
     for sample_id in sample_ids:
         sample = store.read_sample(sample_id)
-        outputs = reference.forward(sample.input_ids.tolist()).float()  # (T, L + 1, H)
-        stored = sample.aux_hidden_states.float().unflatten(1, (len(wanted), -1))
-        stored = torch.cat([stored, sample.hidden_states.float()[:, None]], dim=1)
-        for slot, layer_id in enumerate([*wanted, target.num_layers]):
-            errors = [_distance(stored[:, slot], outputs[:, layer]) for layer in range(target.num_layers + 1)]
-            if errors[layer_id] > tolerance:
-                name = "the final state" if layer_id == target.num_layers else f"layer {layer_id}"
-                nearest = min(range(len(errors)), key=errors.__getitem__)
-                what = (
-                    f"the output of layer {nearest}"
-                    if errors[nearest] <= tolerance
-                    else f"states of no layer (the nearest is {nearest}, {errors[nearest]:.2g} off)"
-                )
-                raise IncompleteError(
-                    f"{store.sample_path(sample_id)} (slot {slot}): found {what}, expected the output of {name}, from "
-                    f"which it is {errors[layer_id]:.2g} off (at most {tolerance}). Dump again."
-                )
+        layers = sample.aux_hidden_states.unflatten(1, (len(manifest.layer_ids), -1))
+        states = torch.cat([layers, sample.hidden_states[:, None]], dim=1)
+        tolerance = TOLERANCE[manifest.dtype]
+        if defect := reference.find_defect(sample.input_ids.tolist(), states, manifest.layer_ids, tolerance):
+            raise IncompleteError(f"{store.sample_path(sample_id)}: found {defect}. Dump again.")
 
 
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+class Reference:
+    """The target in transformers, which computes all layers."""
+
+    def __init__(self, recipe: Recipe, target: Target, device: torch.device) -> None:
+        """Load the target onto `device`. Raises UserError if its decoder layers cannot be found."""
+        from dump.hf import Transformers
+
+        self._num_layers = target.num_layers
+        self._model = Transformers(recipe, target, list(range(target.num_layers)), device=device)
+        self._ffn = self._model.keep_ffn_outputs()
+
+    def find_defect(
+        self, token_ids: Sequence[int], states: torch.Tensor, layer_ids: Sequence[int], tolerance: float
+    ) -> str:
+        """Return what the first wrong slot of `states (T, n+1, H)` holds, and what was expected; "" without one.
+
+        The last slot is the final state before the final norm.
+        """
+        outputs, states = self._model.forward(token_ids).float(), states.float().cpu()  # outputs: (T, L + 1, H)
+        for slot, layer_id in enumerate([*layer_ids, self._num_layers]):
+            errors = [distance(states[:, slot], output) for output in outputs.unbind(1)]
+            if errors[layer_id] <= tolerance:
+                continue
+            name = "the final state" if layer_id == self._num_layers else f"layer {layer_id}"
+            what = self._describe(states[:, slot], outputs, layer_id, errors, tolerance)
+            return (
+                f"{what} in slot {slot}, expected the output of {name}, from which it is {errors[layer_id]:.2g} off "
+                f"(at most {tolerance})"
+            )
+        return ""
+
+    def _describe(
+        self, found: torch.Tensor, outputs: torch.Tensor, layer_id: int, errors: list[float], tolerance: float
+    ) -> str:
+        """Return what `found (T, H)` is, which is not the output of `layer_id`."""
+        nearest = min(range(len(errors)), key=errors.__getitem__)
+        if errors[nearest] <= tolerance:
+            return f"the output of layer {nearest}"
+        last = min(layer_id, self._num_layers - 1)  # the final state is the output of the last layer
+        ffn = self._ffn.get(last)
+        if ffn is not None and is_partial_sum(found, outputs[:, layer_id], ffn):
+            return (
+                f"a partial sum of layer {last}'s FFN, as one rank of tensor parallelism holds before its all-reduce "
+                "(docs/tensor-parallel.md),"
+            )
+        if nearest == layer_id and errors[nearest] < QUANTIZED:
+            return "states that are near it, but not exact (a quantized KV cache, or quantized weights),"
+        return f"states of no layer (the nearest is {nearest}, {errors[nearest]:.2g} off)"
+
+
+def is_partial_sum(found: torch.Tensor, output: torch.Tensor, ffn: torch.Tensor) -> bool:
+    """Return whether `found` is a layer's `output` with only a part of its `ffn` added. Shapes: (T, H).
+
+    The part of one of n ranks points the way of the whole, with about 1/n of it along that way. Rounding of any size
+    leaves that share near 1.
+    """
+    added = (found - (output - ffn)).flatten()
+    ffn = ffn.flatten()
+    share = float(added @ ffn / (ffn @ ffn).clamp_min(1e-12))
+    cosine = float(torch.nn.functional.cosine_similarity(added, ffn, dim=0))
+    return 0.0 < share < 0.8 and cosine > 0.15 and added.norm() < 1.2 * ffn.norm()
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the norm of the difference over the norm of `expected`."""
     return float((found - expected).norm() / expected.norm().clamp_min(1e-12))

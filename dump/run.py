@@ -22,6 +22,7 @@ from contracts.store import Manifest, Store
 from dump.fill import open_filler
 from dump.ledger import DumpLedger
 from dump.plan import Plan, make_plan, refuse_full_disk
+from dump.preflight import prove_engines
 from dump.rendered import TemplateMasks
 from dump.samples import Filter, Row, read_rows
 from dump.shards import count_open, ids_elsewhere, join_shards
@@ -29,6 +30,7 @@ from recipe.mask import mask_token_of
 from recipe.recipe import Recipe
 from serve.engine import engine_name
 from serve.extraction import longest_sample
+from serve.flags import layer_flags, normalize
 from serve.settings import engine_settings, output_settings
 from target.layers import captured_layers
 from target.target import Target
@@ -85,6 +87,9 @@ def dump(
         ledger.max_failed = recipe.dump.max_reject_fraction * plan.rows
         if plan.samples:
             with open_filler(recipe, target, store, ledger) as filler:
+                if recipe.dump.preflight:
+                    samples = _read(recipe, target, folders, shard)
+                    prove_engines(recipe, target, filler.backend, filler.staging, samples, folder)
                 filler.run(rows, plan.samples, run.tick)
         else:
             assert next(rows, None) is None  # reading it adds the entries of the rows that are left out
@@ -110,10 +115,18 @@ def make_manifest(recipe: Recipe, target: Target, conversations: Path, checksum:
         template=target.template_checksum,
         engine=engine[0],
         engine_version=engine[1],
+        tensor_parallel_size=int(_engine_flags(recipe).get("tensor-parallel-size", 1)),
         dtype=recipe.dump.dtype,
         conversations=checksum,
         conversations_folder=str(conversations.absolute()),
     )
+
+
+def _engine_flags(recipe: Recipe) -> dict[str, Any]:
+    """Return the flags of the engines as far as the recipe knows them; servers may have been started with others."""
+    if recipe.dump.backend == "server":
+        return layer_flags(recipe, "dump")
+    return {**normalize(recipe.serve.args), **normalize(recipe.dump.args)} if recipe.dump.backend == "vllm" else {}
 
 
 def _transformers_version() -> tuple[str, str]:

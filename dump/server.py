@@ -15,12 +15,14 @@ import time
 import uuid
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError
+from contracts.rank_states import PREFLIGHT
 from dump.capture import Staged, Staging, discard, staged_path
 from recipe.dump import DumpSection
 from recipe.recipe import Recipe
@@ -35,6 +37,10 @@ FIRST_POLL_S, MAX_POLL_S = 0.005, 0.1
 
 class Servers:
     """Servers of one target; requests run in the event loop of a separate thread."""
+
+    name = "the servers"
+    settings = None
+    """Nothing is known of the flags that the servers were started with."""
 
     def __init__(self, recipe: Recipe, target: Target, layer_ids: Sequence[int], _: Staging | None = None) -> None:
         """Ask each server for its model. Raises UserError for missing keys or if no server answers."""
@@ -60,6 +66,16 @@ class Servers:
 
         Waits for lost servers. Raises IncompleteError if none comes back within `dump.patience_s`.
         """
+        return self.capture_by(None, samples, staging)
+
+    @property
+    def engines(self) -> list[OneServer]:
+        return [OneServer(self, endpoint) for endpoint in self._requests.endpoints.endpoints if endpoint.usable]
+
+    def capture_by(
+        self, endpoint: Endpoint | None, samples: Iterator[tuple[str, list[int]]], staging: Staging
+    ) -> Iterator[Staged]:
+        """`capture`; a healthy `endpoint` is preferred to the others."""
         running: set[Future[Staged]] = set()
         for sample_id, token_ids in samples:
             while len(running) >= self._max_samples or not staging.take(len(token_ids) * self.token_bytes):
@@ -67,7 +83,7 @@ class Servers:
                     yield from _collect(running)
                 else:
                     staging.wait()
-            running.add(self._run(self._requests.capture(sample_id, token_ids)))
+            running.add(self._run(self._requests.capture(sample_id, token_ids, endpoint)))
         while running:
             yield from _collect(running)
 
@@ -89,11 +105,30 @@ class Servers:
             self._loop.close()
 
 
+@dataclass(frozen=True)
+class OneServer:
+    """One of the servers, for a preflight."""
+
+    servers: Servers
+    endpoint: Endpoint
+
+    @property
+    def name(self) -> str:
+        return self.endpoint.url
+
+    @property
+    def token_bytes(self) -> int:
+        return self.servers.token_bytes
+
+    def capture(self, samples: Iterator[tuple[str, list[int]]], staging: Staging) -> Iterator[Staged]:
+        return self.servers.capture_by(self.endpoint, samples, staging)
+
+
 class Requests:
     """The requests of one dump: everything that runs in the event loop."""
 
     def __init__(self, endpoints: Endpoints, section: DumpSection, num_requests: int, folder: Path) -> None:
-        self._endpoints = endpoints
+        self.endpoints = endpoints
         self._section = section
         self._slots = asyncio.Semaphore(num_requests)
         self._folder = folder
@@ -102,16 +137,16 @@ class Requests:
         self._numbers = itertools.count()
         self._flushes: dict[str, tuple[float, Path | None]] = {}
 
-    async def capture(self, sample_id: str, token_ids: list[int]) -> Staged:
+    async def capture(self, sample_id: str, token_ids: list[int], prefer: Endpoint | None = None) -> Staged:
         """Send a sample to a server, again if needed, until the file of its states is complete.
 
-        A server that dies after its answer leaves a torn file or none, so the sample is sent again. Raises UserError
-        and IncompleteError (see `Endpoints.complete`).
+        A healthy `prefer` is asked before others. A server that dies after its answer leaves a torn file or none, so
+        the sample is sent again. Raises UserError and IncompleteError (see `Endpoints.complete`).
         """
         for attempt in range(1, self._section.max_attempts + 1):
             try:
                 async with self._slots:
-                    path, endpoint = await self._ask(token_ids)
+                    path, endpoint = await self._ask(token_ids, prefer, PREFLIGHT * (PREFLIGHT in sample_id))
             except (RequestError, PromptTooLongError) as error:
                 return Staged(sample_id, None, f"the server did not answer: {error}")
             if path is None:
@@ -122,7 +157,7 @@ class Requests:
                     if await asyncio.to_thread(is_whole, path, token_ids):
                         return Staged(sample_id, path)
             discard(path)
-            await asyncio.sleep(self._endpoints.backoff_s(attempt))
+            await asyncio.sleep(self.endpoints.backoff_s(attempt))
         return Staged(sample_id, None, f"the server wrote no whole file of hidden states ({attempt} tries)")
 
     async def close(self) -> None:
@@ -131,19 +166,21 @@ class Requests:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._endpoints.__aexit__()
+        await self.endpoints.__aexit__()
         for path in self._folder.glob(f"*{self._prefix}*"):
             path.unlink(missing_ok=True)
 
-    async def _ask(self, token_ids: list[int], prefer: Endpoint | None = None) -> tuple[Path | None, Endpoint]:
-        """Request one prefill; return where its states will be, and the server."""
+    async def _ask(
+        self, token_ids: list[int], prefer: Endpoint | None = None, mark: str = ""
+    ) -> tuple[Path | None, Endpoint]:
+        """Request one prefill; return where its states will be, and the server. `mark` begins the request's id."""
         body = {
             "prompt": token_ids,
             "max_tokens": 1,
             "temperature": 0,
-            "request_id": f"{self._prefix}-{next(self._numbers)}",
+            "request_id": f"{mark}{self._prefix}-{next(self._numbers)}",
         }
-        answer, endpoint = await self._endpoints.complete(body, prefer)
+        answer, endpoint = await self.endpoints.complete(body, prefer)
         return staged_path(answer.get("kv_transfer_params"), self._folder, endpoint.url), endpoint
 
     async def _wait_for_writer(self, path: Path, endpoint: Endpoint) -> None:

@@ -30,18 +30,13 @@ from contracts.ledger import Ledger
 from contracts.run import read_run
 from contracts.store import Manifest, Store, StoredSample, open_store
 from drafts.moving import find_device, to_device
-from dump.diagnose import find_plain_defect, name_defect
-from dump.predictions import logit_gaps, sampled_deviations, sampling_of
+from dump.judge import TIE_TOLERANCE, judge_states
 from dump.reference import compare_layers, fits_memory
 from dump.rendered import TemplateMasks
 from dump.samples import cut_sample, read_rows
 from recipe.recipe import Recipe
 from target.head import TargetHead, read_head
 from target.target import Target
-
-# Largest logit gap that rounding explains, by the dtype of the stored states (logits are around 10).
-TIE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "fp8_e4m3": 2.0}
-MAX_DEVIATIONS = 8.0
 
 
 @dataclass
@@ -210,39 +205,21 @@ def _check_states(
     store: Store, manifest: Manifest, sample_id: str, sample: StoredSample, head: TargetHead, counts: Counts
 ) -> None:
     """Raise IncompleteError with the defect unless the final states predict the generated tokens."""
-    if plain := find_plain_defect(head, sample):
+    judged = judge_states(head, sample, manifest.layer_ids, manifest.dtype, manifest.tensor_parallel_size)
+    if judged.found:
         raise IncompleteError(
-            f"{store.sample_path(sample_id)}: found that {plain}, expected the target's un-normed states. Dump again."
+            f"{store.sample_path(sample_id)}: found {judged.found}, expected {judged.expected}. Dump again."
         )
-    tolerance = TIE_TOLERANCE[manifest.dtype]
-    sampling = sampling_of(sample)
-    if sampling is None:
+    if judged.temperature is None:
         counts.unknown += 1
-        return
-    if float(sampling["temperature"]) != 0.0:
-        deviations, num_tokens = sampled_deviations(head, sample, sampling)
+    elif judged.temperature != 0.0:
         counts.sampled += 1
-        counts.sampled_tokens += num_tokens
-        if not abs(deviations) <= MAX_DEVIATIONS:
-            raise IncompleteError(
-                f"{store.sample_path(sample_id)}: found {num_tokens} sampled tokens whose log-probability under its "
-                f"states lies {deviations:.1f} standard deviations off, expected at most {MAX_DEVIATIONS:.0f}: "
-                f"{name_defect(head, sample, manifest)}. Dump again."
-            )
-        return
-    gaps = logit_gaps(head, sample, sampling)
-    counts.greedy += 1
-    counts.tokens += gaps.numel()
-    counts.matches += int((gaps == 0).sum())
-    counts.ties += int(((gaps > 0) & (gaps <= tolerance)).sum())
-    worst = float(gaps.max())
-    if not worst <= tolerance:
-        wrong = int((gaps > tolerance).sum())
-        raise IncompleteError(
-            f"{store.sample_path(sample_id)}: found {wrong} of {gaps.numel()} generated tokens that its states do "
-            f"not predict (logit gap up to {worst:.2f}), expected argmax(lm_head({manifest.final_norm}_norm(h))) "
-            f"to be the next token: {name_defect(head, sample, manifest)}. Dump again."
-        )
+        counts.sampled_tokens += judged.tokens
+    else:
+        counts.greedy += 1
+        counts.tokens += judged.tokens
+        counts.matches += judged.matches
+        counts.ties += judged.ties
 
 
 def _to_report(counts: Counts) -> dict[str, Any]:

@@ -25,6 +25,8 @@ REQUESTS_AHEAD = 2
 class VllmOffline:
     """A vLLM engine with extraction on. One per process."""
 
+    name = "vLLM"
+
     def __init__(self, recipe: Recipe, target: Target, layer_ids: Sequence[int], staging: Staging) -> None:
         """Load the target."""
         # The engine logs to this process's terminal, so show only its errors.
@@ -35,6 +37,7 @@ class VllmOffline:
 
         args = extraction_args(recipe, target, layer_ids, staging.folder)
         self._folder = staging.folder
+        self.settings = {"args": {**args, "kv_transfer_config": None}, "env": engine_env(recipe.dump.env)}
         self._llm = LLM(model=str(target.path), use_tqdm_on_load=False, **args)
         self._engine = self._llm.llm_engine
         config = self._engine.vllm_config
@@ -57,6 +60,10 @@ class VllmOffline:
             self._add(sample_id, token_ids)
         while running or self._held:
             yield from self._step(running)
+
+    @property
+    def engines(self) -> list[VllmOffline]:
+        return [self]
 
     def close(self) -> None:
         """Do nothing: the engine ends with the process."""

@@ -22,6 +22,9 @@ class DumpSection(Retries):
     include_truncated: bool = Field(default=False, description="whether conversations with a cut reply are dumped")
     include_loops: bool = Field(default=False, description="whether conversations that fell into a loop are dumped")
     truncate: bool = Field(default=False, description="cut over-length samples instead of leaving them out")
+    preflight: bool = operational(
+        default=True, description="prove the engine on a few samples before the first one is stored"
+    )
     args: Args = Field(default={}, description="vLLM's engine arguments, over serve.args")
     env: dict[str, str] = operational(default={}, description="environment of the engine, over serve.env")
     endpoints: list[str] = operational(default=[], description="servers with extraction on (`serve command --extract`)")

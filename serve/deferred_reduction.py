@@ -1,8 +1,8 @@
 """A vLLM plugin that completes a deferred all-reduce before a layer's output is captured (docs/tensor-parallel.md).
 
-With tensor parallelism a decoder layer may leave its FFN's output as a partial sum on each rank, so that one kernel does
-the all-reduce and the next norm. vLLM captures `hidden_states + residual` between the two. Without this plugin, hidden
-states of a dump are then the partial sums of rank 0, and a served draft reads other features on each rank.
+With tensor parallelism a decoder layer may leave its FFN's output as a partial sum on each rank, so that one kernel
+does the all-reduce and the next norm. vLLM captures `hidden_states + residual` between the two. Without this plugin,
+the hidden states of a dump are then the partial sums of rank 0, and a served draft reads other features on each rank.
 
 vLLM loads the plugin in each of its processes (entry point group `vllm.general_plugins`). It acts only on models whose
 layers say that they defer, and only with releases whose code was checked.
@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 CHECKED_RELEASES = ("0.30.", "0.31.", "0.32.")
-"""Releases whose NVIDIA MiniMax-M3 captures before the reduction. A fixed release must not be completed a second time."""
+"""Releases whose NVIDIA MiniMax-M3 captures before the reduction. A fixed one must not be reduced a second time."""
 
 
 def register() -> None:
@@ -67,7 +67,7 @@ def complete_captures(model: Any) -> None:
         if layer_id in model.aux_hidden_state_layers and layer_id - 1 in deferring:
             # Some communicators reduce in place, and the next norm reduces the original.
             hidden_states = tensor_model_parallel_all_reduce(hidden_states.clone())
-        return stock(captured, layer_id, hidden_states, residual)  # type: ignore[no-any-return]
+        return stock(captured, layer_id, hidden_states, residual)
 
     model._maybe_add_hidden_state = add_reduced
     logger.info("Draftline completes the deferred all-reduce of the captured layers of %s", type(model).__name__)

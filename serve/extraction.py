@@ -36,12 +36,9 @@ def extraction_args(recipe: Recipe, target: Target, layer_ids: Sequence[int], st
         key.replace("-", "_"): value for key, value in {**recipe.serve.args, **recipe.dump.args}.items()
     }
     check_kv_dtype(str(args.get("kv_cache_dtype", "auto")))
-    connector = {"kv_connector": "ExampleHiddenStatesConnector"}
+    name, module = ("HiddenStatesConnector", "serve.hidden_states_connector")
     if is_cpu_engine():
-        connector = {
-            "kv_connector": "CPUHiddenStatesConnector",
-            "kv_connector_module_path": "serve.vllm_cpu.hidden_states_connector",
-        }
+        name, module = ("CPUHiddenStatesConnector", "serve.vllm_cpu.hidden_states_connector")
     layers = {"eagle_aux_hidden_state_layer_ids": to_vllm_layer_ids(layer_ids, target.num_layers)}
     return {
         "max_model_len": longest_sample(recipe, target) + 1,
@@ -52,7 +49,8 @@ def extraction_args(recipe: Recipe, target: Target, layer_ids: Sequence[int], st
             "draft_model_config": {"hf_config": layers},
         },
         "kv_transfer_config": {
-            **connector,
+            "kv_connector": name,
+            "kv_connector_module_path": module,
             "kv_role": "kv_producer",
             "kv_connector_extra_config": {"shared_storage_path": str(staging)},
         },

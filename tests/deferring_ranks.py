@@ -1,8 +1,8 @@
 """One tensor-parallel rank of a model whose layers defer their all-reduce: `deferring_ranks.py RANK FOLDER`.
 
 Model, decoder layer and fused norm are those of vLLM's NVIDIA MiniMax-M3 (`forward` of MiniMaxM3Model and of
-MiniMaxM3DecoderLayer); attention, FFN and norms are small stand-ins that run on a CPU. FOLDER/weights.safetensors holds
-the weights of one process. Writes FOLDER/rank<RANK>.safetensors: the captured states and the model's output in each of CASES.
+MiniMaxM3DecoderLayer); attention, FFN and norms are small stand-ins that run on a CPU. FOLDER/weights holds the weights
+of one process. Writes FOLDER/rank<RANK>.safetensors: the captured states and the model's output in each of CASES.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Failure without it: the stock `ExampleHiddenStatesConnector` copies through a CUDA stream into pinned memory and dies
 with `pin_memory=True requires a CUDA or other accelerator backend`. vLLM loads it by `kv_connector_module_path`. GPUs
-use the stock connector.
+use serve/hidden_states_connector.py, which this class extends.
 
 The connector's threads copy from the KV cache while the engine takes its next step; a request's blocks are kept until
 the copy is done.
@@ -18,11 +18,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
-    ExampleHiddenStatesConnector,
-)
 
 from common.tensor_file import plan_file
+from serve.hidden_states_connector import HiddenStatesConnector
 
 
 class _Copied:
@@ -41,10 +39,11 @@ class _Copied:
         return self._done.is_set()
 
 
-class CPUHiddenStatesConnector(ExampleHiddenStatesConnector):
-    """The stock connector, with copies in ordinary memory."""
+class CPUHiddenStatesConnector(HiddenStatesConnector):
+    """The connector, with copies in ordinary memory."""
 
     def _submit_async_write(self, pending: Any) -> None:
+        self.write_own_states(pending)
         if not self._is_tp_rank_zero:
             return
         lock = self._lock_fds.pop(pending.req_id, None)

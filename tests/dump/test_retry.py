@@ -192,7 +192,7 @@ def test_a_stop_while_samples_wait_for_their_writers_fails_none_of_them(
     with monkeypatch.context() as patch:
         patch.setattr("dump.fill.make_backend", Interrupted)
         with pytest.raises(KeyboardInterrupt):
-            dump(recipe, rows, tmp_path)
+            dump(load_recipe(recipe_path, ["dump.backend=hf", "dump.preflight=false"]), rows, tmp_path)
     assert 0 < Ledger(tmp_path / "ledger.jsonl").counts()["done"] < COUNT
     assert failed(tmp_path) == 0
     dump(recipe, rows, tmp_path)

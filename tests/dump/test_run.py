@@ -251,7 +251,7 @@ def test_more_rejected_samples_than_allowed_stop_the_run_with_the_first_reason(
 ) -> None:
     with scripted.serve() as server:  # without extraction
         more = ("--set", "dump.backend=server", "--set", f"dump.endpoints=[{server.url}]")
-        more += ("--staging-dir", str(tmp_path / "staging"))
+        more += ("--staging-dir", str(tmp_path / "staging"), "--no-preflight")
         result = dump(recipe_path, conversations, tmp_path / "out", *more, check=False)
     assert result.returncode == 1
     assert "samples rejected (the first: the server did not answer" in result.stderr

@@ -27,7 +27,8 @@ from target.target import Target
 
 
 def load(recipe_path: Path, url: str, folder: Path, *more: str) -> Recipe:
-    keys = ["backend=server", f"endpoints=[{url}]", f"server_staging_dir={folder}", "backoff_s=0.05", *more]
+    keys = ["backend=server", f"endpoints=[{url}]", f"server_staging_dir={folder}", "backoff_s=0.05"]
+    keys += ["preflight=false", *more]  # scripted states predict nothing
     return load_recipe(recipe_path, [f"dump.{key}" for key in keys])
 
 

@@ -1,0 +1,267 @@
+"""Prove the engines on a few of the run's own samples, before the first one is stored.
+
+Reads:  the first conversations, the target's head, and the whole target with transformers if it is small enough.
+Writes: preflight.json in the run's folder: what was proven, and a hash of what it depends on.
+
+In this order, so that the first failure names the likely cause:
+    whole     the states have the right length and are finite
+    ranks     all tensor-parallel ranks captured the same states
+    tokens    argmax(lm_head(final_norm(h))) is the token that the target generated (see dump/judge.py)
+    layers    the captured layers are those of transformers
+    again     the same sample alone a second time gives the same states (prefix caching)
+    together  and so do many samples at once (chunked prefill)
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from common.errors import UserError
+from common.files import hash_json, read_json, write_json
+from common.memory import free_memory
+from contracts.rank_states import PREFLIGHT, find_rank_files
+from dump.capture import CaptureBackend, Captured, CaptureError, Engine, Staged, Staging, load_staged
+from dump.judge import judge_states
+from dump.reference import TOLERANCE, Reference, distance, weights_bytes
+from dump.samples import Filter, Row, cut_sample
+from dump.writer import make_stored
+from recipe.recipe import Recipe
+from serve.engine import engine_name
+from target.head import read_head
+from target.layers import captured_layers
+from target.target import Target
+
+NUM_SAMPLES = 4
+LOOK_AHEAD = 256
+"""Samples among which those of the preflight are chosen."""
+JUDGED_TOKENS = 256
+"""Supervised tokens of a sample that are compared with the head, which may be on a CPU."""
+REFERENCE_TOKENS = 128
+REFERENCE_BYTES = 20e9
+"""Weights of the largest target that transformers runs within the preflight's minute."""
+TOGETHER_TOKENS = 32768
+"""Tokens captured at once: more than an engine computes in a step, so that some prefills are chunked."""
+MAX_COPIES = 64
+RANKS_TIMEOUT_S = 60.0
+RANKS_TOLERANCE = 1e-2
+"""Relative difference of two ranks' states. Ranks that reduce in another order differ by rounding only."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was proven of one engine. `ranks`: those compared; 0 if the engine cannot show them."""
+
+    engine: str
+    samples: int
+    tokens: int
+    ranks: int
+    layers: bool
+    seconds: float
+
+
+def prove_engines(
+    recipe: Recipe, target: Target, backend: CaptureBackend, staging: Staging, rows: Iterable[Row], folder: Path
+) -> None:
+    """Prove every engine of `backend`, unless an earlier preflight in `folder` was of the same engine and target.
+
+    Raises UserError with the defect and its likely cause; nothing was stored then.
+    """
+    key = _key(recipe, target, backend)
+    report = folder / "preflight.json"
+    if key and report.exists() and read_json(report, "a preflight's report").get("key") == key:
+        return
+    chosen = choose_rows(recipe, target, rows)
+    if not chosen:
+        return
+    checker = Checker(recipe, target, staging, chosen)
+    proofs = [checker.prove(engine) for engine in backend.engines]
+    for proof in proofs:
+        print(f"preflight: {_describe(proof)}", flush=True)
+    write_json(report, {"key": key, "proofs": [asdict(proof) for proof in proofs]})
+
+
+def choose_rows(recipe: Recipe, target: Target, rows: Iterable[Row]) -> list[Row]:
+    """Return a handful of the first rows: the longest, and of the others greedy ones before sampled ones."""
+    judge = Filter.of(recipe, target).judge
+    found = [verdict.row for row in itertools.islice(rows, LOOK_AHEAD) if (verdict := judge(row)).row is not None]
+    found.sort(key=lambda row: -row.num_tokens)
+    others = sorted(found[1:], key=lambda row: row.conversation.sampling.get("temperature") != 0.0)
+    return [*found[:1], *others[: NUM_SAMPLES - 1]]
+
+
+class Checker:
+    """The checks of one run, whose reference and head are loaded once for all its engines."""
+
+    def __init__(self, recipe: Recipe, target: Target, staging: Staging, rows: Sequence[Row]) -> None:
+        self._target, self._staging, self._rows = target, staging, rows
+        self._layer_ids = captured_layers(recipe.target, target)
+        # On the CPU: engines leave no room on their GPUs.
+        self._head = read_head(target).to(torch.device("cpu"), torch.float32)
+        self._numbers = itertools.count()
+        self._reference: Reference | None = None
+        size = weights_bytes(target)
+        if recipe.dump.backend != "hf" and 0 < size < min(REFERENCE_BYTES, free_memory() / 2):
+            self._reference = Reference(recipe, target, torch.device("cpu"))
+
+    def prove(self, engine: Engine) -> Proof:
+        """Check one engine. Raises UserError for the first defect."""
+        started, ranks, first = time.monotonic(), 0, []
+        for row in self._rows:
+            captured, states_of_ranks = self._capture_alone(engine, row, "")
+            ranks = max(ranks, self._compare_ranks(engine, row, states_of_ranks))
+            first.append(captured)
+        for row, captured in zip(self._rows, first, strict=True):
+            self._judge(engine, row, captured, ranks)
+        for row, captured in list(zip(self._rows, first, strict=True))[:2]:
+            self._compare_layers(engine, row, captured)
+        for row, captured in zip(self._rows, first, strict=True):
+            again, _ = self._capture_alone(engine, row, " when it is captured again: prefix caching shortens states")
+            self._compare(engine, row, captured, again, "when it is captured again", "prefix caching")
+        self._capture_together(engine, first)
+        return Proof(
+            engine.name,
+            samples=len(self._rows),
+            tokens=sum(row.num_tokens for row in self._rows),
+            ranks=ranks,
+            layers=self._reference is not None,
+            seconds=round(time.monotonic() - started, 1),
+        )
+
+    def _capture_alone(self, engine: Engine, row: Row, why: str) -> tuple[Captured, list[torch.Tensor]]:
+        """Return a sample's states, and those of each rank; `why` explains states that cannot be used."""
+        (staged,) = self._run(engine, [row])
+        ranks = take_rank_states(staged)
+        try:
+            return self._load(row, staged), ranks
+        except CaptureError as error:
+            raise self._refuse(engine, row, f"{error}{why}", "whole states of its tokens") from None
+
+    def _run(self, engine: Engine, rows: Sequence[Row]) -> Iterator[Staged]:
+        """Yield the staged states of `rows`, each under an id of its own; `sample_id` is the row's index."""
+        ids = {f"{PREFLIGHT}-{next(self._numbers)}": index for index in range(len(rows))}
+        samples = ((name, rows[index].sample.token_ids) for name, index in ids.items())
+        for staged in engine.capture(samples, self._staging):
+            yield replace(staged, sample_id=str(ids[staged.sample_id]))
+            self._staging.give(rows[ids[staged.sample_id]].num_tokens * engine.token_bytes)
+
+    def _load(self, row: Row, staged: Staged) -> Captured:
+        return load_staged(staged, row.sample.token_ids, len(self._layer_ids), self._target.hidden_size)
+
+    def _compare_ranks(self, engine: Engine, row: Row, ranks: Sequence[torch.Tensor]) -> int:
+        """Return the number of ranks. Raises UserError if they hold different states."""
+        names = [*(f"layer {layer_id}" for layer_id in self._layer_ids), "the final state"]
+        for rank, states in enumerate(ranks):
+            for slot, name in enumerate(names):
+                apart = distance(states[:, slot].float(), ranks[0][:, slot].float())
+                if not apart <= RANKS_TOLERANCE:
+                    raise self._refuse(
+                        engine,
+                        row,
+                        f"{name} of tensor-parallel rank {rank} {apart:.2g} off that of rank 0",
+                        "the same on all ranks: partial sums of tensor parallelism are captured before their "
+                        "all-reduce",
+                        "Start the engine where Draftline is installed, whose plugin completes the reduction for the "
+                        "releases in docs/tensor-parallel.md, or use a tensor-parallel size of 1.",
+                    )
+        return len(ranks)
+
+    def _judge(self, engine: Engine, row: Row, captured: Captured, ranks: int) -> None:
+        """Raise UserError unless the final states predict the sample's first generated tokens."""
+        start = row.sample.loss_spans[0][0]
+        sample = cut_sample(row.sample, start + JUDGED_TOKENS)
+        kept = len(sample.token_ids)
+        stored = make_stored(row.conversation, sample, Captured(captured.layers[:kept], captured.final[:kept]))
+        dtype = str(captured.final.dtype).removeprefix("torch.")
+        judged = judge_states(self._head, stored, self._layer_ids, dtype, ranks)
+        if judged.found:
+            raise self._refuse(engine, row, judged.found, judged.expected)
+
+    def _compare_layers(self, engine: Engine, row: Row, captured: Captured) -> None:
+        """Raise UserError unless the layers are those of transformers."""
+        if self._reference is None:
+            return
+        token_ids = row.sample.token_ids[:REFERENCE_TOKENS]
+        states = torch.cat([captured.layers, captured.final[:, None]], dim=1)[: len(token_ids)]
+        defect = self._reference.find_defect(token_ids, states, self._layer_ids, _tolerance(states))
+        if defect:
+            found, _, expected = defect.partition(", expected ")
+            raise self._refuse(engine, row, found, expected)
+
+    def _capture_together(self, engine: Engine, first: Sequence[Captured]) -> None:
+        """Capture all rows at once, the longest many times, and compare with those captured alone."""
+        longest = self._rows[0]
+        copies = min(MAX_COPIES, TOGETHER_TOKENS // longest.num_tokens)
+        rows = [*self._rows, *itertools.repeat(longest, copies)]
+        for staged in self._run(engine, rows):
+            index = int(staged.sample_id)
+            take_rank_states(staged)
+            alone = first[index if index < len(first) else 0]
+            try:
+                captured = self._load(rows[index], staged)
+            except CaptureError as error:
+                found = f"{error} when it is captured together with others"
+                raise self._refuse(engine, rows[index], found, "whole states of its tokens") from None
+            self._compare(engine, rows[index], alone, captured, "together with others", "chunked prefill")
+
+    def _compare(self, engine: Engine, row: Row, one: Captured, other: Captured, when: str, cause: str) -> None:
+        for name, a, b in (("layers", one.layers, other.layers), ("final state", one.final, other.final)):
+            apart = distance(b.float(), a.float())
+            if not apart <= _tolerance(a):
+                found = f"{name} {apart:.2g} off those of its first capture {when}"
+                raise self._refuse(engine, row, found, f"the same states; the likely cause is {cause}")
+
+    def _refuse(
+        self, engine: Engine, row: Row, found: str, expected: str, fix: str = "Mend the engine; nothing was stored."
+    ) -> UserError:
+        return UserError(f"preflight of {engine.name}, sample {row.sample_id}", found=found, expected=expected, fix=fix)
+
+
+def take_rank_states(staged: Staged) -> list[torch.Tensor]:
+    """Return and delete the states `(T, n+1, H)` of each tensor-parallel rank; [] if the engine writes none."""
+    if staged.path is None:
+        return []
+    deadline = time.monotonic() + RANKS_TIMEOUT_S
+    ranks, files = find_rank_files(staged.path)
+    while len(files) < ranks and time.monotonic() < deadline:
+        time.sleep(0.01)
+        ranks, files = find_rank_files(staged.path)
+    if len(files) < ranks:
+        raise UserError(
+            staged.path,
+            found=f"the states of {len(files)} tensor-parallel ranks after {RANKS_TIMEOUT_S:.0f} s",
+            expected=f"those of {ranks}",
+            fix="Look at the engine's log.",
+        )
+    states = [load_file(file)["hidden_states"] for file in files]
+    for file in files:
+        file.unlink()
+    return states
+
+
+def _tolerance(states: torch.Tensor) -> float:
+    return TOLERANCE[str(states.dtype).removeprefix("torch.")]
+
+
+def _key(recipe: Recipe, target: Target, backend: CaptureBackend) -> str:
+    """Hash what a preflight's result depends on; "" if that is unknown, as with servers."""
+    if backend.settings is None:
+        return ""
+    layers = captured_layers(recipe.target, target)
+    return hash_json([engine_name(), backend.settings, target.fingerprint, layers])
+
+
+def _describe(proof: Proof) -> str:
+    parts = [f"{proof.engine} predicts the tokens of {proof.samples} samples"]
+    parts.append("its layers are transformers'" if proof.layers else "the target is too large to compare its layers")
+    if proof.ranks:
+        parts.append("the states are whole" if proof.ranks == 1 else f"the states are equal on {proof.ranks} ranks")
+    else:
+        parts.append("its tensor-parallel ranks were not compared")
+    return f"{'; '.join(parts)} ({proof.seconds:.0f} s)"
