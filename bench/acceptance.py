@@ -45,6 +45,7 @@ from contracts.conversation import read_conversations
 from contracts.run import Run
 from recipe.recipe import Recipe
 from serve.command import MODEL_NAME, Serving, build_command, fingerprint_draft, speculation_of
+from serve.ranks import Ranks, watch_ranks
 from serve.server import find_port, run_server
 from serve.settings import measured_settings
 from target.target import Target
@@ -95,8 +96,12 @@ def measure(recipe: Recipe, recipe_args: Sequence[str], draft: Path, matrix: Mat
         folder = output / f"k{k}"
         todo = [group for group in groups if not (folder / f"{group.name}.json").exists()]
         if todo:
-            with _serve(recipe, target, draft, k, matrix.endpoint, folder / "server.log") as server:
+            with _serve(recipe, target, draft, k, matrix.endpoint, folder / "server.log") as (server, ranks):
+                if ranks is not None:
+                    ranks.start()
                 asyncio.run(_send(server, todo[0].turns[:NUM_WARMUP], recipe, 1, "warm-up"))
+                if ranks is not None:
+                    ranks.compare()
                 for group in todo:
                     found = serve_group(recipe, server, group, k, compare=not matrix.endpoint)
                     write_json(folder / f"{group.name}.json", found)
@@ -180,7 +185,7 @@ def write_conversations(
                 todo.append((path, mode, folder))
     if not todo:
         return
-    with _serve(recipe, target, None, None, matrix.endpoint, output / "conversations.log") as server:
+    with _serve(recipe, target, None, None, matrix.endpoint, output / "conversations.log") as (server, _):
         for path, mode, folder in todo:
             how = "by the running server" if matrix.endpoint else "without a draft"
             print(f"bench: {path.stem}, thinking {mode or 'unset'}, {how}", flush=True)
@@ -290,9 +295,10 @@ def _serve(
     num_draft_tokens: int | None,
     endpoint: str | None,
     log_path: Path,
-) -> Iterator[Served]:
+) -> Iterator[tuple[Served, Ranks | None]]:
+    """Serve during the block, or use the server at `endpoint`, whose ranks cannot be compared."""
     if endpoint:
-        yield Served(endpoint.rstrip("/").removesuffix("/v1"), ask_model(endpoint))
+        yield Served(endpoint.rstrip("/").removesuffix("/v1"), ask_model(endpoint)), None
         return
     if num_draft_tokens is not None:
         speculative = {**recipe.serve.speculative, "num_speculative_tokens": num_draft_tokens}
@@ -304,5 +310,9 @@ def _serve(
     )
     port = find_port(recipe.serve.host, recipe.serve.port)
     command = build_command(recipe, target, port=port, serving=serving)
-    with run_server(command, log_path=log_path, startup_timeout_s=recipe.serve.startup_timeout_s) as server:
-        yield Served(server.url, MODEL_NAME)
+    timeout_s = recipe.serve.startup_timeout_s
+    with (
+        watch_ranks(command) as ranks,
+        run_server(ranks.command, log_path=log_path, startup_timeout_s=timeout_s) as server,
+    ):
+        yield Served(server.url, MODEL_NAME), ranks

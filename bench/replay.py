@@ -35,6 +35,7 @@ from contracts.conversation import CONVERSATIONS_FILE, check_written_by, read_co
 from contracts.run import Run
 from recipe.recipe import Recipe
 from serve.command import MODEL_NAME, Serving, build_command, fingerprint_draft, speculation_of
+from serve.ranks import watch_ranks
 from serve.server import find_port, run_server
 from serve.settings import measured_settings
 from target.target import Target
@@ -125,11 +126,15 @@ def serve_and_send(
     port = find_port(recipe.serve.host, recipe.serve.port)
     command = build_command(recipe, replay.target, port=port, serving=serving)
     points: dict[str, Any] = {}
-    with run_server(
-        command, log_path=path.with_suffix(".log"), startup_timeout_s=recipe.serve.startup_timeout_s
-    ) as server:
+    log_path, timeout_s = path.with_suffix(".log"), recipe.serve.startup_timeout_s
+    with (
+        watch_ranks(command) as ranks,
+        run_server(ranks.command, log_path=log_path, startup_timeout_s=timeout_s) as server,
+    ):
         served = Served(server.url, MODEL_NAME)
+        ranks.start()
         asyncio.run(send_all(served, replay.turns[:NUM_WARMUP], concurrency=1, max_tokens=16, title="warm-up"))
+        ranks.compare()
         for number in concurrency or recipe.bench.concurrency:
             without = baseline["points"][str(number)]["answers"] if baseline is not None else None
             points[str(number)] = _measure_point(replay, served, number, path.stem, without)

@@ -128,6 +128,10 @@ def load_staged(staged: Staged, token_ids: Sequence[int], num_layers: int, hidde
     finally:
         discard(staged.path)
     expected = (len(token_ids), num_layers + 1, hidden_size)
+    if len(states) < len(token_ids) and tuple(states.shape[1:]) == expected[1:]:
+        raise CaptureError(
+            f"hidden states of {len(states)} of {len(token_ids)} tokens (a prefix cache that shortens states?)"
+        )
     if tuple(states.shape) != expected:
         raise CaptureError(f"hidden states of shape {tuple(states.shape)}, expected {expected}")
     if stored_ids != list(token_ids):

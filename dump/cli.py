@@ -89,6 +89,24 @@ def run(
     dump(loaded, conversations, output, shard=parse_shard(shard), force=force, retry_failed=retry_failed)
 
 
+@app.command(
+    epilog="Example: dump preflight -r recipe.yaml --set dump.backend=server "
+    "--set 'dump.endpoints=[http://node3:8000/v1]' --set dump.server_staging_dir=/dev/shm/states"
+)
+def preflight(
+    recipe: RecipeOption,
+    conversations: Annotated[
+        Path | None,
+        typer.Option(help="Output folder of `synth generate`.", show_default="replies that the server writes"),
+    ] = None,
+    set_: OverridesOption = None,
+) -> None:
+    """Prove the engines on a few samples as `dump run` does before it stores any; store nothing."""
+    from dump.preflight import prove
+
+    prove(load_checked(recipe, set_), conversations)
+
+
 @app.command(epilog="Example: dump verify -r recipes/Tiny-DFlash/recipe.yaml --store runs/store")
 def verify(
     recipe: RecipeOption,

@@ -14,6 +14,8 @@ from target.head import TargetHead
 
 ENOUGH = 0.9
 """Share of the tokens that a hypothesis must predict."""
+MOST = 0.6
+"""Share that rounded states still predict."""
 
 
 @torch.inference_mode()
@@ -42,8 +44,8 @@ def name_defect(head: TargetHead, sample: StoredSample, layer_ids: Sequence[int]
     places = sample.loss_mask.nonzero()[:, 0]
     tokens = sample.input_ids.long()
 
-    def explains(logits: torch.Tensor, wanted: torch.Tensor) -> bool:
-        return float((logits.argmax(-1) == wanted).float().mean()) >= ENOUGH
+    def explains(logits: torch.Tensor, wanted: torch.Tensor, share: float = ENOUGH) -> bool:
+        return float((logits.argmax(-1) == wanted).float().mean()) >= share
 
     for other in set(get_args(FinalNorm)) - {head.norm_kind}:
         if explains(replace(head, norm_kind=other).logits(states[places - 1]), tokens[places]):
@@ -57,6 +59,8 @@ def name_defect(head: TargetHead, sample: StoredSample, layer_ids: Sequence[int]
         aux = sample.aux_hidden_states[:, number * width : (number + 1) * width].float()
         if torch.equal(aux, states):
             return f"the final state is the output of layer {layer_id}"
+    if explains(head.logits(states[places - 1]), tokens[places], share=MOST):
+        return "they predict most of the tokens, so they are rounded: a quantized KV cache, or quantized weights"
     if tensor_parallel_size > 1:
         return (
             f"they are partial sums of tensor parallelism (the engine had {tensor_parallel_size} ranks, "

@@ -15,8 +15,10 @@ In this order, so that the first failure names the likely cause:
 from __future__ import annotations
 
 import itertools
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,10 +29,15 @@ from common.errors import UserError
 from common.files import hash_json, read_json, write_json
 from common.memory import free_memory
 from contracts.rank_states import PREFLIGHT, find_rank_files
+from dump.backends import make_backend
 from dump.capture import CaptureBackend, Captured, CaptureError, Engine, Staged, Staging, load_staged
 from dump.judge import judge_states
-from dump.reference import TOLERANCE, Reference, distance, weights_bytes
-from dump.samples import Filter, Row, cut_sample
+from dump.own_replies import own_replies
+from dump.reference import TOLERANCE, LayerDefect, Reference, distance, weights_bytes
+from dump.rendered import TemplateMasks
+from dump.samples import Filter, Row, cut_sample, read_rows
+from dump.server import find_server_folder
+from dump.staging import open_staging
 from dump.writer import make_stored
 from recipe.recipe import Recipe
 from serve.engine import engine_name
@@ -77,14 +84,56 @@ def prove_engines(
     report = folder / "preflight.json"
     if key and report.exists() and read_json(report, "a preflight's report").get("key") == key:
         return
-    chosen = choose_rows(recipe, target, rows)
-    if not chosen:
-        return
-    checker = Checker(recipe, target, staging, chosen)
-    proofs = [checker.prove(engine) for engine in backend.engines]
-    for proof in proofs:
-        print(f"preflight: {_describe(proof)}", flush=True)
-    write_json(report, {"key": key, "proofs": [asdict(proof) for proof in proofs]})
+    if chosen := choose_rows(recipe, target, rows):
+        proofs = prove_each(recipe, target, backend, staging, chosen)
+        write_json(report, {"key": key, "proofs": [asdict(proof) for proof in proofs]})
+
+
+def prove_each(
+    recipe: Recipe, target: Target, backend: CaptureBackend, staging: Staging, rows: Sequence[Row]
+) -> list[Proof]:
+    """Prove every engine on `rows` and print what was proven. Raises: see `prove_engines`."""
+    checker = Checker(recipe, target, staging, rows)
+    proofs = []
+    for engine in backend.engines:
+        proofs.append(checker.prove(engine))
+        print(f"preflight: {_describe(proofs[-1])}", flush=True)
+    return proofs
+
+
+def prove(recipe: Recipe, conversations: Path | None) -> None:
+    """Prove the recipe's engines and store nothing.
+
+    On samples of `conversations`, or without them on replies that the first of the recipe's servers writes. Raises: see
+    `prove_engines`.
+    """
+    target = Target.here(recipe.target)
+    layer_ids = captured_layers(recipe.target, target)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_staging(recipe.dump, Path(folder)) as staging,
+        _samples_of(recipe, target, conversations) as rows,
+        closing(make_backend(recipe, target, layer_ids, staging)) as backend,
+    ):
+        prove_each(recipe, target, backend, staging, rows)
+
+
+@contextmanager
+def _samples_of(recipe: Recipe, target: Target, conversations: Path | None) -> Iterator[list[Row]]:
+    """Yield the samples of a preflight that stores nothing."""
+    if conversations is not None:
+        yield choose_rows(recipe, target, read_rows([conversations], TemplateMasks(recipe.target, target)))
+    elif recipe.dump.backend == "server":
+        folder = find_server_folder(recipe.dump)
+        with own_replies(recipe.dump.endpoints[0], folder) as rows:
+            yield rows
+    else:
+        raise UserError(
+            "--conversations",
+            found="none",
+            expected="the output of `synth generate`, or dump.backend=server with dump.endpoints",
+            fix="Give the conversations that are to be dumped.",
+        )
 
 
 def choose_rows(recipe: Recipe, target: Target, rows: Iterable[Row]) -> list[Row]:
@@ -120,9 +169,10 @@ class Checker:
         for row, captured in zip(self._rows, first, strict=True):
             self._judge(engine, row, captured, ranks)
         for row, captured in list(zip(self._rows, first, strict=True))[:2]:
-            self._compare_layers(engine, row, captured)
+            if defect := self._find_layer_defect(row, captured):
+                raise self._refuse(engine, row, defect.found, defect.expected)
         for row, captured in zip(self._rows, first, strict=True):
-            again, _ = self._capture_alone(engine, row, " when it is captured again: prefix caching shortens states")
+            again, _ = self._capture_alone(engine, row, " when it is captured again")
             self._compare(engine, row, captured, again, "when it is captured again", "prefix caching")
         self._capture_together(engine, first)
         return Proof(
@@ -181,18 +231,17 @@ class Checker:
         dtype = str(captured.final.dtype).removeprefix("torch.")
         judged = judge_states(self._head, stored, self._layer_ids, dtype, ranks)
         if judged.found:
-            raise self._refuse(engine, row, judged.found, judged.expected)
+            defect = self._find_layer_defect(row, captured)
+            seen = f". Beside transformers: found {defect.found}, expected {defect.expected}" if defect else ""
+            raise self._refuse(engine, row, judged.found, judged.expected + seen)
 
-    def _compare_layers(self, engine: Engine, row: Row, captured: Captured) -> None:
-        """Raise UserError unless the layers are those of transformers."""
+    def _find_layer_defect(self, row: Row, captured: Captured) -> LayerDefect | None:
+        """Return what the first wrong layer of the sample's first tokens holds; None without a reference, too."""
         if self._reference is None:
-            return
+            return None
         token_ids = row.sample.token_ids[:REFERENCE_TOKENS]
         states = torch.cat([captured.layers, captured.final[:, None]], dim=1)[: len(token_ids)]
-        defect = self._reference.find_defect(token_ids, states, self._layer_ids, _tolerance(states))
-        if defect:
-            found, _, expected = defect.partition(", expected ")
-            raise self._refuse(engine, row, found, expected)
+        return self._reference.find_defect(token_ids, states, self._layer_ids, _tolerance(states))
 
     def _capture_together(self, engine: Engine, first: Sequence[Captured]) -> None:
         """Capture all rows at once, the longest many times, and compare with those captured alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,7 +43,17 @@ def compare_layers(recipe: Recipe, target: Target, store: Store, manifest: Manif
         states = torch.cat([layers, sample.hidden_states[:, None]], dim=1)
         tolerance = TOLERANCE[manifest.dtype]
         if defect := reference.find_defect(sample.input_ids.tolist(), states, manifest.layer_ids, tolerance):
-            raise IncompleteError(f"{store.sample_path(sample_id)}: found {defect}. Dump again.")
+            raise IncompleteError(
+                f"{store.sample_path(sample_id)}: found {defect.found}, expected {defect.expected}. Dump again."
+            )
+
+
+@dataclass(frozen=True)
+class LayerDefect:
+    """What a slot holds, and what it should hold."""
+
+    found: str
+    expected: str
 
 
 class Reference:
@@ -58,8 +69,8 @@ class Reference:
 
     def find_defect(
         self, token_ids: Sequence[int], states: torch.Tensor, layer_ids: Sequence[int], tolerance: float
-    ) -> str:
-        """Return what the first wrong slot of `states (T, n+1, H)` holds, and what was expected; "" without one.
+    ) -> LayerDefect | None:
+        """Return what the first wrong slot of `states (T, n+1, H)` holds; None if all are right.
 
         The last slot is the final state before the final norm.
         """
@@ -70,11 +81,9 @@ class Reference:
                 continue
             name = "the final state" if layer_id == self._num_layers else f"layer {layer_id}"
             what = self._describe(states[:, slot], outputs, layer_id, errors, tolerance)
-            return (
-                f"{what} in slot {slot}, expected the output of {name}, from which it is {errors[layer_id]:.2g} off "
-                f"(at most {tolerance})"
-            )
-        return ""
+            expected = f"the output of {name}, from which it is {errors[layer_id]:.2g} off (at most {tolerance})"
+            return LayerDefect(f"{what} in slot {slot}", expected)
+        return None
 
     def _describe(
         self, found: torch.Tensor, outputs: torch.Tensor, layer_id: int, errors: list[float], tolerance: float
@@ -88,10 +97,10 @@ class Reference:
         if ffn is not None and is_partial_sum(found, outputs[:, layer_id], ffn):
             return (
                 f"a partial sum of layer {last}'s FFN, as one rank of tensor parallelism holds before its all-reduce "
-                "(docs/tensor-parallel.md),"
+                "(docs/tensor-parallel.md)"
             )
         if nearest == layer_id and errors[nearest] < QUANTIZED:
-            return "states that are near it, but not exact (a quantized KV cache, or quantized weights),"
+            return "states that are near it, but not exact (a quantized KV cache, or quantized weights)"
         return f"states of no layer (the nearest is {nearest}, {errors[nearest]:.2g} off)"
 
 

@@ -121,13 +121,19 @@ def command(
 def start(
     options: ServerOptions,
     log: Annotated[Path, typer.Option(help="File for the server's output.")] = Path("serve.log"),
+    preflight: Annotated[
+        bool, typer.Option("--preflight/--no-preflight", help="With --extract: prove the states first.")
+    ] = True,
 ) -> None:
     """Start the server, wait until it is healthy, and serve until Ctrl-C or SIGTERM."""
+    from serve.extraction import prove_extraction
     from serve.server import find_port, run_server
 
     loaded = options.load()
     built = options.build(loaded, find_port(loaded.serve.host, loaded.serve.port))
     with run_server(built, log_path=log, startup_timeout_s=loaded.serve.startup_timeout_s) as server:
+        if options.extract is not None and preflight:
+            prove_extraction(options.recipe, options.set_ or [], f"{server.url}/v1", options.extract.absolute())
         typer.echo(f"{server.url}/v1  (Ctrl-C stops it)")
         with suppress(KeyboardInterrupt):
             server.wait()

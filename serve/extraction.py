@@ -7,10 +7,13 @@ They are the same for an engine in this process and for a server. A client canno
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.errors import IncompleteError
 from recipe.check import check_kv_dtype
 from recipe.recipe import Recipe
 from serve.engine import is_cpu_engine
@@ -36,7 +39,7 @@ def extraction_args(recipe: Recipe, target: Target, layer_ids: Sequence[int], st
         key.replace("-", "_"): value for key, value in {**recipe.serve.args, **recipe.dump.args}.items()
     }
     check_kv_dtype(str(args.get("kv_cache_dtype", "auto")))
-    name, module = ("HiddenStatesConnector", "serve.hidden_states_connector")
+    name, module = ("HiddenStatesConnector", "serve.vllm_plugins.hidden_states_connector")
     if is_cpu_engine():
         name, module = ("CPUHiddenStatesConnector", "serve.vllm_cpu.hidden_states_connector")
     layers = {"eagle_aux_hidden_state_layer_ids": to_vllm_layer_ids(layer_ids, target.num_layers)}
@@ -61,3 +64,18 @@ def extraction_args(recipe: Recipe, target: Target, layer_ids: Sequence[int], st
 def to_server_args(args: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
     """Convert engine arguments to flags of `vllm serve`: dashes, and JSON for nested values."""
     return {key.replace("_", "-"): json.dumps(value) if key in JSON_ARGS else value for key, value in args.items()}
+
+
+def prove_extraction(recipe: Path, overrides: Sequence[str], url: str, staging: Path) -> None:
+    """Run `dump preflight` on a server with extraction on, at `url` (ending in /v1), that writes to `staging`.
+
+    Raises IncompleteError if it finds a defect; its message is printed.
+    """
+    own = ("dump.backend=server", f"dump.endpoints=[{url}]", f"dump.server_staging_dir={staging}")
+    words = [word for value in (*overrides, *own) for word in ("--set", value)]
+    command = [str(Path(sys.executable).with_name("dump")), "preflight", "--recipe", str(recipe), *words]
+    if code := subprocess.run(command, check=False).returncode:
+        raise IncompleteError(
+            f"`dump preflight` of {url}: found exit code {code}, expected 0. Its message is above; the server is "
+            "stopped. Mend the engine, or start it with --no-preflight."
+        )

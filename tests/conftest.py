@@ -9,6 +9,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,17 @@ def trained_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         sizes = ["--steps", "130", "--num-train", "60", "--num-held-out", "12"]
         subprocess.run([*script, *sizes], check=True, cwd=ROOT)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline(trained_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the tiny recipe, every stage done. Tests leave it as it is."""
+    from tiny_pipeline import run_script
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    shutil.copytree(trained_target, folder, dirs_exist_ok=True)
+    run_script(folder)
     return folder
 
 

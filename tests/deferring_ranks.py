@@ -96,7 +96,7 @@ def main(rank: int, folder: Path) -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
 
-    import serve.deferred_reduction
+    import serve.vllm_plugins.deferred_reduction
 
     m3, weights, found = import_m3(), load_file(folder / "weights"), {}
     with set_current_vllm_config(VllmConfig()):
@@ -106,7 +106,7 @@ def main(rank: int, folder: Path) -> None:
         for case, release in CASES.items():
             vllm.__version__ = release
             if case != "without":
-                serve.deferred_reduction.register()
+                serve.vllm_plugins.deferred_reduction.register()
             model = build(m3, weights, rank, RANKS)
             model._set_aux_hidden_state_layers((0, 1, NUM_LAYERS))  # the embedding, the first layer, the final state
             output, captured = model(None, torch.arange(TOKENS), None, weights["embeds"].clone())

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, kill_when, read_lines, run, run_here
+from conftest import kill_when, read_lines, run, run_here
+from tiny_pipeline import RECIPE, overrides, run_script
 from transformers import AutoTokenizer
 
 from contracts.conversation import read_conversations
@@ -26,30 +24,6 @@ from target.target import Target
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 NUM_TRAIN, NUM_HELD_OUT = 60, 12
-RECIPE = ROOT / "recipes/Tiny-DFlash/recipe.yaml"
-OVERRIDES = ["train.num_steps=80", "train.checkpoint_every=20", "synth.max_tokens=128", "bench.num_prompts={1: 4}"]
-
-
-def overrides(folder: Path) -> list[str]:
-    return [word for value in [f"target.path={folder}/target", *OVERRIDES] for word in ("--set", value)]
-
-
-def run_script(folder: Path) -> str:
-    """run.sh on `folder`; what it printed."""
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    words = [word for value in OVERRIDES for word in ("--set", value)]
-    script = [str(ROOT / "recipes/Tiny-DFlash/run.sh"), str(folder), *words]
-    result = subprocess.run(script, capture_output=True, text=True, env=env, check=False)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result.stdout
-
-
-@pytest.fixture(scope="module")
-def pipeline(trained_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pipeline")
-    shutil.copytree(trained_target, folder, dirs_exist_ok=True)
-    run_script(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 Failure without it: the stock `ExampleHiddenStatesConnector` copies through a CUDA stream into pinned memory and dies
 with `pin_memory=True requires a CUDA or other accelerator backend`. vLLM loads it by `kv_connector_module_path`. GPUs
-use serve/hidden_states_connector.py, which this class extends.
+use serve/vllm_plugins/hidden_states_connector.py, which this class extends.
 
 The connector's threads copy from the KV cache while the engine takes its next step; a request's blocks are kept until
 the copy is done.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from common.tensor_file import plan_file
-from serve.hidden_states_connector import HiddenStatesConnector
+from serve.vllm_plugins.hidden_states_connector import HiddenStatesConnector
 
 
 class _Copied:

@@ -1,0 +1,38 @@
+"""A vLLM plugin for tests that makes Triton's interpreter faster. No change of results."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def register() -> None:
+    if os.environ.get("TRITON_INTERPRET"):
+        interpret_without_copies()
+
+
+def interpret_without_copies() -> None:
+    """Reduce a step of DFlash from 0.27 s to 0.15.
+
+    The interpreter patches triton.language anew for every launch, and copies each argument's storage before and after.
+    Arguments are CPU tensors here and nothing is ever compiled, so one patch that stays and no copies give the same.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    class Lasting:
+        def restore(self) -> None:
+            pass
+
+    patch, lasting, patched = interpreter._patch_lang, Lasting(), set[int]()
+
+    def patch_once(function: Any) -> Lasting:
+        modules = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
+        if modules - patched:
+            patch(function)
+            patched.update(modules)
+        return lasting
+
+    interpreter._patch_lang = patch_once
+    interpreter.GridExecutor._init_args_hst = lambda self, args, kwargs: (list(args), dict(kwargs))
+    interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
