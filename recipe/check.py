@@ -49,6 +49,35 @@ def check_block_size(where: str, args: Mapping[str, Any], target: Target) -> Non
         )
 
 
+DEFERRING = {
+    "MiniMaxM3SparseForCausalLM": True,
+    "MiniMaxM3SparseForConditionalGeneration": True,
+    "DeepseekV32ForCausalLM": False,
+}
+"""Architectures whose layers vLLM captures before their all-reduce, and whether our plugin completes it."""
+
+
+def note_ranks(target: Target, flags: Mapping[str, Any]) -> str:
+    """Return what tensor parallelism does to the captured states of the target; "" if nothing.
+
+    `flags`: those of a server, with dashes. Source: docs/tensor-parallel.md.
+    """
+    ranks = int(flags.get("tensor-parallel-size", 1))
+    if ranks == 1 or target.architecture not in DEFERRING:
+        return ""
+    if DEFERRING[target.architecture]:
+        mend = (
+            "Draftline's plugin completes them in vLLM 0.30 to 0.32 on every machine where Draftline is installed; "
+            "without it a dump holds partial sums and a draft is accepted less"
+        )
+    else:
+        mend = "use a tensor-parallel size of 1"
+    return (
+        f"vLLM captures the layers of {target.architecture} before their all-reduce over {ranks} tensor-parallel ranks "
+        f"(NVIDIA): {mend}. The preflight compares the ranks (docs/tensor-parallel.md)."
+    )
+
+
 def _problems(recipe: Recipe) -> Iterator[UserError]:
     section = recipe.target
     yield from _check_yarn(recipe)

@@ -49,11 +49,15 @@ def show(recipe: RecipeOption, set_: OverridesOption = None) -> None:
 @app.command(epilog="Example: recipe check --recipe recipes/Tiny-DFlash/recipe.yaml")
 def check(recipe: RecipeOption, set_: OverridesOption = None) -> None:
     """Check the recipe: print ok, or the first mistake and exit with 2."""
+    from recipe.check import note_ranks
     from target.target import Target
 
     loaded = load_checked(recipe, set_)
-    here = Target.of(loaded.target).is_here if loaded.target.facts or loaded.target.path.exists() else False
+    target = Target.of(loaded.target) if loaded.target.facts or loaded.target.path.exists() else None
+    here = target is not None and target.is_here
     typer.echo(f"{recipe}: ok" + ("" if here else f" (as far as it goes without the files of {loaded.target.path})"))
+    if target is not None and (note := note_ranks(target, loaded.serve.args)):
+        typer.echo(f"note: {note}")
 
 
 def main() -> None:

@@ -66,6 +66,7 @@ class ServerOptions:
 
     def build(self, recipe: Recipe, port: int) -> ServeCommand:
         """Build the command. Raises UserError for an unknown purpose or contradictory flags."""
+        from recipe.check import note_ranks
         from recipe.serve import Purpose
         from serve.command import Serving, build_command
         from serve.flags import Sizes, parse_flags
@@ -88,7 +89,11 @@ class ServerOptions:
             sizes=Sizes(self.isl, self.osl, self.concurrency),
             extra_args={**extraction, **parse_flags(self.extra or [])},
         )
-        return build_command(recipe, target, port=port, serving=serving)
+        command = build_command(recipe, target, port=port, serving=serving)
+        captures = self.extract is not None or serving.draft is not None
+        if captures and (note := note_ranks(target, parse_flags(command.args[2:]))):
+            typer.echo(f"note: {note}", err=True)
+        return command
 
 
 @app.command(

@@ -39,6 +39,8 @@ from serve.flags import (
 from target.target import Target
 
 MODEL_NAME = "target"
+CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT_IN_CONTAINER = "/draftline"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class ServeCommand:
     def to_docker(self, image: str, *, rocm: bool = False) -> str:
         """Return the command in a container of `image`, whose entry point is `vllm serve`.
 
-        Folders of this machine are mounted under their own paths; the port is published on the server's host.
+        Folders of this machine are mounted under their own paths; the port is published on the server's host. This
+        checkout is mounted, too: vLLM loads its plugins and connector.
         """
         lines = ["docker run --rm --ipc=host"]
         lines += ["  --device /dev/kfd", "  --device /dev/dri", "  --group-add video"] if rocm else ["  --gpus all"]
@@ -83,6 +86,7 @@ class ServeCommand:
         lines += [
             f"  -p {self.host}:{self.port}:{self.port}",
             '  -e HF_HOME=/huggingface -v "$HOME/.cache/huggingface:/huggingface"',
+            f"  -e PYTHONPATH={CHECKOUT_IN_CONTAINER} -v {shlex.quote(f'{CHECKOUT}:{CHECKOUT_IN_CONTAINER}:ro')}",
         ]
         folders = [word for word in (*self.args, *_strings_in_json(self.args)) if Path(word).is_absolute()]
         lines += [f"  -v {shlex.quote(f'{folder}:{folder}:ro')}" for folder in dict.fromkeys(folders)]

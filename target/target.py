@@ -112,6 +112,11 @@ class Target:
         return (self.config.get("sparse_attention_config") or {}).get("sparse_block_size")
 
     @property
+    def architecture(self) -> str:
+        """The first of the config's `architectures`, or ""."""
+        return str(next(iter(self.config.get("architectures") or []), ""))
+
+    @property
     def final_norm(self) -> FinalNorm:
         """The kind of final norm: the recipe's `target.final_norm`, or the config's."""
         return self.norm_of_recipe or find_final_norm(self.config)
