@@ -86,7 +86,7 @@ def trained(request: pytest.FixtureRequest, pipeline: Path, tmp_path_factory: py
     if request.param == "dflash":
         return Trained(args, pipeline / "draft", pipeline / "export", pipeline / "eval.json")
     folder = tmp_path_factory.mktemp("eagle3")
-    args += ["--set", "train.draft={method: eagle3, ttt_length: 3, intermediate_size: 512}"]
+    args += ["--set", "train.draft.method=eagle3", "--set", "train.draft.num_speculative_tokens=3"]
     found = Trained(args, folder / "draft", folder / "export", folder / "eval.json")
     run("train", "offline", *args, "--store", pipeline / "store/train", "--output", found.run)
     places = ("--store", pipeline / "store/held_out", "--output", found.evaluation)
