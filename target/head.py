@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -11,19 +14,22 @@ from torch.nn import functional
 
 from common.errors import UserError
 from common.vml import settle_vector_functions
+from target.quantized import weight_of
 from target.target import Target
 
 # The names of different model families.
-EMBEDDING = ("model.embed_tokens.weight", "embed_in.weight", "wte.weight")
-LM_HEAD = ("lm_head.weight", "embed_out.weight")
-FINAL_NORM = ("model.norm.weight", "final_layernorm.weight", "final_layer_norm.weight", "ln_f.weight")
+EMBEDDING = ("model.embed_tokens", "language_model.embed_tokens", "embed_in", "wte")
+LM_HEAD = ("lm_head", "embed_out")
+FINAL_NORM = ("model.norm", "language_model.norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 
 @dataclass(frozen=True)
 class TargetHead:
     """Shapes: embedding and lm_head (V, H), norm and its bias (H,). `norm_kind`: see target/final_norm.py.
 
-    Logits are multiplied by `scale`, then `softcap * tanh(logits / softcap)` is applied, if the target has them.
+    The target's logits are multiplied by `scale`, then `softcap * tanh(logits / softcap)` is applied, if it has them.
+    Neither is part of a draft's logits, nor the target's factor of embeddings (Gemma, Granite) of a draft's inputs:
+    vLLM shares the weights of `embed_tokens` and `lm_head` alone with DFlash and EAGLE3.
     """
 
     embedding: torch.Tensor
@@ -70,30 +76,65 @@ def logits_of(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def read_head(target: Target) -> TargetHead:
-    """Read the three tensors under any prefix (such as `language_model.`); lm_head may be tied.
+    """Read the three tensors under any prefix (such as `language_model.`), dequantized (target/quantized.py).
 
     Training, evaluation and verification call this before they compute, so it settles MKL first (common/vml.py).
-    Raises UserError if a tensor is missing, or if the lm_head has a bias, which vLLM does not add to a draft's logits.
+    Raises UserError if a module is missing, is quantized in a way that is not read, or if the lm_head has a bias, which
+    vLLM does not add to a draft's logits.
     """
     settle_vector_functions()
-    files, config = _files_by_tensor(target), target.config
+    files = _files_by_tensor(target)
     embedding = _read(target, files, EMBEDDING)
-    untied = _find(files, LM_HEAD)
-    if any(name.removesuffix("weight") + "bias" in files for name in untied):
-        raise UserError(
-            target.path, found="an lm_head with a bias", expected="one without", fix="Such targets are not supported."
-        )
-    norm_bias = [name.removesuffix("weight") + "bias" for name in _find(files, FINAL_NORM)]
+    norm = _find_one(target, files, FINAL_NORM)
     return TargetHead(
         embedding=embedding,
-        lm_head=embedding if config.get("tie_word_embeddings") or not untied else _read(target, files, LM_HEAD),
+        lm_head=_read_lm_head(target, files, embedding),
         norm=_read(target, files, FINAL_NORM),
         norm_kind=target.final_norm,
         eps=target.norm_eps,
-        norm_bias=_read(target, files, tuple(norm_bias)) if norm_bias[0] in files else None,
-        scale=float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0),
-        softcap=config.get("final_logit_softcapping"),
+        norm_bias=_tensor(target, files, f"{norm}.bias").float() if f"{norm}.bias" in files else None,
+        scale=find_logit_scale(target.config),
+        softcap=target.config.get("final_logit_softcapping"),
     )
+
+
+def _read_lm_head(target: Target, files: Mapping[str, str], embedding: torch.Tensor) -> torch.Tensor:
+    """Return the lm_head; if there is none, the embedding, provided that the config ties them.
+
+    A weight in the checkpoint is used whatever the config says, as vLLM (`maybe_untie_word_embeddings`) and
+    transformers do.
+    """
+    found = _find(files, LM_HEAD)
+    if not any(f"{name}.weight" in files for name in found) and target.is_tied:
+        return embedding
+    if not found:
+        raise UserError(
+            target.path,
+            found=f"no {' or '.join(LM_HEAD)}, and a config that does not tie it to the embedding",
+            expected="a weight, or tie_word_embeddings: true",
+            fix="Check that all files of the weights are here, or set tie_word_embeddings in config.json.",
+        )
+    if any(f"{name}.bias" in files for name in found):
+        raise UserError(
+            target.path, found="an lm_head with a bias", expected="one without", fix="Such targets are not supported."
+        )
+    lm_head = _read(target, files, LM_HEAD)
+    return embedding if torch.equal(lm_head, embedding) else lm_head  # one copy on the device
+
+
+def find_logit_scale(config: Mapping[str, Any]) -> float:
+    """Return the factor of the logits that a text model's config describes.
+
+    Source: where vLLM's and transformers' models multiply or divide logits, or the states before lm_head.
+    """
+    scale = 1.0
+    for key in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # Cohere, Falcon-H1, MuseGlimmer
+        scale *= float(config.get(key) or 1.0)
+    if config.get("dim_model_base"):  # MiniCPM
+        scale *= config["dim_model_base"] / config["hidden_size"]
+    if factor := config.get("logits_scaling"):  # Granite divides, HyperCLOVA X multiplies
+        scale *= factor if str(config.get("model_type")).startswith("hyperclovax") else 1.0 / factor
+    return scale
 
 
 def _files_by_tensor(target: Target) -> dict[str, str]:
@@ -107,22 +148,35 @@ def _files_by_tensor(target: Target) -> dict[str, str]:
     return found
 
 
-def _find(files: dict[str, str], suffixes: tuple[str, ...]) -> list[str]:
-    """Return the names that end in the first suffix with any match."""
+def _find(files: Mapping[str, str], suffixes: tuple[str, ...]) -> list[str]:
+    """Return the modules with tensors whose names end in the first suffix with any match."""
     for suffix in suffixes:
-        if found := [name for name in files if name == suffix or name.endswith("." + suffix)]:
-            return found
+        pattern = re.compile(rf"((?:.*\.)?{re.escape(suffix)})\.")
+        if found := {match[1] for name in files if (match := pattern.match(name))}:
+            return sorted(found)
     return []
 
 
-def _read(target: Target, files: dict[str, str], suffixes: tuple[str, ...]) -> torch.Tensor:
+def _find_one(target: Target, files: Mapping[str, str], suffixes: tuple[str, ...]) -> str:
     names = _find(files, suffixes)
     if len(names) != 1:
         raise UserError(
             target.path,
-            found=f"{len(names)} tensors that end in {' or '.join(suffixes)} ({', '.join(names) or 'none'})",
+            found=f"{len(names)} modules that end in {' or '.join(suffixes)} ({', '.join(names) or 'none'})",
             expected="one",
             fix="Check the target's weights; this architecture may keep them under other names.",
         )
-    with safe_open(target.path / files[names[0]], framework="pt") as file:
-        return file.get_tensor(names[0]).float()
+    return names[0]
+
+
+def _read(target: Target, files: Mapping[str, str], suffixes: tuple[str, ...]) -> torch.Tensor:
+    """Return the weight of the module with one of these names, in fp32."""
+    module = _find_one(target, files, suffixes)
+    names = [name for name in files if name.startswith(f"{module}.") and name != f"{module}.bias"]
+    parts = {name.removeprefix(f"{module}."): _tensor(target, files, name) for name in names}
+    return weight_of(parts, target.config, f"{target.path}: {module}")
+
+
+def _tensor(target: Target, files: Mapping[str, str], name: str) -> torch.Tensor:
+    with safe_open(target.path / files[name], framework="pt") as file:
+        return file.get_tensor(name)

@@ -97,6 +97,19 @@ class Target:
         return float(parameters.get("rope_theta", self.config.get("rope_theta", 10000.0)))
 
     @cached_property
+    def is_tied(self) -> bool:
+        """Whether the config ties lm_head to the embedding; without the key, transformers' default for the type."""
+        outer = read_json(self.path / "config.json", "a target's config.json") if self.is_here else {}
+        said = [config["tie_word_embeddings"] for config in (outer, self.config) if "tie_word_embeddings" in config]
+        if said:
+            return any(said)
+        from transformers import CONFIG_MAPPING
+
+        types = [config["model_type"] for config in (outer, self.config) if config.get("model_type") in CONFIG_MAPPING]
+        defaults = [getattr(CONFIG_MAPPING[name], "tie_word_embeddings", None) for name in types]
+        return bool(next((default for default in defaults if default is not None), False))
+
+    @cached_property
     def end_token_ids(self) -> set[int]:
         """The end tokens of config.json and generation_config.json."""
         file = find_folder(self.path) / "generation_config.json"

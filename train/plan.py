@@ -222,7 +222,7 @@ def work_of(
         section.draft,
         masks,
         on_gpu,
-        tied=bool(target.config.get("tie_word_embeddings")),
+        tied=target.is_tied,
         has_final_states=section.draft.needs_final_states,
         gradient_checkpointing=section.gradient_checkpointing,
     )

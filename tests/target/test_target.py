@@ -64,13 +64,31 @@ def test_a_gemma_norm_multiplies_by_one_plus_the_weight(tmp_path: Path) -> None:
     torch.testing.assert_close(gemma.logits(hidden), (normed * (1 + gemma.norm)) @ gemma.lm_head.T)
 
 
-@pytest.mark.parametrize("family", ["Starcoder2", "StableLm", "Cohere", "Gemma2", "Granite", "GPTNeoX"])
-def test_logits_from_the_final_state_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [
+        ("Starcoder2", {}),
+        ("StableLm", {}),
+        ("Cohere", {}),
+        ("Gemma2", {"final_logit_softcapping": 2.0}),
+        ("Gemma4Text", {"final_logit_softcapping": 2.0, "global_head_dim": 8, "hidden_size_per_layer_input": 0}),
+        ("Granite", {"logits_scaling": 8.0, "embedding_multiplier": 12.0}),
+        ("GPTNeoX", {}),
+        ("HyperCLOVAX", {"logits_scaling": 0.25}),
+        ("MiniCPM3", {"dim_model_base": 8, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8,
+                      "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}),
+    ],
+)  # fmt: skip
+def test_logits_from_the_final_state_are_those_of_transformers(
+    family: str, own: dict[str, object], tmp_path: Path
+) -> None:
     """LayerNorms with and without bias, scaled and capped logits, tied and untied heads."""
-    config = getattr(transformers, family + "Config")(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, torch_dtype="float32",
-    )  # fmt: skip
+    sizes: dict[str, object] = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "dtype": "float32",
+    }  # fmt: skip
+    config = getattr(transformers, family + "Config")(**{**sizes, **own})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
