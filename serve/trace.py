@@ -7,7 +7,7 @@ inputs and outputs of the draft model's methods.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -79,6 +79,18 @@ class TraceExtension:
         save_file({name: tensor.contiguous() for name, tensor in found.items()}, path)
 
 
+def trace_args(recipe: Recipe, speculative: Mapping[str, Any]) -> dict[str, Any]:
+    """Return engine arguments (with underscores): the trace's own over `serve.args`."""
+    return {
+        "max_model_len": recipe.target.max_model_len,
+        **{key.replace("-", "_"): value for key, value in recipe.serve.args.items()},
+        "enforce_eager": True,
+        "enable_prefix_caching": False,  # the draft must read the whole prompt's states
+        "speculative_config": dict(speculative),
+        "worker_extension_cls": "serve.trace.TraceExtension",
+    }
+
+
 def trace_engine(
     recipe: Recipe, target: Target, draft: Path, samples: Sequence[tuple[str, int, list[int]]], reply_tokens: int
 ) -> list[Trace]:
@@ -92,18 +104,7 @@ def trace_engine(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
 
-    args = {key.replace("-", "_"): value for key, value in recipe.serve.args.items()}
-    llm = LLM(
-        model=str(target.path),
-        **{
-            "max_model_len": recipe.target.max_model_len,
-            **args,
-            "enforce_eager": True,
-            "enable_prefix_caching": False,  # the draft must read the whole prompt's states
-            "speculative_config": speculative,
-            "worker_extension_cls": "serve.trace.TraceExtension",
-        },
-    )
+    llm = LLM(model=str(target.path), **trace_args(recipe, speculative))
     parameters = SamplingParams(max_tokens=reply_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
     traces = []
     with TemporaryDirectory() as folder:
