@@ -56,7 +56,8 @@ class StagePlan(BaseModel):
             return Task(worker_words([self.recipe, self.input, self.output, *sets]), {"SHARD": shard})
         if self.stage == "dump":
             places = ("--conversations", self.input, "--output", self.output, "--shard", shard)
-            return Task(stage_words("dump", "run", *recipe, *places))
+            # As many engines as fit on the task's GPUs, unless `--set` says otherwise.
+            return Task(stage_words("dump", "run", *recipe[:2], "--set", "dump.engines=0", *sets, *places))
         words = ("-m", "train.cli", "offline", *recipe, "--store", self.input, "--output", self.output)
         # A checkpoint must fit between SLURM's warning and the time limit; torchrun's own default is 30 s.
         patience_s = max(30, (self.resources.signal_delay_s or 0) - 30)

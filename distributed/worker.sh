@@ -8,7 +8,7 @@
 # One array task: one shard of `synth generate` on one node. Starts as many servers as fit on the node's GPUs, waits until
 # they are healthy, runs synth on all of them, and always stops them. Finished rows are kept. Before the time limit the
 # task requeues itself; a requeued or preempted task resumes.
-# With STAGE=dump, one shard of `dump run`, of a synthesis with the same number of shards.
+# With STAGE=dump, one shard of `dump run`, of a synthesis with the same number of shards, with as many engines as fit.
 #
 #   sbatch --array=0-63 --gpus-per-node=8 --time=12:00:00 distributed/worker.sh RECIPE INPUT OUTPUT [--set KEY=VALUE ...]
 #   STAGE=dump sbatch --array=0-63 --gpus-per-node=8 --dependency=aftercorr:JOB distributed/worker.sh RECIPE OUTPUT STORE
@@ -20,7 +20,8 @@
 #   SHARDS                   number of all shards, for an array of only some of them (sbatch --array=3,17)
 #   BACKEND                  vllm or sglang, over the recipe's serve.backend
 #   SERVERS                  of this node (default: its GPUs / those of a server by the recipe)
-#   CUDA_VISIBLE_DEVICES     the GPUs to divide among the servers (default: all that nvidia-smi lists)
+#   ENGINES                  of a dump on this node (default: its GPUs / those of an engine by the recipe)
+#   CUDA_VISIBLE_DEVICES     the GPUs to divide among the servers or engines (default: all of the node)
 #   THINKING_MODES           as `synth generate --thinking-modes`
 #   VLLM_SERVE_EXTRA_ARGS, SGLANG_SERVE_EXTRA_ARGS
 #                            more flags of the server, quoted as for a shell: '--hf-overrides "{\"a b\": 1}"'
@@ -82,7 +83,7 @@ again() {
 case $stage in
   synth) ;;
   dump)
-    dump run "${with[@]}" --conversations "$input" --output "$output" --shard "$shard" &
+    dump run "${with[@]}" --conversations "$input" --output "$output" --shard "$shard" --engines "${ENGINES:-0}" &
     work_pid=$!
     wait "$work_pid"
     work_pid=

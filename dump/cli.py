@@ -25,7 +25,9 @@ def plan(
     conversations: Annotated[Path | None, typer.Option(help="Output folder of `synth generate`.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Without --conversations: number of samples.")] = None,
     mean_tokens: Annotated[int, typer.Option(min=1, help="With --samples: mean tokens of a sample.")] = 2000,
-    rate: Annotated[float | None, typer.Option(help="Tokens/s of one process, printed by an earlier run.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Tokens/s of one process with all its engines, printed by an earlier run.")
+    ] = None,
     shards: Annotated[int, typer.Option(help="Processes that share the work.")] = 1,
     set_: OverridesOption = None,
 ) -> None:
@@ -58,6 +60,10 @@ def run(
     backend: Annotated[
         str | None, typer.Option(help="vllm, server or hf (transformers).", show_default="the recipe's")
     ] = None,
+    engines: Annotated[
+        int | None,
+        typer.Option(min=0, help="vLLM engines, each on its own GPUs; 0: as many as fit.", show_default="the recipe's"),
+    ] = None,
     truncate: Annotated[
         bool | None, typer.Option("--truncate", help="Cut over-length samples.", show_default="leave them out")
     ] = None,
@@ -80,6 +86,7 @@ def run(
 
     flags = {
         "dump.backend": backend,
+        "dump.engines": engines,
         "dump.truncate": truncate,
         "dump.max_reject_fraction": max_reject_fraction,
         "dump.staging_dir": staging_dir,

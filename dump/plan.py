@@ -91,7 +91,7 @@ def show_plan(recipe: Recipe, plan: Plan, target: Target, rate: float | None, sh
             f"hours        {hours:.2f} at {rate:.0f} tokens/s"
             + (f", {hours / shards:.2f} on {shards} shards" if shards > 1 else "")
         )
-        print(f"node-hours   {hours:.2f}, without the start-up of {shards} engines")
+        print(f"node-hours   {hours:.2f}, without the start-up of {shards} processes")
     else:
         print("hours        give --rate, the tokens/s that an earlier run printed")
 

@@ -41,25 +41,33 @@ class VllmOffline:
         self._llm = LLM(model=str(target.path), use_tqdm_on_load=False, **args)
         self._engine = self._llm.llm_engine
         config = self._engine.vllm_config
-        self._max_requests = REQUESTS_AHEAD * config.scheduler_config.max_num_seqs
+        self.max_requests = REQUESTS_AHEAD * config.scheduler_config.max_num_seqs
         # Bytes of one token's staged states, which have the engine's dtype.
         self.token_bytes = (len(layer_ids) + 1) * target.hidden_size * config.model_config.dtype.itemsize
         self._parameters = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        self._running: set[str] = set()
+        self._held: list[Staged] = []
+
+    @property
+    def engines(self) -> list[VllmOffline]:
+        return [self]
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether samples were added that `step` has not returned."""
+        return bool(self._running or self._held)
 
     def capture(self, samples: Iterator[tuple[str, list[int]]], staging: Staging) -> Iterator[Staged]:
         """Run one prefill for each `(sample id, token ids)`, keeping the engine's batches full."""
-        running: set[str] = set()
-        self._held: list[Staged] = []
         for sample_id, token_ids in samples:
-            while len(running) >= self._max_requests or not staging.take(len(token_ids) * self.token_bytes):
-                if running or self._held:
-                    yield from self._step(running)
+            while len(self._running) >= self.max_requests or not staging.take(len(token_ids) * self.token_bytes):
+                if self.is_busy:
+                    yield from self.step()
                 else:
                     staging.wait()
-            running.add(sample_id)
-            self._add(sample_id, token_ids)
-        while running or self._held:
-            yield from self._step(running)
+            self.add(sample_id, token_ids)
+        while self.is_busy:
+            yield from self.step()
 
     @property
     def engines(self) -> list[VllmOffline]:
@@ -68,25 +76,30 @@ class VllmOffline:
     def close(self) -> None:
         """Do nothing: the engine ends with the process."""
 
-    def _add(self, request_id: str, token_ids: list[int]) -> None:
-        self._engine.add_request(request_id, {"prompt_token_ids": token_ids}, self._parameters)
+    def add(self, sample_id: str, token_ids: list[int]) -> None:
+        """Start one prefill."""
+        self._running.add(sample_id)
+        self._request(sample_id, token_ids)
 
-    def _step(self, running: set[str]) -> Iterator[Staged]:
-        """Run one step of the engine; yield the samples that finished in the step before.
+    def step(self) -> list[Staged]:
+        """Run one step of the engine; return the samples that finished in the step before.
 
         The engine writes a request's states one step after its last: yielded earlier, the sample would only block the
         writer that waits for them. After the last sample a dummy request forces one more step.
         """
-        if not running:
-            self._add(FLUSH, [0])
+        if not self._running:
+            self._request(FLUSH, [0])
         ready, self._held = self._held, []
         for output in self._engine.step():
             if output.request_id == FLUSH:
                 discard(self._path(output))
             elif output.finished:
-                running.remove(output.request_id)
+                self._running.remove(output.request_id)
                 self._held.append(Staged(output.request_id, self._path(output)))
-        yield from ready
+        return ready
+
+    def _request(self, request_id: str, token_ids: list[int]) -> None:
+        self._engine.add_request(request_id, {"prompt_token_ids": token_ids}, self._parameters)
 
     def _path(self, output: RequestOutput) -> Path | None:
         return staged_path(output.kv_transfer_params, self._folder, "the engine")

@@ -179,6 +179,13 @@ def _check_engine(recipe: Recipe, target: Target) -> None:
     check_block_size("serve.args.", recipe.serve.args, target)
     check_block_size("dump.args.", of_dump, target)
     check_kv_dtype(str(of_dump.get("kv-cache-dtype", "auto")))
+    if recipe.dump.engines > 1 and recipe.dump.backend != "vllm":
+        raise UserError(
+            "dump.engines",
+            found=f"{recipe.dump.engines} engines with dump.backend: {recipe.dump.backend}",
+            expected="1",
+            fix="Use dump.backend: vllm, or list several servers in dump.endpoints.",
+        )
 
 
 def _check_thinking(recipe: Recipe, target: Target) -> Iterator[UserError]:

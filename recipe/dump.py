@@ -14,7 +14,7 @@ from recipe.serve import Args
 
 class DumpSection(Retries):
     backend: Literal["vllm", "server", "hf"] = Field(
-        default="vllm", description="vLLM in this process, vLLM servers (dump.endpoints), or transformers"
+        default="vllm", description="vLLM on this machine, vLLM servers (dump.endpoints), or transformers"
     )
     dtype: Literal["bfloat16", "float32", "fp8_e4m3"] = Field(
         default="bfloat16", description="of the stored states; fp8: one scale per token and layer"
@@ -27,6 +27,9 @@ class DumpSection(Retries):
     )
     args: Args = Field(default={}, description="vLLM's engine arguments, over serve.args")
     env: dict[str, str] = operational(default={}, description="environment of the engine, over serve.env")
+    engines: int = operational(
+        default=1, ge=0, description="vLLM engines of `dump run`, each on its own GPUs; 0: as many as its GPUs allow"
+    )
     endpoints: list[str] = operational(default=[], description="servers with extraction on (`serve command --extract`)")
     concurrency: int = operational(default=64, gt=0, description="requests in flight to each server")
     server_staging_dir: Path | None = operational(

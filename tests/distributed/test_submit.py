@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from distributed.resources import DEFAULTS, Resources
 from distributed.secrets import VARIABLE, hide, hide_again, reveal
 from distributed.submit import Submitted, submit
 from distributed.tasks import Task
+from recipe.load import load_recipe
 
 Job = tuple[str, list[str], str]
 SECRET = "hf_secret"
@@ -91,6 +93,14 @@ def test_dumps_of_finished_shards_wait_for_nothing_and_the_others_stand_as_their
         ("synth", ["1/4", "3/4"], ""), ("synth-merge", [], "afterok:1"), ("dump", ["1/4", "3/4"], "aftercorr:1"),
         ("dump", ["2/4"], ""), ("train", [], "afterok:2:3:4"),
     ]  # fmt: skip
+
+
+def test_a_dump_uses_all_gpus_of_its_task_unless_an_override_says_otherwise(recipe_path: Path) -> None:
+    for overrides, engines in (([], 0), (["dump.engines=3"], 3)):
+        plan = StagePlan(stage="dump", recipe=str(recipe_path), overrides=overrides, input="i", output="o")
+        words = plan.task(0).words
+        sets = [value for word, value in pairwise(words) if word == "--set"]
+        assert load_recipe(recipe_path, sets).dump.engines == engines
 
 
 def test_a_single_task_is_no_array_and_is_waited_for_as_a_job(jobs: list[Job], tmp_path: Path) -> None:

@@ -127,12 +127,15 @@ def test_more_gpus_than_the_task_has_are_refused(worker: Worker, servers: str, a
     assert not worker.log.exists()
 
 
-def test_a_dump_gets_the_recipe_as_it_is(worker: Worker) -> None:
-    result = worker.run("serve.backend=sglang", STAGE="dump", CUDA_VISIBLE_DEVICES="2,3")
+@pytest.mark.parametrize(("given", "passed"), [("", "0"), ("3", "3")])
+def test_a_dump_gets_the_recipe_as_it_is_and_the_engines_of_the_environment_or_all_that_fit(
+    worker: Worker, given: str, passed: str
+) -> None:
+    result = worker.run("serve.backend=sglang", STAGE="dump", CUDA_VISIBLE_DEVICES="2,3", ENGINES=given)
     assert result.returncode == 0, result.stderr
     assert worker.calls("dump") == [
         ["2,3", "run", "--recipe", str(worker.recipe), "--set", "serve.backend=sglang", "--conversations",
-         "prompts.jsonl", "--output", str(worker.folder / "out"), "--shard", "1/4"]
+         "prompts.jsonl", "--output", str(worker.folder / "out"), "--shard", "1/4", "--engines", passed]
     ]  # fmt: skip
 
 
