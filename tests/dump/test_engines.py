@@ -29,7 +29,8 @@ from recipe.load import load_recipe
 from target.layers import captured_layers
 from target.target import Target
 
-COUNT = 400
+COUNT = 200
+STAGING_GIB = 20 * 30 * 3 * 64 * 4 / 2**30  # about 20 samples: engines cannot run far ahead of the writers
 GPUS = "dump.env.CUDA_VISIBLE_DEVICES"
 
 
@@ -119,6 +120,7 @@ def start(recipe_path: Path, many: Path, tmp_path: Path) -> Iterator[Start]:
 
     def start() -> subprocess.Popen[str]:
         words = ("-r", recipe_path, "--conversations", many, "--output", tmp_path / "store", "--engines", 2)
+        words += ("--set", f"dump.staging_gib={STAGING_GIB}")
         process = subprocess.Popen(
             command("dump", "run", *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "5,3"},
