@@ -43,11 +43,6 @@ class Engine(Protocol):
         """Bytes of one token's states while they are staged."""
         ...
 
-    @property
-    def engines(self) -> Sequence[CaptureBackend]:
-        """Each engine as a backend of its own, to give it samples that all must see; `[self]` if there is one."""
-        ...
-
     def capture(self, samples: Iterator[tuple[str, list[int]]], staging: Staging) -> Iterator[Staged]:
         """Yield each of `samples`, `(sample id, token ids)`, once it is captured, in any order.
 

@@ -73,10 +73,6 @@ class Transformers:
                 ffn.register_forward_hook(keep(layer_id))
         return kept
 
-    @property
-    def engines(self) -> list[Transformers]:
-        return [self]
-
     @torch.inference_mode()
     def forward(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Return the states `(T, n+1, H)` of one sample; the last is the final state before the final norm."""

@@ -61,10 +61,6 @@ class Servers:
             self._stop_loop()
             raise
 
-    @property
-    def engines(self) -> list[Servers]:
-        return [self]
-
     def capture(self, samples: Iterator[tuple[str, list[int]]], staging: Staging) -> Iterator[Staged]:
         """Yield each of `samples`, `(sample id, token ids)`, once its file is complete or it has failed.
 

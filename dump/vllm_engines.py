@@ -25,6 +25,7 @@ from dump.capture import Staged, Staging
 from dump.gpus import VISIBLE, divide_gpus
 from recipe.recipe import Recipe
 from serve.engine import engine_env
+from serve.extraction import extraction_args
 from serve.vllm_main import PARENT_ENV
 from target.target import Target
 
@@ -52,13 +53,19 @@ class Ready:
 
 
 class VllmEngines:
-    """All engines of a dump."""
+    """All engines of a dump. A preflight must see each of `engines`."""
+
+    name = "vLLM"
 
     def __init__(self, recipe: Recipe, target: Target, layer_ids: Sequence[int], staging: Staging) -> None:
         """Load the target in all engines at the same time. Raises IncompleteError if one of them ends."""
+        gpus_of_engines = divide_gpus(recipe)
+        args = {**extraction_args(recipe, target, layer_ids, staging.folder), "kv_transfer_config": None}
+        # Other engines or GPUs need a preflight of their own.
+        self.settings = {"args": args, "env": engine_env(recipe.dump.env), "engines": gpus_of_engines}
         self.engines: list[Engine] = []
         try:
-            for number, gpus in enumerate(divide_gpus(recipe)):
+            for number, gpus in enumerate(gpus_of_engines):
                 # Of its own, because all engines name the states of their dummy requests alike.
                 folder = staging.folder / f"engine-{number}"
                 folder.mkdir()
@@ -108,10 +115,6 @@ class Engine:
         self._printer = threading.Thread(target=self._print_output, name=name, daemon=True)
         self._printer.start()
         self._send(job)
-
-    @property
-    def engines(self) -> list[Engine]:
-        return [self]
 
     @property
     def has_room(self) -> bool:

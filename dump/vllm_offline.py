@@ -49,10 +49,6 @@ class VllmOffline:
         self._held: list[Staged] = []
 
     @property
-    def engines(self) -> list[VllmOffline]:
-        return [self]
-
-    @property
     def is_busy(self) -> bool:
         """Whether samples were added that `step` has not returned."""
         return bool(self._running or self._held)
