@@ -115,6 +115,40 @@ def acceptance(
 
 
 @app.command(
+    epilog="Example: bench lossless -r recipe.yaml --conversations runs/synth/held_out --draft runs/export "
+    "--requests tools.jsonl --output runs/lossless"
+)
+@expand_options
+def lossless(
+    options: RecipeOptions,
+    draft: DraftOption,
+    conversations: Annotated[Path, typer.Option(help="Held-out greedy conversations (`synth generate`).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the replies and figures.")],
+    requests: Annotated[
+        Path | None,
+        typer.Option(help="Chat requests to send along: a JSONL of messages, tools, tool_choice, structured_outputs."),
+    ] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(min=1, help="Requests in flight. Repeatable.", show_default="1, 8, 32")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per engine step.", show_default="half of the median prompt")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Largest gap of two logits that is a tie.", show_default="0.001 for fp32, else 0.25"
+        ),
+    ] = None,
+) -> None:
+    """Check greedy equality under prefix caching, chunked prefill, concurrency and tool calls."""
+    from bench.production import Check, Load, check
+
+    load = Load(conversations, requests, concurrency or [1, 8, 32], max_num_batched_tokens, tolerance)
+    check(Check(options.load(), draft, load, output))
+
+
+@app.command(
     epilog="Example: bench gate -r recipes/Tiny-DFlash/recipe.yaml --store runs/store --output runs/gate --samples 100"
 )
 @expand_options

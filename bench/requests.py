@@ -208,6 +208,7 @@ def score(server: Served, prompt: Sequence[int], token_ids: Sequence[int]) -> li
         "logprobs": 1,
         "logprob_token_ids": list(token_ids),
         "return_tokens_as_token_ids": True,
+        "cache_salt": "score",  # computed by the target alone, not read from what a drafting request cached
     }
     try:
         answer = ask(lambda client: client.complete(url, body, REQUEST_TIMEOUT_S))

@@ -111,6 +111,10 @@ class Client:
         """Return vLLM's speculative decoding counters, summed over engines (see `to_counters`)."""
         return to_counters(await self._read_metrics(url, "spec_decode_"))
 
+    async def read_cache_counters(self, url: str) -> dict[str, float]:
+        """Return the prompt tokens that vLLM looked up in its prefix cache (`queries`) and found there (`hits`)."""
+        return await self._read_metrics(url, "prefix_cache_")
+
     async def _read_metrics(self, url: str, prefix: str) -> dict[str, float]:
         response = await self._get(f"{_root(url)}/metrics")
         if response.status_code != 200:
