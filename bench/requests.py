@@ -17,6 +17,7 @@ from contracts.conversation import NO_FILTERS, NO_PENALTIES, Conversation
 from serve.client import AnswerError, Client, ask
 
 REQUEST_TIMEOUT_S = 600.0
+NUM_SCORED = 20  # vLLM's default --max-logprobs
 SAMPLING_KEYS = ("temperature", *NO_FILTERS, *NO_PENALTIES)
 
 
@@ -197,7 +198,8 @@ def ask_model(url: str) -> str:
 def score(server: Served, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float]:
     """Return the target's log-probability of each of `token_ids` as the token after `prompt`.
 
-    Raises UserError if the server does not return them.
+    A token beyond the `NUM_SCORED` likeliest gets the least of theirs, an upper bound. Raises UserError if the server
+    returns none.
     """
     url = f"{server.url}/v1"
     body = {
@@ -205,15 +207,16 @@ def score(server: Served, prompt: Sequence[int], token_ids: Sequence[int]) -> li
         "prompt": list(prompt),
         "max_tokens": 1,
         "temperature": 0.0,
-        "logprobs": 1,
-        "logprob_token_ids": list(token_ids),
+        # Not logprob_token_ids: a drafting server returns none for them (vllm/v1/sample/rejection_sampler.py, 0.32).
+        "logprobs": NUM_SCORED,
         "return_tokens_as_token_ids": True,
         "cache_salt": "score",  # computed by the target alone, not read from what a drafting request cached
     }
     try:
         answer = ask(lambda client: client.complete(url, body, REQUEST_TIMEOUT_S))
         (found,) = answer["choices"][0]["logprobs"]["top_logprobs"]
-        return [float(found[f"token_id:{token_id}"]) for token_id in token_ids]
+        least = min(map(float, found.values()))
+        return [float(found.get(f"token_id:{token_id}", least)) for token_id in token_ids]
     except (AnswerError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             url, found=str(error) or "none", expected="log-probabilities", fix="Look at the server's log."
