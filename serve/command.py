@@ -41,6 +41,7 @@ from target.target import Target
 MODEL_NAME = "target"
 CHECKOUT = Path(__file__).resolve().parent.parent
 CHECKOUT_IN_CONTAINER = "/draftline"
+VLLM_MODULE = "serve.vllm_main"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class ServeCommand:
     host: str
     port: int
     on_cpu: bool = False
-    module: str = "serve.vllm_main"
+    module: str = VLLM_MODULE
 
     @property
     def argv(self) -> list[str]:
@@ -62,7 +63,7 @@ class ServeCommand:
     @property
     def program(self) -> list[str]:
         """The words before the arguments, as a person would type them."""
-        is_vllm = self.module == "serve.vllm_main" and not self.on_cpu
+        is_vllm = self.module == VLLM_MODULE and not self.on_cpu
         return ["vllm"] if is_vllm else ["python", "-m", self.module]
 
     def to_shell(self) -> str:

@@ -21,7 +21,9 @@ from typing import IO
 from common.errors import UserError
 from common.files import explain_unwritable
 from serve.client import ask
-from serve.command import ServeCommand
+from serve.command import VLLM_MODULE, ServeCommand
+from serve.flags import parse_flags
+from serve.releases import check_release
 from serve.vllm_main import PARENT_ENV
 
 STOP_TIMEOUT_S = 20.0
@@ -70,9 +72,11 @@ def find_port(host: str, port: int | None) -> int:
 def run_server(command: ServeCommand, *, log_path: Path, startup_timeout_s: float) -> Iterator[Server]:
     """Run the command's server during the block; it is healthy when the block begins.
 
-    Raises UserError if the port is in use, if the server exits before it is healthy, or if it is not healthy within
-    `startup_timeout_s`.
+    Raises UserError if the port is in use, if the installed vLLM does not work, if the server exits before it is
+    healthy, or if it is not healthy within `startup_timeout_s`.
     """
+    if command.module == VLLM_MODULE:
+        check_release(parse_flags(command.args[2:]))
     find_port(command.host, command.port)
     started = time.monotonic()
     with _open_log(log_path) as log:

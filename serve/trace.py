@@ -21,6 +21,7 @@ from drafts.published import read_descriptor
 from recipe.recipe import Recipe
 from serve.command import speculative_config
 from serve.engine import engine_env
+from serve.releases import check_release, find_draft_model
 from target.target import Target
 
 
@@ -35,8 +36,7 @@ class TraceExtension:
         self.trace_noted: dict[str, list[torch.Tensor]] = {}
         if hasattr(self, "trace_draft"):
             return
-        runner = self.model_runner
-        model = (getattr(runner, "drafter", None) or runner.speculator).model
+        model = find_draft_model(self.model_runner)
         self.trace_draft = model
         combine, compute, forward = model.combine_hidden_states, model.compute_logits, model.forward
 
@@ -96,8 +96,9 @@ def trace_engine(
 ) -> list[Trace]:
     """Trace samples `(id, reply start, token ids)` with the recipe's engine arguments, in eager mode.
 
-    Raises UserError if the draft was made for another target.
+    Raises UserError if the draft was made for another target, or the installed vLLM does not work.
     """
+    check_release(recipe.serve.args)
     speculative = {**speculative_config(draft, target), **recipe.serve.speculative}
     method = read_descriptor(draft).method
     os.environ.update(engine_env(recipe.serve.env))

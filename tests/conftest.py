@@ -72,9 +72,14 @@ bench:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start engines come first: they take longest, and a run should end with short ones."""
+    """Files that start engines come first: they take longest, and a run should end with short ones.
+
+    A report names what a test proves of a vLLM release (release_table.py).
+    """
     slow = {item.path for item in items if item.get_closest_marker("vllm")}
     items.sort(key=lambda item: item.path not in slow)
+    for item in items:
+        item.user_properties += [("proves", part) for mark in item.iter_markers("proves") for part in mark.args]
 
 
 def build_target(folder: Path, seed: int, max_position_embeddings: int = 512) -> Path:
@@ -177,6 +182,13 @@ def run(*args: object, check: bool = True) -> subprocess.CompletedProcess[str]:
     return raise_failed(result) if check else result
 
 
+class Captured(io.StringIO):
+    """A standard stream kept as text. vLLM before 0.32 silences the file descriptor of sys.stdout at its start."""
+
+    def fileno(self) -> int:
+        return 1
+
+
 def run_here(*args: object, check: bool = True) -> subprocess.CompletedProcess[str]:
     """The same in this process, which has imported torch and transformers already: half of a short command's time.
 
@@ -184,7 +196,7 @@ def run_here(*args: object, check: bool = True) -> subprocess.CompletedProcess[s
     what a process of its own prints.
     """
     name, *rest = map(str, args)
-    out, err = io.StringIO(), io.StringIO()
+    out, err = Captured(), Captured()
     argv, on_sigterm, code = sys.argv, signal.getsignal(signal.SIGTERM), 0
     sys.argv = [name, *rest]
     try:

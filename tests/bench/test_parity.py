@@ -16,7 +16,7 @@ from written import write_conversations
 
 from contracts.draft import DraftRun
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.proves("trace"), pytest.mark.timeout(300)]
 KNOWN = 300
 
 

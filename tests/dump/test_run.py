@@ -43,6 +43,7 @@ def done(folder: Path) -> dict[str, dict[str, object]]:
 
 
 @pytest.mark.vllm
+@pytest.mark.proves("extraction")
 @pytest.mark.timeout(600)
 def test_vllm_its_server_and_transformers_agree_layer_by_layer(
     recipe_path: Path, conversations: Path, tmp_path: Path
@@ -75,6 +76,7 @@ def test_vllm_its_server_and_transformers_agree_layer_by_layer(
 
 
 @pytest.mark.vllm
+@pytest.mark.proves("extraction")
 @pytest.mark.timeout(600)
 def test_states_of_a_cached_prefix_are_whole_when_caching_is_asked_for(
     recipe_path: Path, target_folder: Path, tmp_path: Path

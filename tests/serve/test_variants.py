@@ -70,6 +70,7 @@ def test_the_command_is_the_golden_one(variant: str, hardware: str, draft: str, 
 
 
 @pytest.mark.vllm
+@pytest.mark.proves("flags")
 def test_vllms_own_parser_knows_every_flag_of_the_golden_commands() -> None:
     commands = []
     for path in sorted(GOLDEN.glob("*.sh")):

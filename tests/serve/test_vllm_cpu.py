@@ -16,6 +16,7 @@ from serve.engine import is_cpu_engine
 
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.proves("plugin"),
     pytest.mark.skipif(not is_cpu_engine(), reason="the fixes are for the CPU build of vLLM"),
 ]
 FIXES = ("keep_seeded_generators_usable", "expand_sampling_parameters", "accept_empty_top_k")

@@ -19,7 +19,7 @@ from serve.server import find_port, run_server
 from target.sampling import Context, probabilities_of
 from target.target import Target
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.proves("token ids"), pytest.mark.timeout(900)]
 
 MT_BENCH = ROOT.parent / "shared/data/prompts/mt_bench.jsonl"
 MODES = ("enabled", *(pytest.param(mode, marks=pytest.mark.long) for mode in ("disabled", "adaptive")))

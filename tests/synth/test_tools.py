@@ -22,7 +22,7 @@ from serve.command import Serving, build_command
 from serve.server import find_port, run_server
 from target.target import Target
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.proves("token ids"), pytest.mark.timeout(900)]
 
 END = "[e~["
 CALL = '{"name": "look", "arguments": {"at": 3}}'

@@ -69,6 +69,7 @@ def make_rows() -> tuple[torch.Tensor, Context]:
 
 
 @pytest.mark.vllm
+@pytest.mark.proves("sampling")
 @pytest.mark.timeout(300)
 def test_penalties_and_probabilities_are_those_of_vllms_own_functions(tmp_path: Path) -> None:
     logits, context = make_rows()

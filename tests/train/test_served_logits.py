@@ -40,6 +40,7 @@ def build_draft(run: DraftRun) -> Draft:
 
 
 @pytest.mark.vllm
+@pytest.mark.proves("EAGLE3 logits")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("yarn", "known", "layout"), [(True, None, "native"), (False, None, "speculators"), (False, 300, "native")]
@@ -84,6 +85,7 @@ def test_logits_of_an_exported_eagle3_draft_are_the_trainers(
 
 
 @pytest.mark.vllm
+@pytest.mark.proves("DFlash logits")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("yarn", "layout"), [(True, "native"), (False, "speculators")])
 def test_logits_of_an_exported_dflash_draft_are_the_trainers(
