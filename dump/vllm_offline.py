@@ -30,14 +30,14 @@ class VllmOffline:
 
     def __init__(self, recipe: Recipe, target: Target, layer_ids: Sequence[int], staging: Staging) -> None:
         """Load the target. Raises UserError if the installed vLLM does not work (see `check_release`)."""
-        args = extraction_args(recipe, target, layer_ids, staging.folder)
-        check_release(args)
+        check_release()
         # The engine logs to this process's terminal, so show only its errors.
         quiet = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
         os.environ.update({**quiet, **engine_env({**recipe.serve.env, **recipe.dump.env})})
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
         from vllm import LLM, SamplingParams
 
+        args = extraction_args(recipe, target, layer_ids, staging.folder)
         self._folder = staging.folder
         self.settings = {"args": {**args, "kv_transfer_config": None}, "env": engine_env(recipe.dump.env)}
         self._llm = LLM(model=str(target.path), use_tqdm_on_load=False, **args)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -25,35 +24,30 @@ BROKEN: tuple[tuple[Release, str], ...] = (
 )
 """What breaks in all releases before the first number."""
 
-EXTRACTS_ON_RANKS: Release = (0, 31)
-"""First release whose hidden-state connector works with tensor parallelism.
-
-Before it, the scheduler waits for a notice from every rank that a request's states are written. Only rank 0 writes, so
-no request is freed (`get_finished_count` of ExampleHiddenStatesConnector).
-"""
+WITHOUT_DRAFT_KERNELS: tuple[Release, ...] = ((0, 30),)
+"""Releases whose CPU build does not use its own kernels of drafts; serve/vllm_cpu/draft_kernels.py makes it."""
 
 
-def check_release(args: Mapping[str, Any]) -> None:
-    """Check the installed vLLM before an engine starts with `args` (engine arguments or flags, without dashes).
+def check_release() -> None:
+    """Check the installed vLLM; call it before an engine starts.
 
-    Prints one line if the release was not tested, once per process. Raises UserError if it is known not to work, at
-    all or with these arguments.
+    Prints one line if the release was not tested, once per process. Raises UserError if it is known not to work.
     """
     name, version = engine_name()
-    release = parse_release(version)
-    reasons = [reason for before, reason in BROKEN if release < before]
-    names = {key.replace("_", "-"): value for key, value in args.items()}
-    ranks = int(names.get("tensor-parallel-size", 1))
-    if ranks > 1 and "kv-transfer-config" in names and release < EXTRACTS_ON_RANKS:
-        reasons.append(f"tensor-parallel-size {ranks} while it extracts hidden states; it never frees their requests")
-    if reasons:
-        raise UserError(
-            f"{name} {version}",
-            found=reasons[0],
-            expected=f"one of {name} {', '.join(PROVEN)}",
-            fix=f"Install another release: pip install '{name}=={PROVEN[-1]}' (docs/vllm-versions.md).",
-        )
+    for before, reason in BROKEN:
+        if parse_release(version) < before:
+            raise UserError(
+                f"{name} {version}",
+                found=reason,
+                expected=f"one of {name} {', '.join(PROVEN)}",
+                fix=f"Install another release: pip install '{name}=={PROVEN[-1]}' (docs/vllm-versions.md).",
+            )
     _tell_untested(name, version)
+
+
+def lacks_draft_kernels() -> bool:
+    """Return whether the installed CPU build needs `use_draft_kernels`."""
+    return parse_release(engine_name()[1]) in WITHOUT_DRAFT_KERNELS
 
 
 def parse_release(version: str) -> Release:

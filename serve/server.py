@@ -22,7 +22,6 @@ from common.errors import UserError
 from common.files import explain_unwritable
 from serve.client import ask
 from serve.command import VLLM_MODULE, ServeCommand
-from serve.flags import parse_flags
 from serve.releases import check_release
 from serve.vllm_main import PARENT_ENV
 
@@ -76,7 +75,7 @@ def run_server(command: ServeCommand, *, log_path: Path, startup_timeout_s: floa
     healthy, or if it is not healthy within `startup_timeout_s`.
     """
     if command.module == VLLM_MODULE:
-        check_release(parse_flags(command.args[2:]))
+        check_release()
     find_port(command.host, command.port)
     started = time.monotonic()
     with _open_log(log_path) as log:

@@ -98,7 +98,7 @@ def trace_engine(
 
     Raises UserError if the draft was made for another target, or the installed vLLM does not work.
     """
-    check_release(recipe.serve.args)
+    check_release()
     speculative = {**speculative_config(draft, target), **recipe.serve.speculative}
     method = read_descriptor(draft).method
     os.environ.update(engine_env(recipe.serve.env))

