@@ -27,6 +27,12 @@ BROKEN: tuple[tuple[Release, str], ...] = (
 WITHOUT_DRAFT_KERNELS: tuple[Release, ...] = ((0, 30),)
 """Releases whose CPU build does not use its own kernels of drafts; serve/vllm_cpu/draft_kernels.py makes it."""
 
+CAPTURES_BEFORE_REDUCTION = frozenset({(0, 30), (0, 31), (0, 32)})
+"""Releases whose NVIDIA MiniMax-M3 captures a layer before its all-reduce (docs/tensor-parallel.md).
+
+Another release may capture after it, and must not be reduced a second time.
+"""
+
 
 def check_release() -> None:
     """Check the installed vLLM; call it before an engine starts.
@@ -68,5 +74,8 @@ def _tell_untested(name: str, version: str) -> None:
 
 
 def find_draft_model(runner: Any) -> Any:
-    """Return the draft's module in a worker's model runner. The attribute is `drafter` in V1 and `speculator` in V2."""
-    return (getattr(runner, "drafter", None) or runner.speculator).model
+    """Return the draft's module in a worker's model runner; None without a draft.
+
+    The attribute is `drafter` in V1 and `speculator` in V2.
+    """
+    return getattr(getattr(runner, "drafter", None) or getattr(runner, "speculator", None), "model", None)

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-CHECKED_RELEASES = ("0.30.", "0.31.", "0.32.")
-"""Releases whose NVIDIA MiniMax-M3 captures before the reduction. A fixed one must not be reduced a second time."""
+from serve.releases import CAPTURES_BEFORE_REDUCTION, parse_release
 
 
 def register() -> None:
@@ -52,7 +51,7 @@ def complete_captures(model: Any) -> None:
     if not deferring or get_tensor_model_parallel_world_size() == 1 or "_maybe_add_hidden_state" in vars(model):
         return
     logger = init_logger("vllm.draftline")  # below "vllm", whose level and format it shares
-    if not vllm.__version__.startswith(CHECKED_RELEASES):
+    if parse_release(vllm.__version__) not in CAPTURES_BEFORE_REDUCTION:
         logger.warning(
             "vLLM %s: found layers with a deferred all-reduce. Captured hidden states may be partial sums of tensor "
             "parallelism; this release was not checked, so they are left as they are. Draftline's preflight compares "

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from serve.releases import find_draft_model
+
 FOLDER_ENV = "DRAFTLINE_DRAFT_INPUTS"
 START_FILE = "start"
 NUM_ROWS = 16
@@ -39,7 +41,7 @@ def watch_draft(runner: Any, folder: Path) -> None:
     from safetensors.torch import save_file
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
-    model: Any = getattr(getattr(runner, "drafter", None) or getattr(runner, "speculator", None), "model", None)
+    model = find_draft_model(runner)
     if not hasattr(model, "combine_hidden_states"):
         return
     combine = model.combine_hidden_states

@@ -1,4 +1,8 @@
-"""A backend that compiles nothing: kernels run in Triton's interpreter (TRITON_INTERPRET=1)."""
+"""Triton's interpreter as a backend named `cpu`, so that vLLM's V2 model runner starts without a GPU. For tests only.
+
+The folder above on PYTHONPATH installs it: its entry points are in v2_runner-0.dist-info. Before vLLM loads plugins it
+asks for a backend of that name with an active driver. Kernels run in the interpreter (TRITON_INTERPRET=1).
+"""
 
 from __future__ import annotations
 
