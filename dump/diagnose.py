@@ -39,7 +39,10 @@ def find_plain_defect(head: TargetHead, sample: StoredSample) -> str:
 
 @torch.inference_mode()
 def name_defect(head: TargetHead, sample: StoredSample, layer_ids: Sequence[int], tensor_parallel_size: int = 1) -> str:
-    """Return the hypothesis under which the states predict the tokens, else the most likely one."""
+    """Return the hypothesis under which the states predict the tokens, else the most likely one.
+
+    `tensor_parallel_size` of the engine; 0 if it is unknown.
+    """
     states = sample.hidden_states.float()
     places = sample.loss_mask.nonzero()[:, 0]
     tokens = sample.input_ids.long()
@@ -59,11 +62,12 @@ def name_defect(head: TargetHead, sample: StoredSample, layer_ids: Sequence[int]
         aux = sample.aux_hidden_states[:, number * width : (number + 1) * width].float()
         if torch.equal(aux, states):
             return f"the final state is the output of layer {layer_id}"
+    if tensor_parallel_size != 1:
+        ranks = f"the engine had {tensor_parallel_size} ranks" if tensor_parallel_size else "if the engine had several"
+        return (
+            f"they are partial sums of tensor parallelism ({ranks}, docs/tensor-parallel.md), or states of another "
+            "conversation, layer or checkpoint"
+        )
     if explains(head.logits(states[places - 1]), tokens[places], share=MOST):
         return "they predict most of the tokens, so they are rounded: a quantized KV cache, or quantized weights"
-    if tensor_parallel_size > 1:
-        return (
-            f"they are partial sums of tensor parallelism (the engine had {tensor_parallel_size} ranks, "
-            "docs/tensor-parallel.md), or states of another conversation, layer or checkpoint"
-        )
     return "they are states of another conversation, of another layer or of another checkpoint of the target"

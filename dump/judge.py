@@ -34,7 +34,10 @@ class Judgement:
 def judge_states(
     head: TargetHead, sample: StoredSample, layer_ids: Sequence[int], dtype: str, tensor_parallel_size: int = 1
 ) -> Judgement:
-    """Compare the sample's final states with its tokens. `dtype`: of the states; it sets the tolerance."""
+    """Compare the sample's final states with its tokens.
+
+    `dtype`: of the states; it sets the tolerance. `tensor_parallel_size`: see `name_defect`.
+    """
     if plain := find_plain_defect(head, sample):
         return Judgement(found=f"that {plain}", expected="the target's un-normed states")
     tolerance = TIE_TOLERANCE[dtype]

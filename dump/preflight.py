@@ -229,7 +229,8 @@ class Checker:
         kept = len(sample.token_ids)
         stored = make_stored(row.conversation, sample, Captured(captured.layers[:kept], captured.final[:kept]))
         dtype = str(captured.final.dtype).removeprefix("torch.")
-        judged = judge_states(self._head, stored, self._layer_ids, dtype, ranks)
+        # Ranks that are equal do not hold partial sums; unknown ones may.
+        judged = judge_states(self._head, stored, self._layer_ids, dtype, tensor_parallel_size=1 if ranks else 0)
         if judged.found:
             defect = self._find_layer_defect(row, captured)
             seen = f". Beside transformers: found {defect.found}, expected {defect.expected}" if defect else ""

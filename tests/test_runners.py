@@ -137,3 +137,25 @@ def test_trainer_and_engine_agree_on_every_tensor_on_the_way_to_the_draft_logits
     stages = [stage["stage"] for stage in report["stages"]]
     assert {"teacher argmax", "draft slot 1", "draft slot 3"} < set(stages)
     assert max(stage["difference"] for stage in report["stages"]) < 1e-3
+
+
+@pytest.mark.parametrize("stage", ["dump", "bench"])
+def test_partial_sums_of_two_ranks_are_named_where_no_preflight_saw_them(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    args = ["--recipe", str(RECIPE), *overrides(pipeline), "--set", "serve.args.tensor-parallel-size=2"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests/seeded_defects"))
+    monkeypatch.setenv("SEEDED_DEFECT", "partial sums")
+    if stage == "bench":
+        places = ("--conversations", pipeline / "synth/held_out", "--draft", pipeline / "export")
+        refused = run("bench", "acceptance", *args, *places, "--output", tmp_path / "bench", check=False)
+        assert refused.returncode == 2
+        assert "the draft's input on tensor-parallel rank 1: found states" in refused.stderr
+        assert not (tmp_path / "bench/draft.json").exists()
+    else:
+        places = ("--conversations", pipeline / "synth/held_out", "--output", tmp_path / "store")
+        run("dump", "run", *args, *places, "--no-preflight")
+        refused = run_here("dump", "verify", *args, "--store", tmp_path / "store", check=False)
+        assert refused.returncode == 1
+        assert "(the engine had 2 ranks, docs/tensor-parallel.md)" in refused.stderr
+    assert "partial sums of tensor parallelism" in refused.stderr
