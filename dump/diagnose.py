@@ -47,10 +47,13 @@ def name_defect(head: TargetHead, sample: StoredSample, layer_ids: Sequence[int]
     places = sample.loss_mask.nonzero()[:, 0]
     tokens = sample.input_ids.long()
 
-    def explains(logits: torch.Tensor, wanted: torch.Tensor, share: float = ENOUGH) -> bool:
-        return float((logits.argmax(-1) == wanted).float().mean()) >= share
+    def explains(logits: torch.Tensor, wanted: torch.Tensor) -> bool:
+        return float((logits.argmax(-1) == wanted).float().mean()) >= ENOUGH
 
-    for other in set(get_args(FinalNorm)) - {head.norm_kind}:
+    own = float((head.logits(states[places - 1]).argmax(-1) == tokens[places]).float().mean())
+    # States that predict most of the tokens have no other norm, which may predict them as well.
+    norms = set(get_args(FinalNorm)) - {head.norm_kind} if own < MOST else ()
+    for other in norms:
         if explains(replace(head, norm_kind=other).logits(states[places - 1]), tokens[places]):
             return f"the states fit a {other} norm, the target is read as having a {head.norm_kind} norm"
     for shift, words in ((1, "later"), (-1, "earlier")):
@@ -68,6 +71,6 @@ def name_defect(head: TargetHead, sample: StoredSample, layer_ids: Sequence[int]
             f"they are partial sums of tensor parallelism ({ranks}, docs/tensor-parallel.md), or states of another "
             "conversation, layer or checkpoint"
         )
-    if explains(head.logits(states[places - 1]), tokens[places], share=MOST):
+    if own >= MOST:
         return "they predict most of the tokens, so they are rounded: a quantized KV cache, or quantized weights"
     return "they are states of another conversation, of another layer or of another checkpoint of the target"

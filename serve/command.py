@@ -41,7 +41,7 @@ from target.target import Target
 MODEL_NAME = "target"
 CHECKOUT = Path(__file__).resolve().parent.parent
 CHECKOUT_IN_CONTAINER = "/draftline"
-VLLM_MODULE = "serve.vllm_main"
+SERVER_MODULE = "serve.vllm_main"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ServeCommand:
     host: str
     port: int
     on_cpu: bool = False
-    module: str = VLLM_MODULE
+    module: str = SERVER_MODULE
 
     @property
     def argv(self) -> list[str]:
@@ -63,7 +63,7 @@ class ServeCommand:
     @property
     def program(self) -> list[str]:
         """The words before the arguments, as a person would type them."""
-        is_vllm = self.module == VLLM_MODULE and not self.on_cpu
+        is_vllm = self.module == SERVER_MODULE and not self.on_cpu
         return ["vllm"] if is_vllm else ["python", "-m", self.module]
 
     def to_shell(self) -> str:

@@ -21,7 +21,7 @@ from typing import IO
 from common.errors import UserError
 from common.files import explain_unwritable
 from serve.client import ask
-from serve.command import VLLM_MODULE, ServeCommand
+from serve.command import SERVER_MODULE, ServeCommand
 from serve.releases import check_release
 from serve.vllm_main import PARENT_ENV
 
@@ -74,7 +74,7 @@ def run_server(command: ServeCommand, *, log_path: Path, startup_timeout_s: floa
     Raises UserError if the port is in use, if the installed vLLM does not work, if the server exits before it is
     healthy, or if it is not healthy within `startup_timeout_s`.
     """
-    if command.module == VLLM_MODULE:
+    if command.module == SERVER_MODULE:
         check_release()
     find_port(command.host, command.port)
     started = time.monotonic()

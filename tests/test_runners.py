@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,6 +139,17 @@ def test_trainer_and_engine_agree_on_every_tensor_on_the_way_to_the_draft_logits
     stages = [stage["stage"] for stage in report["stages"]]
     assert {"teacher argmax", "draft slot 1", "draft slot 3"} < set(stages)
     assert max(stage["difference"] for stage in report["stages"]) < 1e-3
+
+
+@pytest.mark.parametrize("runner", ["v2"], indirect=True)
+def test_the_connector_of_gpus_writes_the_states_of_each_rank_for_a_preflight_only(
+    runner: Runner, target_folder: Path, tmp_path: Path
+) -> None:
+    script = [sys.executable, str(ROOT / "tests/serve/engine_probe.py"), "gpu_connector"]
+    result = subprocess.run(
+        [*script, str(target_folder), str(tmp_path / "states")], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert result.stdout.endswith("fine\n"), result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("stage", ["dump", "bench"])

@@ -38,7 +38,7 @@ def test_layers_and_final_state_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("states", "ids", "reason"),
     [
-        (torch.zeros(2, 3, HIDDEN), IDS, "shape"),
+        (torch.zeros(2, 3, HIDDEN), IDS, "2 of 3 tokens"),
         (torch.zeros(3, 2, HIDDEN), IDS, "shape"),
         (torch.zeros(3, 3, HIDDEN), [7, 8, 8], "other token ids"),
         (torch.full((3, 3, HIDDEN), float("nan")), IDS, "not finite"),

@@ -71,7 +71,38 @@ def our_connector(target: str, folder: str) -> None:
     capture(target, folder, {"kv_connector": "CPUHiddenStatesConnector", "kv_connector_module_path": module})
 
 
-def capture(target: str, folder: str, connector: dict[str, Any]) -> None:
+def gpu_connector(target: str, folder: str) -> None:
+    """The connector of GPUs, under the V2 runner: vLLM replaces CUDA's streams and events there, but for two things."""
+    from pathlib import Path
+
+    import torch
+    from safetensors.torch import load_file
+    from vllm.v1.worker.cpu import shm
+
+    from contracts.rank_states import PREFLIGHT, find_rank_files
+
+    empty_like = torch.empty_like
+    torch.empty_like = lambda *args, pin_memory=False, **kwargs: empty_like(*args, **kwargs)
+    shm._EventPlaceholder.query = lambda self: True
+    module = "serve.vllm_plugins.hidden_states_connector"
+    engine = capture(target, folder, {"kv_connector": "HiddenStatesConnector", "kv_connector_module_path": module})
+    from vllm import SamplingParams
+
+    for name in (f"{PREFLIGHT}-0", "other", "flush"):
+        engine.add_request(name, {"prompt_token_ids": list(range(10, 60))}, SamplingParams(max_tokens=1))
+        while engine.has_unfinished_requests():
+            engine.step()
+    (marked,) = Path(folder).glob(f"{PREFLIGHT}-0*.safetensors")
+    ranks, (states,) = find_rank_files(marked)
+    assert ranks == 1
+    expected = load_file(marked)["hidden_states"]
+    assert expected.shape == (50, 2, 64)
+    assert torch.equal(load_file(states)["hidden_states"], expected)
+    (other,) = Path(folder).glob("other*.safetensors")
+    assert find_rank_files(other) == (0, [])
+
+
+def capture(target: str, folder: str, connector: dict[str, Any]) -> Any:
     llm, sampling = make_llm(
         target,
         enable_prefix_caching=False,
@@ -88,6 +119,7 @@ def capture(target: str, folder: str, connector: dict[str, Any]) -> None:
     )
     for _ in range(2):
         llm.generate([{"prompt_token_ids": [5, 6, 7]}], sampling(max_tokens=1), use_tqdm=False)
+    return llm.llm_engine
 
 
 def make_llm(target: str, **arguments: Any) -> Any:
