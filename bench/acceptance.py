@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -97,11 +97,8 @@ def measure(recipe: Recipe, recipe_args: Sequence[str], draft: Path, matrix: Mat
         todo = [group for group in groups if not (folder / f"{group.name}.json").exists()]
         if todo:
             with _serve(recipe, target, draft, k, matrix.endpoint, folder / "server.log") as (server, ranks):
-                if ranks is not None:
-                    ranks.start()
-                asyncio.run(_send(server, todo[0].turns[:NUM_WARMUP], recipe, 1, "warm-up"))
-                if ranks is not None:
-                    ranks.compare()
+                with ranks.compared() if ranks else nullcontext():
+                    asyncio.run(_send(server, todo[0].turns[:NUM_WARMUP], recipe, 1, "warm-up"))
                 for group in todo:
                     found = serve_group(recipe, server, group, k, compare=not matrix.endpoint)
                     write_json(folder / f"{group.name}.json", found)

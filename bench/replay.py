@@ -132,9 +132,8 @@ def serve_and_send(
         run_server(ranks.command, log_path=log_path, startup_timeout_s=timeout_s) as server,
     ):
         served = Served(server.url, MODEL_NAME)
-        ranks.start()
-        asyncio.run(send_all(served, replay.turns[:NUM_WARMUP], concurrency=1, max_tokens=16, title="warm-up"))
-        ranks.compare()
+        with ranks.compared():
+            asyncio.run(send_all(served, replay.turns[:NUM_WARMUP], concurrency=1, max_tokens=16, title="warm-up"))
         for number in concurrency or recipe.bench.concurrency:
             without = baseline["points"][str(number)]["answers"] if baseline is not None else None
             points[str(number)] = _measure_point(replay, served, number, path.stem, without)

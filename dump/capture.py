@@ -39,6 +39,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def is_reference(self) -> bool:
+        """Whether it is transformers itself, which computes one sample at a time and caches nothing."""
+        ...
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of one token's states while they are staged."""
         ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class Transformers:
     """The target in transformers, with hooks that keep its hidden states."""
 
     name = "transformers"
+    is_reference = True
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class Transformers:
             layers[layer_id].register_forward_hook(self._take_output(place))
         norm.register_forward_pre_hook(self._take_input(len(layer_ids)))
         self.token_bytes = (len(layer_ids) + 1) * target.hidden_size * self._model.dtype.itemsize
-        self.settings = {"layer_ids": list(layer_ids), "dtype": name}
+        self.settings = {"engine": ("transformers", version("transformers")), "dtype": name}
 
     def keep_ffn_outputs(self) -> dict[int, torch.Tensor]:
         """Return a dict that each later `forward` fills with the FFN outputs `(T, H)` by layer, where it finds them."""

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -40,7 +41,9 @@ from dump.server import find_server_folder
 from dump.staging import open_staging
 from dump.writer import make_stored
 from recipe.recipe import Recipe
-from serve.engine import engine_name
+from serve.ranks import TIMEOUT_S as RANKS_TIMEOUT_S
+from serve.ranks import TOLERANCE as RANKS_TOLERANCE
+from serve.ranks import partial_sums
 from target.head import read_head
 from target.layers import captured_layers
 from target.target import Target
@@ -50,15 +53,14 @@ LOOK_AHEAD = 256
 """Samples among which those of the preflight are chosen."""
 JUDGED_TOKENS = 256
 """Supervised tokens of a sample that are compared with the head, which may be on a CPU."""
+MAX_TOKENS = 2048
+"""Length to which samples are cut: each rank writes its states of them, next to those of the other ranks."""
 REFERENCE_TOKENS = 128
 REFERENCE_BYTES = 20e9
 """Weights of the largest target that transformers runs within the preflight's minute."""
 TOGETHER_TOKENS = 32768
 """Tokens captured at once: more than an engine computes in a step, so that some prefills are chunked."""
 MAX_COPIES = 64
-RANKS_TIMEOUT_S = 60.0
-RANKS_TOLERANCE = 1e-2
-"""Relative difference of two ranks' states. Ranks that reduce in another order differ by rounding only."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ def prove_engines(
 
     Raises UserError with the defect and its likely cause; nothing was stored then.
     """
-    key = _key(recipe, target, backend)
+    layers = captured_layers(recipe.target, target)
+    settings = backend.settings  # None: unknown, as with servers
+    key = "" if settings is None else hash_json([settings, target.fingerprint, layers])
     report = folder / "preflight.json"
     if key and report.exists() and read_json(report, "a preflight's report").get("key") == key:
         return
@@ -115,6 +119,10 @@ def prove(recipe: Recipe, conversations: Path | None) -> None:
         _samples_of(recipe, target, conversations) as rows,
         closing(make_backend(recipe, target, layer_ids, staging)) as backend,
     ):
+        if not rows:
+            raise UserError(
+                str(conversations), found="no sample to capture", expected="some", fix="See `dump plan` for why."
+            )
         prove_each(recipe, target, backend, staging, rows)
 
 
@@ -137,9 +145,17 @@ def _samples_of(recipe: Recipe, target: Target, conversations: Path | None) -> I
 
 
 def choose_rows(recipe: Recipe, target: Target, rows: Iterable[Row]) -> list[Row]:
-    """Return a handful of the first rows: the longest, and of the others greedy ones before sampled ones."""
+    """Return a handful of the first rows, cut to MAX_TOKENS: the longest, then greedy ones before sampled ones.
+
+    Replies that begin behind MAX_TOKENS are used, uncut, only if there are no others.
+    """
     judge = Filter.of(recipe, target).judge
-    found = [verdict.row for row in itertools.islice(rows, LOOK_AHEAD) if (verdict := judge(row)).row is not None]
+    usable = [verdict.row for row in itertools.islice(rows, LOOK_AHEAD) if (verdict := judge(row)).row is not None]
+    found = [
+        replace(row, sample=cut_sample(row.sample, MAX_TOKENS))
+        for row in usable
+        if row.sample.loss_spans[0][0] < MAX_TOKENS
+    ] or sorted(usable, key=lambda row: row.num_tokens)[:1]
     found.sort(key=lambda row: -row.num_tokens)
     others = sorted(found[1:], key=lambda row: row.conversation.sampling.get("temperature") != 0.0)
     return [*found[:1], *others[: NUM_SAMPLES - 1]]
@@ -149,61 +165,58 @@ class Checker:
     """The checks of one run, whose reference and head are loaded once for all its engines."""
 
     def __init__(self, recipe: Recipe, target: Target, staging: Staging, rows: Sequence[Row]) -> None:
-        self._target, self._staging, self._rows = target, staging, rows
+        self._recipe, self._target, self._staging, self._rows = recipe, target, staging, rows
         self._layer_ids = captured_layers(recipe.target, target)
         # On the CPU: engines leave no room on their GPUs.
         self._head = read_head(target).to(torch.device("cpu"), torch.float32)
         self._numbers = itertools.count()
-        self._of_servers = recipe.dump.backend == "server"
-        self._reference: Reference | None = None
-        size = weights_bytes(target)
-        if recipe.dump.backend != "hf" and 0 < size < min(REFERENCE_BYTES, free_memory() / 2):
-            self._reference = Reference(recipe, target, torch.device("cpu"))
+
+    @cached_property
+    def _reference(self) -> Reference | None:
+        """The target in transformers; None if it is too large."""
+        if weights_bytes(self._target) < min(REFERENCE_BYTES, free_memory() / 2):
+            return Reference(self._recipe, self._target, torch.device("cpu"))
+        return None
 
     def prove(self, engine: Engine) -> Proof:
         """Check one engine. Raises UserError for the first defect."""
         started, ranks, first = time.monotonic(), 0, []
         for row in self._rows:
-            captured, states_of_ranks = self._capture_alone(engine, row, "")
-            ranks = max(ranks, self._compare_ranks(engine, row, states_of_ranks))
-            first.append(captured)
+            (staged,) = self._run(engine, [row], compare_ranks=True)
+            ranks = self._compare_ranks(engine, row, take_rank_states(staged))
+            first.append(self._load(engine, row, staged, "alone"))
         for row, captured in zip(self._rows, first, strict=True):
-            self._judge(engine, row, captured, ranks)
-        for row, captured in list(zip(self._rows, first, strict=True))[:2]:
-            if defect := self._find_layer_defect(row, captured):
-                raise self._refuse(engine, row, defect.found, defect.expected)
-        for row, captured in zip(self._rows, first, strict=True):
-            again, _ = self._capture_alone(engine, row, " when it is captured again")
-            self._compare(engine, row, captured, again, "when it is captured again", "prefix caching")
-        self._capture_together(engine, first)
+            self._judge(engine, row, captured, is_whole=ranks > 0 or engine.is_reference)
+        if not engine.is_reference:
+            for row, captured in list(zip(self._rows, first, strict=True))[:2]:
+                if defect := self._find_layer_defect(row, captured):
+                    raise self._refuse(engine, row, defect.found, defect.expected)
+            self._capture_again(engine, first)
+            self._capture_together(engine, first)
         return Proof(
             engine.name,
             samples=len(self._rows),
             tokens=sum(row.num_tokens for row in self._rows),
             ranks=ranks,
-            layers=self._reference is not None,
+            layers=engine.is_reference or self._reference is not None,
             seconds=round(time.monotonic() - started, 1),
         )
 
-    def _capture_alone(self, engine: Engine, row: Row, why: str) -> tuple[Captured, list[torch.Tensor]]:
-        """Return a sample's states, and those of each rank; `why` explains states that cannot be used."""
-        (staged,) = self._run(engine, [row])
-        ranks = take_rank_states(staged)
-        try:
-            return self._load(row, staged), ranks
-        except CaptureError as error:
-            raise self._refuse(engine, row, f"{error}{why}", "whole states of its tokens") from None
-
-    def _run(self, engine: Engine, rows: Sequence[Row]) -> Iterator[Staged]:
+    def _run(self, engine: Engine, rows: Sequence[Row], *, compare_ranks: bool = False) -> Iterator[Staged]:
         """Yield the staged states of `rows`, each under an id of its own; `sample_id` is the row's index."""
-        ids = {f"{PREFLIGHT}-{next(self._numbers)}": index for index in range(len(rows))}
+        mark = PREFLIGHT if compare_ranks else "preflight"
+        ids = {f"{mark}-{next(self._numbers)}": index for index in range(len(rows))}
         samples = ((name, rows[index].sample.token_ids) for name, index in ids.items())
         for staged in engine.capture(samples, self._staging):
             yield replace(staged, sample_id=str(ids[staged.sample_id]))
             self._staging.give(rows[ids[staged.sample_id]].num_tokens * engine.token_bytes)
 
-    def _load(self, row: Row, staged: Staged) -> Captured:
-        return load_staged(staged, row.sample.token_ids, len(self._layer_ids), self._target.hidden_size)
+    def _load(self, engine: Engine, row: Row, staged: Staged, when: str) -> Captured:
+        """Read a sample's states. Raises UserError if they cannot be used."""
+        try:
+            return load_staged(staged, row.sample.token_ids, len(self._layer_ids), self._target.hidden_size)
+        except CaptureError as error:
+            raise self._refuse(engine, row, f"{error}, captured {when}", "whole states of its tokens") from None
 
     def _compare_ranks(self, engine: Engine, row: Row, ranks: Sequence[torch.Tensor]) -> int:
         """Return the number of ranks. Raises UserError if they hold different states."""
@@ -212,27 +225,21 @@ class Checker:
             for slot, name in enumerate(names):
                 apart = distance(states[:, slot].float(), ranks[0][:, slot].float())
                 if not apart <= RANKS_TOLERANCE:
-                    raise self._refuse(
-                        engine,
-                        row,
-                        f"{name} of tensor-parallel rank {rank} {apart:.2g} off that of rank 0",
-                        "the same on all ranks: partial sums of tensor parallelism are captured before their "
-                        "all-reduce",
-                        "Start the engine where Draftline is installed, whose plugin completes the reduction for the "
-                        "releases in docs/tensor-parallel.md, or use a tensor-parallel size of 1.",
-                    )
+                    found = f"{name} of tensor-parallel rank {rank} {apart:.2g} off that of rank 0"
+                    raise partial_sums(_where(engine, row), found)
         return len(ranks)
 
-    def _judge(self, engine: Engine, row: Row, captured: Captured, ranks: int) -> None:
-        """Raise UserError unless the final states predict the sample's first generated tokens."""
+    def _judge(self, engine: Engine, row: Row, captured: Captured, *, is_whole: bool) -> None:
+        """Raise UserError unless the final states predict the sample's first generated tokens.
+
+        `is_whole`: whether the states are known to be no partial sums.
+        """
         start = row.sample.loss_spans[0][0]
         sample = cut_sample(row.sample, start + JUDGED_TOKENS)
         kept = len(sample.token_ids)
         stored = make_stored(row.conversation, sample, Captured(captured.layers[:kept], captured.final[:kept]))
         dtype = str(captured.final.dtype).removeprefix("torch.")
-        # Equal ranks hold no partial sums. Servers that do not show their ranks may.
-        known = ranks > 0 or not self._of_servers
-        judged = judge_states(self._head, stored, self._layer_ids, dtype, tensor_parallel_size=1 if known else 0)
+        judged = judge_states(self._head, stored, self._layer_ids, dtype, tensor_parallel_size=1 if is_whole else 0)
         if judged.found:
             defect = self._find_layer_defect(row, captured)
             seen = f". Beside transformers: found {defect.found}, expected {defect.expected}" if defect else ""
@@ -246,33 +253,37 @@ class Checker:
         states = torch.cat([captured.layers, captured.final[:, None]], dim=1)[: len(token_ids)]
         return self._reference.find_defect(token_ids, states, self._layer_ids, _tolerance(states))
 
+    def _capture_again(self, engine: Engine, first: Sequence[Captured]) -> None:
+        """Capture each row a second time, when a prefix cache has it, and compare."""
+        for row, captured in zip(self._rows, first, strict=True):
+            (staged,) = self._run(engine, [row])
+            again = self._load(engine, row, staged, "again")
+            self._compare(engine, row, captured, again, "again", "prefix caching")
+
     def _capture_together(self, engine: Engine, first: Sequence[Captured]) -> None:
         """Capture all rows at once, the longest many times, and compare with those captured alone."""
-        longest = self._rows[0]
-        copies = min(MAX_COPIES, TOGETHER_TOKENS // longest.num_tokens)
-        rows = [*self._rows, *itertools.repeat(longest, copies)]
+        copies = min(MAX_COPIES, TOGETHER_TOKENS // self._rows[0].num_tokens)
+        rows = [*self._rows, *itertools.repeat(self._rows[0], copies)]
+        alone = [*first, *itertools.repeat(first[0], copies)]
         for staged in self._run(engine, rows):
             index = int(staged.sample_id)
-            take_rank_states(staged)
-            alone = first[index if index < len(first) else 0]
-            try:
-                captured = self._load(rows[index], staged)
-            except CaptureError as error:
-                found = f"{error} when it is captured together with others"
-                raise self._refuse(engine, rows[index], found, "whole states of its tokens") from None
-            self._compare(engine, rows[index], alone, captured, "together with others", "chunked prefill")
+            captured = self._load(engine, rows[index], staged, "together with others")
+            self._compare(engine, rows[index], alone[index], captured, "together with others", "chunked prefill")
 
     def _compare(self, engine: Engine, row: Row, one: Captured, other: Captured, when: str, cause: str) -> None:
         for name, a, b in (("layers", one.layers, other.layers), ("final state", one.final, other.final)):
             apart = distance(b.float(), a.float())
             if not apart <= _tolerance(a):
-                found = f"{name} {apart:.2g} off those of its first capture {when}"
+                found = f"{name} {apart:.2g} off those of its first capture, captured {when}"
                 raise self._refuse(engine, row, found, f"the same states; the likely cause is {cause}")
 
-    def _refuse(
-        self, engine: Engine, row: Row, found: str, expected: str, fix: str = "Mend the engine; nothing was stored."
-    ) -> UserError:
-        return UserError(f"preflight of {engine.name}, sample {row.sample_id}", found=found, expected=expected, fix=fix)
+    def _refuse(self, engine: Engine, row: Row, found: str, expected: str) -> UserError:
+        fix = "Mend the engine; nothing was stored."
+        return UserError(_where(engine, row), found=found, expected=expected, fix=fix)
+
+
+def _where(engine: Engine, row: Row) -> str:
+    return f"preflight of {engine.name}, sample {row.sample_id}"
 
 
 def take_rank_states(staged: Staged) -> list[torch.Tensor]:
@@ -299,14 +310,6 @@ def take_rank_states(staged: Staged) -> list[torch.Tensor]:
 
 def _tolerance(states: torch.Tensor) -> float:
     return TOLERANCE[str(states.dtype).removeprefix("torch.")]
-
-
-def _key(recipe: Recipe, target: Target, backend: CaptureBackend) -> str:
-    """Hash what a preflight's result depends on; "" if that is unknown, as with servers."""
-    if backend.settings is None:
-        return ""
-    layers = captured_layers(recipe.target, target)
-    return hash_json([engine_name(), backend.settings, target.fingerprint, layers])
 
 
 def _describe(proof: Proof) -> str:

@@ -39,6 +39,7 @@ class Servers:
     """Servers of one target; requests run in the event loop of a separate thread."""
 
     name = "the servers"
+    is_reference = False
     settings = None
     """Nothing is known of the flags that the servers were started with."""
 
@@ -111,6 +112,7 @@ class OneServer:
 
     servers: Servers
     endpoint: Endpoint
+    is_reference = False
 
     @property
     def name(self) -> str:
@@ -146,7 +148,7 @@ class Requests:
         for attempt in range(1, self._section.max_attempts + 1):
             try:
                 async with self._slots:
-                    path, endpoint = await self._ask(token_ids, prefer, PREFLIGHT * (PREFLIGHT in sample_id))
+                    path, endpoint = await self._ask(token_ids, prefer, PREFLIGHT if PREFLIGHT in sample_id else "")
             except (RequestError, PromptTooLongError) as error:
                 return Staged(sample_id, None, f"the server did not answer: {error}")
             if path is None:

@@ -25,7 +25,7 @@ from dump.capture import Staged, Staging
 from dump.gpus import VISIBLE, divide_gpus
 from recipe.recipe import Recipe
 from serve.engine import engine_env
-from serve.extraction import extraction_args
+from serve.extraction import extraction_args, identify_engine
 from serve.vllm_main import PARENT_ENV
 from target.target import Target
 
@@ -56,13 +56,14 @@ class VllmEngines:
     """All engines of a dump. A preflight must see each of `engines`."""
 
     name = "vLLM"
+    is_reference = False
 
     def __init__(self, recipe: Recipe, target: Target, layer_ids: Sequence[int], staging: Staging) -> None:
         """Load the target in all engines at the same time. Raises IncompleteError if one of them ends."""
         gpus_of_engines = divide_gpus(recipe)
-        args = {**extraction_args(recipe, target, layer_ids, staging.folder), "kv_transfer_config": None}
+        args = extraction_args(recipe, target, layer_ids, staging.folder)
         # Other engines or GPUs need a preflight of their own.
-        self.settings = {"args": args, "env": engine_env(recipe.dump.env), "engines": gpus_of_engines}
+        self.settings = {**identify_engine(recipe, args), "engines": gpus_of_engines}
         self.engines: list[Engine] = []
         try:
             for number, gpus in enumerate(gpus_of_engines):
@@ -95,6 +96,8 @@ class VllmEngines:
 
 class Engine:
     """One engine's process, which starts at once. Its output is printed here, each line after the engine's name."""
+
+    is_reference = False
 
     def __init__(self, name: str, job: EngineJob) -> None:
         self.name = name

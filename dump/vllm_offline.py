@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dump.capture import Staged, Staging, discard, staged_path
 from recipe.recipe import Recipe
 from serve.engine import engine_env
-from serve.extraction import extraction_args
+from serve.extraction import extraction_args, identify_engine
 from serve.releases import check_release
 from target.target import Target
 
@@ -27,6 +27,7 @@ class VllmOffline:
     """A vLLM engine with extraction on. One per process."""
 
     name = "vLLM"
+    is_reference = False
 
     def __init__(self, recipe: Recipe, target: Target, layer_ids: Sequence[int], staging: Staging) -> None:
         """Load the target. Raises UserError if the installed vLLM does not work (see `check_release`)."""
@@ -39,7 +40,7 @@ class VllmOffline:
 
         args = extraction_args(recipe, target, layer_ids, staging.folder)
         self._folder = staging.folder
-        self.settings = {"args": {**args, "kv_transfer_config": None}, "env": engine_env(recipe.dump.env)}
+        self.settings = identify_engine(recipe, args)
         self._llm = LLM(model=str(target.path), use_tqdm_on_load=False, **args)
         self._engine = self._llm.llm_engine
         config = self._engine.vllm_config

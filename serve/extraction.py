@@ -16,7 +16,7 @@ from typing import Any
 from common.errors import IncompleteError
 from recipe.check import check_kv_dtype
 from recipe.recipe import Recipe
-from serve.engine import is_cpu_engine
+from serve.engine import engine_env, engine_name, is_cpu_engine
 from target.layers import to_vllm_layer_ids
 from target.target import Target
 
@@ -39,9 +39,9 @@ def extraction_args(recipe: Recipe, target: Target, layer_ids: Sequence[int], st
         key.replace("-", "_"): value for key, value in {**recipe.serve.args, **recipe.dump.args}.items()
     }
     check_kv_dtype(str(args.get("kv_cache_dtype", "auto")))
-    name, module = ("HiddenStatesConnector", "serve.vllm_plugins.hidden_states_connector")
+    name, module = "HiddenStatesConnector", "serve.vllm_plugins.hidden_states_connector"
     if is_cpu_engine():
-        name, module = ("CPUHiddenStatesConnector", "serve.vllm_cpu.hidden_states_connector")
+        name, module = "CPUHiddenStatesConnector", "serve.vllm_cpu.hidden_states_connector"
     layers = {"eagle_aux_hidden_state_layer_ids": to_vllm_layer_ids(layer_ids, target.num_layers)}
     return {
         "max_model_len": longest_sample(recipe, target) + 1,
@@ -59,6 +59,12 @@ def extraction_args(recipe: Recipe, target: Target, layer_ids: Sequence[int], st
         },
         **args,
     }
+
+
+def identify_engine(recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the states of an engine in this process depend on: vLLM's release, its arguments and environment."""
+    kept = {key: value for key, value in args.items() if key != "kv_transfer_config"}  # it has the staging folder
+    return {"engine": engine_name(), "args": kept, "env": engine_env({**recipe.serve.env, **recipe.dump.env})}
 
 
 def to_server_args(args: Mapping[str, Any]) -> dict[str, str | int | float | bool]:

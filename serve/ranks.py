@@ -20,8 +20,20 @@ from serve.flags import parse_flags
 from serve.vllm_plugins.draft_inputs import FOLDER_ENV, START_FILE
 
 TIMEOUT_S = 60.0
+"""For all ranks to write their states."""
 TOLERANCE = 1e-2
 """Relative difference of two ranks' states; other orders of a reduction differ by rounding only."""
+
+
+def partial_sums(where: str, found: str) -> UserError:
+    """Return the error for ranks that hold different states."""
+    return UserError(
+        where,
+        found=found,
+        expected="the same on all ranks: partial sums of tensor parallelism are captured before their all-reduce",
+        fix="Start vLLM where Draftline is installed, whose plugin completes the reduction for the releases in "
+        "docs/tensor-parallel.md, or use a tensor-parallel size of 1.",
+    )
 
 
 @dataclass(frozen=True)
@@ -32,14 +44,20 @@ class Ranks:
     count: int
     folder: Path
 
-    def start(self) -> None:
-        """Let each rank record the draft's next input."""
-        (self.folder / START_FILE).touch()
+    @contextmanager
+    def compared(self) -> Iterator[None]:
+        """Let each rank record the draft's next input, and compare the ranks at the end of the block.
 
-    def compare(self) -> None:
-        """Raise UserError if two ranks read different states. At least one request must have been answered."""
+        At least one request must be answered in it. Raises UserError if two ranks read different states.
+        """
         if self.count == 1:
+            yield
             return
+        (self.folder / START_FILE).touch()
+        yield
+        self._compare()
+
+    def _compare(self) -> None:
         from safetensors.torch import load_file
 
         names = [self.folder / f"rank{rank}of{self.count}.safetensors" for rank in range(self.count)]
@@ -53,13 +71,8 @@ class Ranks:
         for rank, states in enumerate(others, start=1):
             apart = float((states - first).norm() / first.norm())
             if not apart <= TOLERANCE:
-                raise UserError(
-                    f"the draft's input on tensor-parallel rank {rank}",
-                    found=f"states {apart:.2g} off those of rank 0",
-                    expected="the same on all ranks: partial sums of tensor parallelism are captured before their "
-                    "all-reduce",
-                    fix="Serve where Draftline is installed, whose plugin completes the reduction for the releases in "
-                    "docs/tensor-parallel.md, or use a tensor-parallel size of 1.",
+                raise partial_sums(
+                    f"the draft's input on tensor-parallel rank {rank}", f"states {apart:.2g} off those of rank 0"
                 )
         print(f"preflight: the draft reads the same states on {self.count} tensor-parallel ranks", flush=True)
 
