@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.lossless import compare_replies
-from bench.requests import REQUEST_TIMEOUT_S, Answer, Served, Turn, read_turns, score
-from common.errors import IncompleteError, UserError, raise_known
+from bench.requests import REQUEST_TIMEOUT_S, Answer, Served, Turn, read_turns, score, send_concurrently
+from common.errors import IncompleteError, UserError
 from common.files import hash_file, parse_line, read_json, read_lines, write_json
 from common.progress import Progress
 from contracts.conversation import CONVERSATIONS_FILE, check_written_by, read_conversations
@@ -242,22 +242,13 @@ def _read_counters(url: str) -> dict[str, float]:
 
 
 async def _send_all(server: Served, requests: Sequence[Request], concurrency: int, title: str) -> list[Reply]:
-    replies = []
-    waiting = iter(requests)
+    replies: list[Reply] = []
+
+    async def send(client: Client, request: Request) -> None:
+        replies.append(await _send(client, server, request, salt=f"{concurrency}"))
+
     with Progress(len(requests), title, "request") as progress:
-        async with Client(concurrency) as client:
-
-            async def work() -> None:
-                for request in waiting:
-                    replies.append(await _send(client, server, request, salt=f"{concurrency}"))
-                    progress.update()
-
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(concurrency):
-                        group.create_task(work())
-            except BaseExceptionGroup as errors:
-                raise_known(errors)
+        await send_concurrently(requests, send, concurrency, progress)
     return replies
 
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from common.errors import IncompleteError, UserError, raise_known
 from common.progress import Progress
 from contracts.conversation import NO_FILTERS, NO_PENALTIES, Conversation
 from serve.client import AnswerError, Client, ask
 
+T = TypeVar("T")
 REQUEST_TIMEOUT_S = 600.0
 NUM_SCORED = 20  # vLLM's default --max-logprobs
 SAMPLING_KEYS = ("temperature", *NO_FILTERS, *NO_PENALTIES)
@@ -132,27 +133,41 @@ async def send_all(
     when `max_model_len` is reached.
     """
     answers: dict[str, Answer] = {}
-    waiting = iter(turns)
+
+    async def send(client: Client, turn: Turn) -> None:
+        limit = turn.max_tokens or max_tokens
+        if max_model_len is not None:
+            limit = min(limit, max_model_len - len(turn.prompt))
+        answers[turn.id] = await _send(client, server, turn, limit)
+
     with Progress(len(turns), title, "turn") as progress:
-        async with Client(concurrency) as client:
-
-            async def work() -> None:
-                for turn in waiting:
-                    limit = turn.max_tokens or max_tokens
-                    if max_model_len is not None:
-                        limit = min(limit, max_model_len - len(turn.prompt))
-                    answers[turn.id] = await _send(client, server, turn, limit)
-                    progress.update()
-
-            started = time.perf_counter()
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(concurrency):
-                        group.create_task(work())
-            except BaseExceptionGroup as errors:
-                raise_known(errors)
-            seconds = time.perf_counter() - started
+        seconds = await send_concurrently(turns, send, concurrency, progress)
     return [answers[turn.id] for turn in turns], seconds
+
+
+async def send_concurrently(
+    items: Iterable[T], send: Callable[[Client, T], Awaitable[None]], concurrency: int, progress: Progress
+) -> float:
+    """Call `send` for all items, `concurrency` at a time; return the seconds that took.
+
+    Raises the first error of `send` (see `raise_known`).
+    """
+    waiting = iter(items)
+    async with Client(concurrency) as client:
+
+        async def work() -> None:
+            for item in waiting:
+                await send(client, item)
+                progress.update()
+
+        started = time.perf_counter()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(concurrency):
+                    group.create_task(work())
+        except BaseExceptionGroup as errors:
+            raise_known(errors)
+        return time.perf_counter() - started
 
 
 async def _send(client: Client, server: Served, turn: Turn, max_tokens: int) -> Answer:

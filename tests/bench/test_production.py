@@ -103,17 +103,24 @@ def check_args(trained_target: Path, work: Path, draft: str) -> list[object]:
     return [*args, "--conversations", work / "synth", "--requests", work / "chats.jsonl", "--draft", work / draft]
 
 
+def run_lossless(trained_target: Path, work: Path, draft: str) -> Path:
+    """`bench lossless` with a draft, once; its output. All drafts share the replies of the server without one."""
+    output, baseline = work / f"lossless-{draft}", work / "lossless-dflash/baseline.json"
+    if not output.exists():
+        output.mkdir()
+        if baseline.exists():
+            shutil.copy(baseline, output)
+        run(*check_args(trained_target, work, draft), "--output", output)
+    return output
+
+
 @pytest.mark.vllm
 @pytest.mark.long
 @pytest.mark.parametrize("draft", ["dflash", "eagle3"])
 def test_greedy_replies_are_the_targets_with_cached_prefixes_chunks_tools_and_concurrency(
     trained_target: Path, work: Path, draft: str
 ) -> None:
-    output = work / f"lossless-{draft}"
-    if (work / "lossless-dflash/baseline.json").exists():  # the server without a draft was the same
-        output.mkdir()
-        shutil.copy(work / "lossless-dflash/baseline.json", output)
-    printed = run(*check_args(trained_target, work, draft), "--output", output).stdout
+    output = run_lossless(trained_target, work, draft)
     report = json.loads((output / "lossless.json").read_text())
     budget = report["max_num_batched_tokens"]
     passes = {name: json.loads((output / f"{name}.json").read_text()) for name in ("baseline", "draft")}
@@ -129,7 +136,6 @@ def test_greedy_replies_are_the_targets_with_cached_prefixes_chunks_tools_and_co
             if reply["id"] not in differing:
                 assert reply["token_ids"] == alone[reply["id"]]["token_ids"]
                 assert reply["seen"] == alone[reply["id"]]["seen"]
-    print(printed)
     for found in passes["draft"]:
         counters = found["counters"]
         assert counters["prefix_hits"] > 0
@@ -145,10 +151,7 @@ def test_greedy_replies_are_the_targets_with_cached_prefixes_chunks_tools_and_co
 @pytest.mark.vllm
 @pytest.mark.long
 def test_a_reply_that_is_not_the_targets_fails_and_is_located(trained_target: Path, work: Path, tmp_path: Path) -> None:
-    source = work / "lossless-dflash/baseline.json"
-    if not source.exists():
-        pytest.skip("needs the replies of the test before")
-    passes = json.loads(source.read_text())
+    passes = json.loads((run_lossless(trained_target, work, "dflash") / "baseline.json").read_text())
     reply = next(reply for reply in passes[0]["replies"] if "text" in reply["seen"])  # no grammar moves its scores
     right = reply["token_ids"][5]
     reply["token_ids"][5] = wrong = right + 1
