@@ -8,10 +8,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, read_lines
+from conftest import ROOT, command, read_lines, run_here
 from written import write_conversations
 
-pytestmark = pytest.mark.vllm
+from contracts.conversation import Conversation, Sample
+from dump.preflight import MAX_TOKENS, choose_rows
+from dump.samples import Row
+from recipe.load import load_recipe
+from target.target import Target
 
 DEFECTS = {
     "shifted layers": ("the output of layer", "expected the output of layer"),
@@ -40,6 +44,7 @@ def dump(
     )
 
 
+@pytest.mark.vllm
 @pytest.mark.long
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_an_engine_with_a_seeded_defect_is_refused_by_name_before_anything_is_stored(
@@ -55,6 +60,7 @@ def test_an_engine_with_a_seeded_defect_is_refused_by_name_before_anything_is_st
     assert not (tmp_path / "preflight.json").exists()
 
 
+@pytest.mark.vllm
 def test_a_preflight_is_repeated_only_when_the_engine_or_the_target_changes(
     recipe_path: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -79,6 +85,7 @@ def reopen(folder: Path, run: dict[str, object]) -> None:
     (folder / "ledger.jsonl").write_text("".join(lines[:-1]))
 
 
+@pytest.mark.vllm
 @pytest.mark.long
 def test_a_server_with_extraction_proves_its_states_before_it_is_announced(recipe_path: Path, tmp_path: Path) -> None:
     words = command("serve", "start", "-r", recipe_path, "--extract", tmp_path / "states", "--log", tmp_path / "log")
@@ -101,3 +108,36 @@ def test_a_server_with_extraction_proves_its_states_before_it_is_announced(recip
     assert "predicts the tokens of 4 samples; its layers are transformers'; the states are whole" in printed[0]
     assert printed[1].endswith("(Ctrl-C stops it)\n")
     assert list((tmp_path / "states").iterdir()) == []
+
+
+def make_row(number: int, prompt: int, reply: int, temperature: float) -> Row:
+    conversation = Conversation(
+        id=f"{number:032x}", source_id="", index=number, finish_reason="stop", sampling={"temperature": temperature},
+        target={}, template="", usage={},
+        samples=[Sample(token_ids=[5] * (prompt + reply), loss_spans=[(prompt, prompt + reply)])],
+    )  # fmt: skip
+    return Row(f"{conversation.id}-0", conversation, conversation.samples[0])
+
+
+def test_the_samples_are_the_longest_and_greedy_ones_cut_to_a_length_that_all_ranks_can_write(
+    recipe_path: Path,
+) -> None:
+    recipe = load_recipe(recipe_path, ["target.max_model_len=100000", "train=null"])
+    target = Target.read(recipe.target.path)
+    target.config["max_position_embeddings"] = 200_000
+    rows = [make_row(0, 10, 90, 1.0), make_row(1, 100, 9000, 1.0), make_row(2, 30, 20, 0.0), make_row(3, 5000, 10, 0.0)]
+    chosen = choose_rows(recipe, target, rows)
+    assert [(row.conversation.index, row.num_tokens) for row in chosen] == [(1, MAX_TOKENS), (2, 50), (0, 100)]
+    assert chosen[0].sample.loss_spans == [(100, MAX_TOKENS)]
+    assert [row.num_tokens for row in choose_rows(recipe, target, rows[3:])] == [5010]  # there is no other
+
+
+def test_a_preflight_without_samples_is_refused(recipe_path: Path, tmp_path: Path) -> None:
+    refused = run_here("dump", "preflight", "-r", recipe_path, check=False)
+    assert refused.returncode == 2
+    assert "expected the output of `synth generate`" in refused.stderr
+    args = ("-r", recipe_path, "--conversations", tmp_path, "--set", "dump.backend=hf")
+    (tmp_path / "conversations.jsonl").write_text("")
+    refused = run_here("dump", "preflight", *args, check=False)
+    assert refused.returncode == 2
+    assert "found no sample to capture" in refused.stderr

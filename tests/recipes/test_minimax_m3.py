@@ -174,3 +174,12 @@ def test_every_yaml_says_where_its_values_come_from() -> None:
     for path in FOLDER.glob("*.yaml"):
         assert path.read_text().startswith("# ")
         assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+def test_recipe_check_and_serve_tell_that_layers_are_captured_before_their_all_reduce() -> None:
+    told = "captures the layers of MiniMaxM3SparseForConditionalGeneration before their all-reduce over 8"
+    assert told in run_here("recipe", "check", "-r", RECIPE).stdout
+    one = run_here("recipe", "check", "-r", RECIPE, "--set", "serve.args.tensor-parallel-size=1")
+    assert "note:" not in one.stdout
+    assert told in run_here("serve", "command", "-r", RECIPE, "--extract", "states").stderr
+    assert "note:" not in run_here("serve", "command", "-r", RECIPE, "--for", "synth").stderr
