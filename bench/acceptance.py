@@ -23,7 +23,7 @@ from typing import Any
 
 from bench.acceptance_report import summarize, write_report
 from bench.datasets import write_prompts
-from bench.lossless import compare_replies
+from bench.differences import compare_replies
 from bench.replay import NUM_WARMUP
 from bench.requests import (
     Answer,

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from bench.lossless import find_overruns
+from bench.differences import find_overruns
 from bench.replay import kept_steps
 from bench.requests import Answer, Turn, answers_from_json
 from common.files import write_atomic, write_json

@@ -142,7 +142,7 @@ def lossless(
     ] = None,
 ) -> None:
     """Check greedy equality under prefix caching, chunked prefill, concurrency and tool calls."""
-    from bench.production import Check, Load, check
+    from bench.lossless import Check, Load, check
 
     load = Load(conversations, requests, concurrency or [1, 8, 32], max_num_batched_tokens, tolerance)
     check(Check(options.load(), draft, load, output))

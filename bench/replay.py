@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.lossless import compare_replies, find_overruns
+from bench.differences import compare_replies, find_overruns
 from bench.requests import (
     Answer,
     Served,

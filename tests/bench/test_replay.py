@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench.acceptance import check_counters
-from bench.lossless import compare_replies, find_overruns
+from bench.differences import compare_replies, find_overruns
 from bench.replay import compare, kept_steps
 from bench.report import make_table
 from bench.requests import Answer, Turn, answers_to_json, read_turns

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, read_lines, run, run_here
 
-from bench.production import Reply, read_chats, refuse
+from bench.lossless import Reply, read_chats, refuse
 from common.errors import IncompleteError, UserError
 
 RECIPE = ROOT / "recipes/Tiny-DFlash/recipe.yaml"
