@@ -2,12 +2,14 @@
 
 A row holds `messages` (OpenAI), `conversations` (ShareGPT's `from`/`value`, or role/content), `turns` (user turns) or
 `prompt` (one user turn, or messages). `tools`, `system`, `id` and `category` are optional. Lists may be JSON in a
-string, as Parquet files have them. `contracts/prompt_files.py` reads rows from files.
+string, as Parquet files have them. Rows with images, video or audio are refused: without them, the target would answer
+another question. `contracts/prompt_files.py` reads rows from files.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,10 @@ SHAREGPT_ROLES = {
 ID_KEYS = ("id", "conversation_id", "question_id")
 CATEGORY_KEYS = ("category", "subject")
 PROMPT_KEYS = ("messages", "conversations", "turns", "prompt")
+MEDIUM = re.compile("image|video|audio")
+"""In the types of content parts that are no text, such as `image_url` and `input_audio`."""
+MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
+"""Keys of rows with media beside the messages, as LLaVA's and TRL's data have them."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,9 @@ def read_prompt_row(row: Any) -> PromptRow:
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError("`tools` is no list of objects")
     messages = _find_messages(row)
+    for key in MEDIA_KEYS:
+        if row.get(key):
+            raise ValueError(f"a row with `{key}`: drafts are trained on text alone")
     for message in messages:
         _check_message(message)
     if isinstance(row.get("system"), str) and row["system"] and messages and messages[0]["role"] == "user":
@@ -123,5 +132,8 @@ def _check_message(message: Any) -> None:
         return
     content = message.get("content")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    for part in parts:
+        if isinstance(part, dict) and (medium := MEDIUM.search(str(part.get("type")))):
+            raise ValueError(f"a {message['role']} message with {medium[0]} content: drafts are trained on text alone")
     if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
         raise ValueError(f"a {message['role']} message whose content is no text")

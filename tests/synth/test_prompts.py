@@ -161,7 +161,8 @@ def test_tool_results_stand_after_the_place_that_names_their_tools() -> None:
         ({"messages": [{"role": "assistant", "content": "x"}]}, "no user message"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "role 'wizard'"),
         ({"messages": [{"role": "user", "content": None}]}, "no text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "no text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "no text"),
+        ({"messages": [{"role": "user", "content": [{"image": "x"}]}]}, "no text"),
         ({"messages": [user("q"), {"role": "tool", "content": "x"}]}, "a tool result without a call"),
         ({"turns": ["q", 1]}, "no text"),
         ({"prompt": "q", "tools": "look"}, "`tools`"),
@@ -172,6 +173,35 @@ def test_a_row_that_cannot_be_used_says_why(tmp_path: Path, row: Any, reason: st
     (found,) = read(write(tmp_path / "p.jsonl", [row]))
     assert isinstance(found, Reject)
     assert reason in found.reason
+
+
+@pytest.mark.parametrize(
+    ("part", "medium"),
+    [
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}, "image"),
+        ({"type": "image"}, "image"),
+        ({"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}}, "audio"),
+        ({"type": "video_url", "video_url": {"url": "x"}}, "video"),
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_a_message_with_media_is_a_reject_that_names_them(tmp_path: Path, part: Any, medium: str, role: str) -> None:
+    seen = {"role": role, "content": [{"type": "text", "text": "What is this?"}, part]}
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]}
+    messages = [user("q"), called, seen] if role == "tool" else [seen]
+    (found,) = read(write(tmp_path / "p.jsonl", [{"messages": messages}]))
+    assert isinstance(found, Reject)
+    assert found.reason == f"a {role} message with {medium} content: drafts are trained on text alone"
+
+
+@pytest.mark.parametrize("key", ["image", "images", "video", "videos", "audio", "audios"])
+def test_a_row_with_media_beside_its_text_is_a_reject(tmp_path: Path, key: str) -> None:
+    llava = [{"from": "human", "value": "<image>\nWhat is this?"}]
+    rows = [{"conversations": llava, key: ["a.jpg"]}, {"prompt": "q", key: None}, {"prompt": "r", key: []}]
+    first, *others = read(write(tmp_path / "p.jsonl", rows))
+    assert isinstance(first, Reject)
+    assert first.reason == f"a row with `{key}`: drafts are trained on text alone"
+    assert all(isinstance(row, Prompt) for row in others)
 
 
 def test_a_line_that_is_no_json_is_a_reject_with_its_line(tmp_path: Path) -> None:
