@@ -111,7 +111,7 @@ def train_peer(args: argparse.Namespace, recipe: Recipe, out: Path, name: str) -
     (out / "peer-config.json").write_text(json.dumps(config))
     # speculators counts layers from the embeddings, as vLLM does.
     epochs = 1 + section.num_steps * section.global_batch_size // summary["samples"]
-    mask_token = choose_mask_token(target, recipe.target.mask_token_id)
+    mask_token = choose_mask_token(recipe.target, target)
     layers = [str(layer_id + 1) for layer_id in captured_layers(recipe.target, target)]
     words = {
         "speculator-type": "dflash", "verifier-name-or-path": target.path.resolve(), "data-path": out / "converted",

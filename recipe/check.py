@@ -15,7 +15,7 @@ from drafts import METHODS
 from recipe.mask import mask_token_of
 from recipe.recipe import Recipe
 from target.layers import captured_layers, to_vllm_layer_ids
-from target.mask_token import used_token_ids
+from target.mask_token import TOKENIZER_FILE, describe_mask_token, find_mask_token, used_token_ids
 from target.target import Target
 from target.templates import TAG, check_training_template, variables_of
 
@@ -47,6 +47,13 @@ def check_block_size(where: str, args: Mapping[str, Any], target: Target) -> Non
             expected=f"{wanted}, the block of the target's sparse attention",
             fix=f"Set serve.args.block-size to {wanted}.",
         )
+
+
+def note_mask_token(recipe: Recipe, target: Target) -> str:
+    """Return the draft's mask token and why it is one; "" for a draft without one."""
+    if mask_token_of(recipe, target) is None:
+        return ""
+    return describe_mask_token(recipe.target, target)
 
 
 DEFERRING = {
@@ -116,6 +123,8 @@ def _problems(recipe: Recipe) -> Iterator[UserError]:
         method.check(recipe.train.draft, target)
         if target.is_here or target.facts is not None:
             mask_token_of(recipe, target)
+    if section.mask_token_id is not None and (target.path / TOKENIZER_FILE).exists():
+        find_mask_token(section, target)  # synthesis filters it, whatever the draft method
     _check_engine(recipe, target)
     yield from _check_thinking(recipe, target)
 

@@ -49,15 +49,21 @@ def show(recipe: RecipeOption, set_: OverridesOption = None) -> None:
 @app.command(epilog="Example: recipe check --recipe recipes/Tiny-DFlash/recipe.yaml")
 def check(recipe: RecipeOption, set_: OverridesOption = None) -> None:
     """Check the recipe: print ok, or the first mistake and exit with 2."""
-    from recipe.check import note_ranks
+    from recipe.check import note_mask_token, note_ranks
+    from target.free_rows import note_free_rows
     from target.target import Target
 
     loaded = load_checked(recipe, set_)
     target = Target.of(loaded.target) if loaded.target.facts or loaded.target.path.exists() else None
     here = target is not None and target.is_here
     typer.echo(f"{recipe}: ok" + ("" if here else f" (as far as it goes without the files of {loaded.target.path})"))
-    if target is not None and (note := note_ranks(target, loaded.serve.args)):
-        typer.echo(f"note: {note}")
+    if target is None:
+        return
+    if mask_token := note_mask_token(loaded, target):
+        typer.echo(mask_token)
+    for note in (note_ranks(target, loaded.serve.args), note_free_rows(target)):
+        if note:
+            typer.echo(f"note: {note}")
 
 
 def main() -> None:

@@ -15,4 +15,4 @@ def mask_token_of(recipe: Recipe, target: Target) -> int | None:
     """
     if recipe.train is None or not METHODS[recipe.train.draft.method].uses_mask_token:
         return None
-    return choose_mask_token(target, recipe.target.mask_token_id)
+    return choose_mask_token(recipe.target, target)

@@ -20,6 +20,7 @@ from synth.prompts import Prompt
 from synth.rendered import Renderer
 from synth.reply import ENDED, Reply, add_calls
 from synth.sampling import SharedSampling
+from synth.tokens import TokenCheck
 from synth.tool_calls import ToolCallParser, describe_call
 from target.target import Target
 from target.thinking import template_arguments
@@ -38,6 +39,7 @@ class Writer:
     sampling: SharedSampling
     renderer: Renderer
     tool_calls: ToolCallParser | None
+    tokens: TokenCheck
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -91,7 +93,8 @@ async def write_conversation(writer: Writer, prompt: Prompt) -> Conversation:
 
     The conversation ends early after a reply that was cut by max_tokens, after a tool call without results in the
     source, and when the history fills the context. Raises PromptTooLongError if the first prompt does not fit,
-    RequestError if a request failed, and UserError if the server strips reasoning.
+    RequestError if a request failed, UnusableTokensError for tokens that no draft may learn, and UserError if the
+    server strips reasoning.
     """
     progress = Progress()
     sampling = writer.sampling.of(prompt)
@@ -117,6 +120,7 @@ async def write_conversation(writer: Writer, prompt: Prompt) -> Conversation:
             _refuse_parsed_calls(choice)
             progress.rendered = True
             prompt_ids, reply_ids = await asyncio.to_thread(writer.renderer.render, body, choice)
+        writer.tokens.refuse(prompt_ids, reply_ids)
         reply = await _read_reply(writer, prompt, choice)
         _add_reply(writer, progress, choice, reply, (prompt_ids, reply_ids))
         if progress.finish_reason not in ENDED:

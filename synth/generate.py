@@ -30,11 +30,14 @@ from synth.output import FLAGS, LEDGER_FILE, Output
 from synth.prompts import Reject
 from synth.sampling import SharedSampling, resolve_sampling
 from synth.todo import Source, Todo
+from synth.tokens import TokenCheck
 from synth.tool_calls import ToolCallParser, find_parser
 from synth.work import Job, write_all
 from target.target import Target
 
 STAGE = "synth generate"
+MAX_REASONS = 4
+"""Reasons of filtered rows that are printed; rejects.jsonl has all."""
 
 
 def generate(
@@ -54,6 +57,7 @@ def generate(
     check_modes(recipe)
     sampling = resolve_sampling(recipe)
     target = Target.here(recipe.target)
+    tokens = TokenCheck.of(recipe.target, target)
     prompt_set = open_prompts(prompts)
     if shard is None:
         _refuse_shards(output, retry_failed)
@@ -63,7 +67,7 @@ def generate(
     run = Run.open(
         folder,
         STAGE,
-        settings=find_settings(recipe, target, sampling, shard),
+        settings=find_settings(recipe, target, sampling, tokens, shard),
         inputs={"prompts": prompt_set.checksum, "target": target.fingerprint},
         recipe_yaml=recipe.to_yaml(),
     )
@@ -78,7 +82,7 @@ def generate(
     print(f"synth: {source.shape[0]} rows in {len(prompt_set.files)} files; {todo.num_expected} conversations to write")
     if out.counts.total():
         print(f"synth: {todo.num_expected - todo.num_open} of {todo.num_expected} exist, {todo.num_open} to go")
-    job = Job(recipe, target, sampling, todo, out, run, _find_parser(recipe, target, todo))
+    job = Job(recipe, target, sampling, todo, out, run, _find_parser(recipe, target, todo), tokens)
     try:
         stopped = write_open(job)
     finally:
@@ -90,7 +94,7 @@ def generate(
 
 
 def find_settings(
-    recipe: Recipe, target: Target, sampling: SharedSampling, shard: tuple[int, int] | None
+    recipe: Recipe, target: Target, sampling: SharedSampling, tokens: TokenCheck, shard: tuple[int, int] | None
 ) -> dict[str, Any]:
     """Return the settings that change the conversations; a resume must have the same."""
     section = recipe.target
@@ -104,6 +108,7 @@ def find_settings(
             "thinking_tags": list(section.thinking_tags),
             "chat_template": target.template_checksum,
             "tokenizer": target.tokenizer_checksum,
+            **tokens.settings(),
         },
         **({} if shard is None else {"shard": f"{shard[0]}/{shard[1]}"}),
     }
@@ -153,6 +158,8 @@ def _finish(job: Job, source: Source) -> dict[str, Any]:
     }
     check_counts(folder / LEDGER_FILE, counts, num_expected)
     print(f"synth: {describe(summary)} in {job.run.seconds:.0f} s -> {folder / 'conversations.jsonl'}")
+    if counts["filtered"]:
+        print(f"synth: filtered: {_tell_reasons(_count_reasons(out, 'filtered'))}")
     _refuse_useless(folder, out, job.recipe.synth.max_failed_fraction, num_expected)
     job.run.finish(summary)
     return summary
@@ -189,9 +196,7 @@ def _refuse_useless(folder: Path, out: Output, max_failed_fraction: float, num_e
     status = "failed" if out.counts["failed"] else "filtered"
     if not out.counts[status] or (status == "filtered" and out.counts["filtered"] < num_expected):
         return
-    entries = (entry for entry in read_entries(folder / LEDGER_FILE) if entry["status"] == status)
-    still = (entry["reason"] for entry in entries if out.status(entry["index"], entry["sample"]) == status)
-    reason = Counter(still).most_common(1)[0][0]
+    reason = _count_reasons(out, status).most_common(1)[0][0]
     if status == "filtered":
         raise UserError(
             folder / "rejects.jsonl",
@@ -206,6 +211,19 @@ def _refuse_useless(folder: Path, out: Output, max_failed_fraction: float, num_e
             f"{folder / LEDGER_FILE}: found {failed} of {num_expected} rows failed ({reason}), expected at "
             f"most {max_failed_fraction:.0%}. Fix the cause and run again with --retry-failed."
         )
+
+
+def _count_reasons(out: Output, status: str) -> Counter[str]:
+    """Return how many rows have `status` for each reason."""
+    entries = (entry for entry in read_entries(out.folder / LEDGER_FILE) if entry["status"] == status)
+    return Counter(entry["reason"] for entry in entries if out.status(entry["index"], entry["sample"]) == status)
+
+
+def _tell_reasons(reasons: Counter[str]) -> str:
+    """Return the most frequent reasons with their counts, and the number of the others."""
+    told = [f"{count} x {reason}" for reason, count in reasons.most_common(MAX_REASONS)]
+    others = reasons.total() - sum(count for _, count in reasons.most_common(MAX_REASONS))
+    return "; ".join([*told, *([f"{others} for other reasons"] if others else [])])
 
 
 def describe(summary: Mapping[str, int]) -> str:

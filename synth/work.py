@@ -25,6 +25,7 @@ from synth.prompts import Prompt, Reject
 from synth.rendered import Renderer
 from synth.sampling import SharedSampling
 from synth.todo import Todo
+from synth.tokens import TokenCheck, UnusableTokensError
 from synth.tool_calls import ToolCallParser
 from synth.watch import Watch
 from target.target import Target
@@ -43,6 +44,7 @@ class Job:
     out: Output
     run: Run
     tool_calls: ToolCallParser | None
+    tokens: TokenCheck
 
 
 async def write_all(job: Job, urls: list[str], is_gone: Callable[[], bool]) -> bool:
@@ -70,7 +72,7 @@ async def write_all(job: Job, urls: list[str], is_gone: Callable[[], bool]) -> b
             watch.in_flight += 1
             try:
                 conversation = await write_conversation(writer, item)
-            except PromptTooLongError as error:
+            except (PromptTooLongError, UnusableTokensError) as error:
                 job.out.add_failure(item, "filtered", str(error))
             except RequestError as error:
                 job.out.add_failure(item, "failed", str(error))
@@ -87,7 +89,7 @@ async def write_all(job: Job, urls: list[str], is_gone: Callable[[], bool]) -> b
     try:
         async with Endpoints(urls, section, stage="synth", max_connections=limit, is_gone=is_gone) as endpoints:
             renderer = Renderer(job.recipe.target, job.target)
-            writer = Writer(endpoints, job.recipe, job.target, job.sampling, renderer, job.tool_calls)
+            writer = Writer(endpoints, job.recipe, job.target, job.sampling, renderer, job.tool_calls, job.tokens)
             async with asyncio.TaskGroup() as group:
                 polling = group.create_task(watch.poll(endpoints, pace, job.run))
                 workers = [group.create_task(work(number)) for number in range(min(pace.ceiling, num_expected))]

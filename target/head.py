@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from common.errors import UserError
 from common.vml import settle_vector_functions
-from target.quantized import weight_of
+from target.quantized import PLAIN, weight_of
 from target.target import Target
 
 # The names of different model families.
@@ -120,6 +120,21 @@ def _read_lm_head(target: Target, files: Mapping[str, str], embedding: torch.Ten
         )
     lm_head = _read(target, files, LM_HEAD)
     return embedding if torch.equal(lm_head, embedding) else lm_head  # one copy on the device
+
+
+def read_norms(target: Target, rows: range) -> torch.Tensor | None:
+    """Return the norms of these rows of the lm_head `(R,)` in fp32, reading no others.
+
+    None for a quantized lm_head, or if its file is not here.
+    """
+    files = _files_by_tensor(target)
+    found = [f"{name}.weight" for name in (*_find(files, LM_HEAD), *_find(files, EMBEDDING))]
+    name = next((name for name in found if name in files and (target.path / files[name]).exists()), None)
+    if name is None:
+        return None
+    with safe_open(target.path / files[name], framework="pt") as file:
+        part = file.get_slice(name)[rows.start : rows.stop]
+    return part.float().norm(dim=1) if part.dtype in PLAIN else None
 
 
 def find_logit_scale(config: Mapping[str, Any]) -> float:

@@ -39,7 +39,9 @@ class TargetSection(Section):
     num_aux_layers: int = Field(default=5, gt=0, description="captured layers, spread over the depth")
     aux_layers: list[int] | None = Field(default=None, description="captured layers, 0-based; overrides num_aux_layers")
     mask_token_id: int | None = Field(
-        default=None, description="default: the first row above the tokenizer's highest id"
+        default=None,
+        description="a free row of the embedding, or a special token that never occurs; default: the first free row, "
+        "else the last reserved token, else the last special token that the chat template never renders",
     )
     training_template: Path | None = Field(
         default=None, description="renders as the target's chat template does, with {% generation %} tags"

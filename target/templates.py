@@ -7,6 +7,7 @@ tags. Few targets' templates have them, so a recipe may name another template (c
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from common.errors import UserError
@@ -32,6 +33,7 @@ PROBES: list[dict[str, Any]] = [
         "tools": [_TOOL],
     },
 ]
+MODES = (None, "enabled", "disabled", "adaptive")
 
 
 def tagged_template(section: TargetSection, target: Target) -> str | None:
@@ -60,7 +62,7 @@ def check_training_template(section: TargetSection, target: Target) -> None:
         return
     ours = section.training_template.read_text(encoding="utf-8")
     for number, probe in enumerate(PROBES):
-        for mode in (None, "enabled", "disabled", "adaptive"):
+        for mode in MODES:
             kwargs = template_arguments(section, mode)
             for end in (False, True):
                 expected, found = (_render(text, probe, end, kwargs) for text in (own, ours))
@@ -71,6 +73,16 @@ def check_training_template(section: TargetSection, target: Target) -> None:
                         expected=f"{_from_difference(expected, found or '')}, as the template of {target.path} renders",
                         fix="Bring the template up to date with the target's.",
                     )
+
+
+def render_probes(section: TargetSection, template: str) -> Iterator[str]:
+    """Yield what a template renders for conversations of every kind in every thinking mode."""
+    for probe in PROBES:
+        for mode in (*MODES, *section.thinking_mode_values):
+            for end in (False, True):
+                text = _render(template, probe, end, template_arguments(section, mode))
+                if text is not None:
+                    yield text
 
 
 def variables_of(template: str) -> set[str]:

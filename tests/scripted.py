@@ -5,7 +5,7 @@ matter. The "tokens" of a text are its bytes. The last user message may ask for 
 
     fail 500, fail 400, reasoning, no ids, too long, endless (cut at max_tokens), loop, slow (2 s),
     rewrite (a template that rewrites history), call NAME (a tool call), no parser (tools refused),
-    finish REASON (a reply that the server broke off)
+    finish REASON (a reply that the server broke off), token ID (a reply with this token at its end)
 
 With `extract`, completions of token ids write hidden states there, as vLLM's extraction does.
 
@@ -234,7 +234,8 @@ def reply_to(body: dict[str, Any], last: str) -> dict[str, Any]:
     answer = {"id": "x", "object": "chat.completion", "created": 0, "model": "scripted", "choices": [choice]}
     if "no ids" not in last:
         answer["prompt_token_ids"] = render(body["messages"], mode)
-        choice["token_ids"] = [*text.encode(), *([END] if finish != "length" else [])]
+        more = [int(id_) for id_ in re.findall(r"token (\d+)", last)]
+        choice["token_ids"] = [*text.encode(), *more, *([END] if finish != "length" else [])]
     return answer
 
 

@@ -58,7 +58,8 @@ def refuse_mask_token(samples: Samples, mask_token_id: int | None, processes: Pr
             store.sample_path(sample_id),
             found=f"the mask token {mask_token_id} among its tokens",
             expected="a token that never occurs",
-            fix="Set target.mask_token_id to another free row, or dump again: such samples are then left out.",
+            fix="Set target.mask_token_id to another free row or special token, or dump again: such samples are then "
+            "left out.",
         )
 
 

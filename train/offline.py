@@ -34,6 +34,7 @@ from drafts.draft import Draft
 from recipe.recipe import Recipe
 from recipe.train import TrainSection
 from target.head import TargetHead, read_head
+from target.mask_token import describe_mask_token
 from target.target import Target
 from train.checkpoint import Checkpoints, load_checkpoint
 from train.data import Planned, Samples, open_states, read_ahead, refuse_mask_token
@@ -76,6 +77,8 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path, *, force: bo
                 return {}
             print(f"train: {output} is finished, skipped ({_describe(run.state['summary'])})")
             return dict(run.state["summary"])
+        if processes.is_first and config.mask_token_id is not None:
+            print(f"train: {describe_mask_token(recipe.target, target)}")
         refuse_mask_token(samples, config.mask_token_id, processes)
         training = _prepare(recipe, config, read_head(target), samples, DraftRun(output), processes)
         summary = _train(training, run)

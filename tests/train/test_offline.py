@@ -21,8 +21,8 @@ from common.errors import UserError
 from contracts.draft import DraftRun
 from contracts.store import Store
 from recipe.load import load_recipe
+from recipe.mask import mask_token_of
 from recipe.train import TrainSection
-from target.mask_token import choose_mask_token
 from target.target import Target
 from train.data import Samples
 from train.schedule import learning_rate
@@ -221,7 +221,9 @@ def test_a_mask_token_in_a_sample_that_only_the_last_step_takes_is_refused_befor
     last = samples.batch(9).sample_ids[0]
     assert all(last not in samples.batch(step).sample_ids for step in range(9))
     sample = store.read_sample(last)
-    sample.input_ids[20] = choose_mask_token(target, None)
+    mask_token = mask_token_of(recipe, target)
+    assert mask_token is not None
+    sample.input_ids[20] = mask_token
     store.write_sample(last, sample)
     args = ["train", "offline", "--recipe", recipe_path, "--store", store.folder, "--output", tmp_path / "draft"]
     sets = ["--set", "train.global_batch_size=1", "--set", "train.num_steps=10", "--set", "train.checkpoint_every=1"]
@@ -267,7 +269,8 @@ def test_an_export_holds_what_vllm_reads_and_neither_embedding_nor_head(
     config = json.loads((tmp_path / "export/config.json").read_text())
     assert config["architectures"] == ["DFlashDraftModel"]
     assert config["block_size"] == 4
-    assert config["dflash_config"] == {"mask_token_id": choose_mask_token(target, None), "target_layer_ids": [1, 2]}
+    mask_token = mask_token_of(load_recipe(recipe_path), target)
+    assert config["dflash_config"] == {"mask_token_id": mask_token, "target_layer_ids": [1, 2]}
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 128}
     assert config["rope_parameters"] == config["rope_scaling"] == yarn
     assert config["max_position_embeddings"] == 256
@@ -373,13 +376,3 @@ def test_a_yarn_window_that_is_not_the_context_length_is_refused_before_training
         "found 128 x 3 = 384 positions, expected export.max_position_embeddings (default: target.max_model_len) = 256"
         in result.stderr
     )
-
-
-def test_the_mask_token_is_a_row_that_the_tokenizer_never_produces(target_folder: Path) -> None:
-    target = Target.read(target_folder)
-    free = choose_mask_token(target, None)
-    assert choose_mask_token(target, free + 1) == free + 1
-    with pytest.raises(UserError, match="a token of the tokenizer"):
-        choose_mask_token(target, free - 1)
-    with pytest.raises(UserError, match="no row in"):
-        choose_mask_token(target, target.vocab_size)
