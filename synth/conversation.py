@@ -23,7 +23,7 @@ from synth.sampling import SharedSampling
 from synth.tokens import TokenCheck
 from synth.tool_calls import ToolCallParser, describe_call
 from target.target import Target
-from target.thinking import template_arguments
+from target.thinking import template_arguments, thinking_tags_of
 
 NEEDS_PARSER = "--enable-auto-tool-choice"
 """Part of vLLM's refusal of prompts with tools, from a server without a tool call parser."""
@@ -48,6 +48,10 @@ class Writer:
     @cached_property
     def template(self) -> str:
         return self.target.template_checksum
+
+    @cached_property
+    def thinking_tags(self) -> tuple[str, str] | None:
+        return thinking_tags_of(self.recipe.target, self.target)
 
     @property
     def tool_choice(self) -> dict[str, str]:
@@ -203,8 +207,8 @@ def _refuse_parsed_calls(choice: Mapping[str, Any]) -> None:
 
 async def _read_reply(writer: Writer, prompt: Prompt, choice: Mapping[str, Any]) -> Reply:
     """Return a reply with the server's tool calls, or parsed ones. Raises: see `Reply.of_server`."""
-    tags, parser = writer.recipe.target.thinking_tags, writer.tool_calls
-    reply = Reply.of_server(choice, tags, is_parsed=not prompt.tools or parser is not None)
+    parser = writer.tool_calls
+    reply = Reply.of_server(choice, writer.thinking_tags, is_parsed=not prompt.tools or parser is not None)
     if not prompt.tools or reply.message.get("tool_calls") or parser is None or choice["finish_reason"] not in ENDED:
         return reply
     return Reply(await asyncio.to_thread(add_calls, reply.message, prompt.tools, parser), reply.text)

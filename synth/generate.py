@@ -34,6 +34,7 @@ from synth.tokens import TokenCheck
 from synth.tool_calls import ToolCallParser, find_parser
 from synth.work import Job, write_all
 from target.target import Target
+from target.thinking import thinking_tags_of
 
 STAGE = "synth generate"
 MAX_REASONS = 4
@@ -105,7 +106,7 @@ def find_settings(
             "max_model_len": section.max_model_len,
             "thinking_mode_name": section.thinking_mode_name,
             "thinking_mode_values": section.thinking_mode_values,
-            "thinking_tags": list(section.thinking_tags),
+            "thinking_tags": list(tags) if (tags := thinking_tags_of(section, target)) else None,
             "chat_template": target.template_checksum,
             "tokenizer": target.tokenizer_checksum,
             **tokens.settings(),

@@ -22,7 +22,7 @@ class Reply:
     is_parsed: bool = True
 
     @classmethod
-    def of_server(cls, choice: Mapping[str, Any], thinking_tags: tuple[str, str], *, is_parsed: bool) -> Reply:
+    def of_server(cls, choice: Mapping[str, Any], thinking_tags: tuple[str, str] | None, *, is_parsed: bool) -> Reply:
         """Read a choice of a chat completion, with the calls that the server parsed, if any.
 
         Raises UserError if the server strips reasoning.
@@ -42,12 +42,14 @@ class Reply:
         return cls(reply, text, is_parsed)
 
 
-def make_reply(text: str, thinking_tags: tuple[str, str]) -> dict[str, Any]:
+def make_reply(text: str, thinking_tags: tuple[str, str] | None) -> dict[str, Any]:
     """Return a text as an assistant message, split at the end of its reasoning; nothing is stripped.
 
     Reasoning that the prompt opened (mode enabled) has no opening tag in the reply. Reasoning that was cut has no
-    closing tag and stays in the content; such a reply ends the conversation.
+    closing tag and stays in the content; such a reply ends the conversation. A target without tags has no reasoning.
     """
+    if thinking_tags is None:
+        return {"role": "assistant", "content": text}
     opening, closing = thinking_tags
     thought, separator, answer = text.partition(closing)
     if not separator:

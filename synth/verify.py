@@ -24,7 +24,7 @@ from synth.generate import serve_target
 from synth.reply import add_calls, make_reply
 from synth.tool_calls import find_parser, same_calls
 from target.target import Target
-from target.thinking import template_arguments
+from target.thinking import template_arguments, thinking_tags_of
 
 MAX_TOLD = 5
 RENDER_TIMEOUT_S = 60.0
@@ -87,8 +87,8 @@ class Checker:
     """Compares the turns of records with the server's rendering and with their own tokens."""
 
     def __init__(self, recipe: Recipe, target: Target, renderer: ServerRenderer) -> None:
-        self._recipe = recipe
         self._target = target
+        self._thinking_tags = thinking_tags_of(recipe.target, target)
         self._renderer = renderer
         self._tool_calls = find_parser(recipe, target)
 
@@ -136,7 +136,7 @@ class Checker:
         if ids and ids[-1] in self._target.end_token_ids:
             ids = ids[:-1]  # the end token is not in the text
         text = self._renderer.decode(sample.token_ids[:start], ids, skip_special_tokens=not tools)
-        expected = make_reply(text, self._recipe.target.thinking_tags)
+        expected = make_reply(text, self._thinking_tags)
         calls = turn.message.get("tool_calls")
         if not calls or not tools:
             return expected == turn.message

@@ -20,6 +20,7 @@ from common.files import read_json
 from target.section import TargetSection
 from target.target import Target
 from target.templates import render_probes, rendering_template
+from target.thinking import thinking_tags_of
 
 TOKENIZER_FILE = "tokenizer.json"
 RESERVED = re.compile(r"reserved|unused|extra_(id_)?\d|(placeholder|dummy|special|control)_?\d", re.IGNORECASE)
@@ -125,12 +126,13 @@ def find_uses(section: TargetSection, target: Target, special: Mapping[int, str]
     has_template = target.find_chat_template() is not None or section.training_template is not None
     template = rendering_template(section, target) if has_template else ""
     rendered = list(render_probes(section, template))
+    tags = thinking_tags_of(section, target) or ()
     uses = {}
     for id_, content in special.items():
         if name := by_id.get(id_) or by_content.get(content):
             uses[id_] = f"the target's {name}"
-        elif any(content in tag for tag in section.thinking_tags):
-            uses[id_] = "one of target.thinking_tags"
+        elif any(content in tag for tag in tags):
+            uses[id_] = "part of target.thinking_tags"
         elif content in template or any(content in text for text in rendered):
             uses[id_] = "which the chat template renders"
     return uses

@@ -33,8 +33,8 @@ class TargetSection(Section):
     thinking_mode_values: dict[str, str | int | bool | None] = Field(
         default={}, description="the variable's value for a mode, instead of its name; null: do not set it"
     )
-    thinking_tags: tuple[str, str] = Field(
-        default=("<mm:think>", "</mm:think>"), description="around the reasoning in a reply"
+    thinking_tags: tuple[str, str] | None = Field(
+        default=None, description="around the reasoning in a reply; default: those in the chat template"
     )
     num_aux_layers: int = Field(default=5, gt=0, description="captured layers, spread over the depth")
     aux_layers: list[int] | None = Field(default=None, description="captured layers, 0-based; overrides num_aux_layers")

@@ -272,3 +272,4 @@ def test_a_reply_is_split_at_its_thoughts_end_and_nothing_is_stripped() -> None:
     assert make_reply("<mm:think>a</mm:think>b</mm:think>c", tags)["content"] == "b</mm:think>c"
     assert make_reply("</mm:think>b", tags) == {"role": "assistant", "content": "b"}
     assert make_reply("b", tags) == {"role": "assistant", "content": "b"}
+    assert make_reply("</mm:think>b", None)["content"] == "</mm:think>b"

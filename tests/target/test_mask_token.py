@@ -104,7 +104,7 @@ def test_a_recipe_for_a_llama_3_like_target_passes_with_its_last_reserved_token(
         ("<|begin_of_text|>", "the target's bos_token_id"),
         ("<|finetune_right_pad_id|>", "the target's pad_token"),
         ("<|reserved_special_token_0|>", "the target's image_token"),
-        ("<|reserved_special_token_7|>", "one of target.thinking_tags"),
+        ("<|reserved_special_token_7|>", "part of target.thinking_tags"),
     ],
 )
 def test_a_special_token_that_the_target_uses_is_refused_with_its_use(tmp_path: Path, content: str, found: str) -> None:
