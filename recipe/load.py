@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from common.errors import UserError
 from common.redact import REDACTED
 from drafts import METHODS
+from recipe.foreign import refuse_foreign_facts
 from recipe.recipe import Recipe
 from recipe.renamed import dotted_keys, refuse_renamed
 
@@ -29,6 +30,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, A
     value.
     """
     values, _ = read_values(path, overrides, flags)
+    return validate_recipe(path, values)
+
+
+def validate_recipe(path: Path, values: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of these values. Raises UserError for an unknown key or a wrong value, naming `path`."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -40,7 +46,8 @@ def read_values(
 ) -> tuple[dict[str, Any], set[str]]:
     """Return the recipe's merged values, not validated, and the dotted keys that `--set` or a flag gave."""
     values: dict[str, Any] = {}
-    for file, above in reversed(read_files(path)):
+    files = read_files(path)
+    for file, above in reversed(files):
         refuse_renamed(str(file), dotted_keys(above), _method_of(above))
         values = _lay_over(values, above)
     given = set()
@@ -61,6 +68,7 @@ def read_values(
         if value is not None:
             _put(values, key, value, key)
             given.add(key)
+    refuse_foreign_facts(files, given)
     _refuse_redacted(path, values)
     return values, given
 
