@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from common.section import Section
 from contracts.draft import Descriptor, DraftConfig
+from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
 from target.target import Target
 
 if TYPE_CHECKING:
@@ -93,6 +94,15 @@ class DraftMethod(ABC):
 
     def check(self, section: DraftSection, target: Target) -> None:  # noqa: B027 (most methods have no more rules)
         """Raise UserError for a section that does not fit the target."""
+
+    def propose(self, target: Target) -> Proposal:
+        """Return what to train for a target whose config is known, as `recipe init` writes it.
+
+        Here: the dimensions that the section has. A method overrides it with the values of published drafts.
+        """
+        proposed = {**propose_dimensions(target), "num_layers": propose_depth(target)}
+        draft = {key: value for key, value in proposed.items() if key in self.section.model_fields}
+        return Proposal(draft, propose_spread(target), {}, num_epochs=6, warmup_share=0.04)
 
     def make_config(self, section: DraftSection, shared: Mapping[str, Any]) -> DraftConfig:
         """Return the config of a new draft: the section's dimensions and the fields shared by all methods."""

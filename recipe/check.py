@@ -145,7 +145,7 @@ def _check_yarn(recipe: Recipe) -> Iterator[UserError]:
 
 def _check_facts(recipe: Recipe, target: Target) -> Iterator[UserError]:
     facts = recipe.target.facts
-    if facts is None or not target.is_here:
+    if facts is None or not target.has_config:
         return
     found = {
         "architecture": next(iter(target.config.get("architectures") or [None])),
@@ -155,8 +155,9 @@ def _check_facts(recipe: Recipe, target: Target) -> Iterator[UserError]:
         "rope_theta": target.rope_theta,
         "final_norm": target.final_norm,
         "sparse_block_size": target.sparse_block_size,
-        "highest_token_id": max(used_token_ids(target)),
     }
+    if target.is_here:
+        found["highest_token_id"] = max(used_token_ids(target))
     if facts.final_norm is None:
         del found["final_norm"]
     for name, value in found.items():

@@ -30,12 +30,43 @@ def load_checked(path: Path, overrides: list[str] | None, flags: dict[str, Any] 
     return recipe
 
 
-app = make_app("Check recipes and show them resolved.")
+app = make_app("Write recipes, check them and show them resolved.")
 
 
 @app.callback()
 def _callback() -> None:
-    """Check recipes and show them resolved."""
+    """Write recipes, check them and show them resolved."""
+
+
+@app.command(epilog="Example: recipe init Qwen/Qwen3-8B --gpus 8 -o qwen3-8b.yaml")
+def init(
+    target: Annotated[Path, typer.Argument(help="The target's folder, hub name, or config.json.")],
+    method: Annotated[str, typer.Option(help="The draft method: dflash, eagle3, ...")] = "dflash",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the machine.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The recipe.", show_default="stdout")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Write a commented recipe from a target's config: no weights are needed."""
+    from common.errors import UserError
+    from common.files import write_atomic
+    from recipe.init import init_recipe
+
+    if output is not None and output.exists() and not force:
+        raise UserError(output, found="a file", expected="a new one", fix="Choose another name, or pass --force.")
+    new = init_recipe(target, method, gpus)
+    if output is None:
+        typer.echo(new.text, nl=False)
+    else:
+        write_atomic(output, new.text)
+        typer.echo(f"{output}: written")
+    for note in new.notes:
+        typer.echo(f"note: {note}", err=output is None)
+    name = output or "recipe.yaml"
+    typer.echo(f"next: recipe check -r {name}", err=output is None)
+    typer.echo(f"      dump plan -r {name} --samples 50000 --mean-tokens 2000", err=output is None)
+    typer.echo(f"      train plan -r {name} --gpu h100 --gpus {gpus}", err=output is None)
 
 
 @app.command(epilog="Example: recipe show --recipe recipes/Tiny-DFlash/recipe.yaml --set train.num_steps=50")

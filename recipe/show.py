@@ -30,7 +30,7 @@ def _show(name: str, values: Any, sources: Sources, indent: str) -> Iterator[str
         for inner, value in values.items():
             yield from _show(f"{name}.{inner}", value, sources, indent + "  ")
     else:
-        yield f"{indent}{key}: {_inline(values)}" + (f"  # {sources.find(name)}" if indent else "")
+        yield f"{indent}{key}: {inline_yaml(values)}" + (f"  # {sources.find(name)}" if indent else "")
 
 
 class Sources:
@@ -55,5 +55,6 @@ def _has(values: Any, keys: Sequence[str]) -> bool:
     return True
 
 
-def _inline(value: Any) -> str:
+def inline_yaml(value: Any) -> str:
+    """Return a value as YAML in one line."""
     return yaml.safe_dump(value, default_flow_style=True, width=1_000_000, allow_unicode=True).split("\n...")[0].strip()

@@ -52,7 +52,12 @@ class Target:
 
     @property
     def is_here(self) -> bool:
-        """Whether the target's files are on this machine."""
+        """Whether the target's config and tokenizer are on this machine."""
+        return self.has_config and (self.path / "tokenizer.json").exists()
+
+    @property
+    def has_config(self) -> bool:
+        """Whether the target's config is on this machine; plans need no more."""
         return (self.path / "config.json").exists()
 
     @classmethod
@@ -99,7 +104,7 @@ class Target:
     @cached_property
     def is_tied(self) -> bool:
         """Whether the config ties lm_head to the embedding; without the key, transformers' default for the type."""
-        outer = read_json(self.path / "config.json", "a target's config.json") if self.is_here else {}
+        outer = read_json(self.path / "config.json", "a target's config.json") if self.has_config else {}
         said = [config["tie_word_embeddings"] for config in (outer, self.config) if "tie_word_embeddings" in config]
         if said:
             return any(said)

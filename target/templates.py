@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from target.section import TargetSection
 from target.target import Target
 from target.thinking import template_arguments
+
+if TYPE_CHECKING:
+    from jinja2.nodes import Template as TemplateTree
 
 TAG = re.compile(r"{%[-+]?\s*generation\s*-?%}")
 
@@ -87,7 +90,36 @@ def render_probes(section: TargetSection, template: str) -> Iterator[str]:
 
 def variables_of(template: str) -> set[str]:
     """Return the names of a template's arguments."""
-    from jinja2 import Environment, meta, nodes
+    from jinja2 import meta
+
+    return meta.find_undeclared_variables(_parse(template))
+
+
+def values_of(template: str, variable: str) -> list[str]:
+    """Return the strings that a template compares an argument with, or takes for its default, in their order.
+
+    Names that are set from the argument count as the argument: `set mode = thinking_mode | default('adaptive')`.
+    """
+    from jinja2 import nodes
+
+    tree, names = _parse(template), {variable}
+
+    def mentions(node: nodes.Node) -> bool:
+        return any(name.name in names for name in [node, *node.find_all(nodes.Name)] if isinstance(name, nodes.Name))
+
+    for assignment in tree.find_all(nodes.Assign):
+        if isinstance(assignment.target, nodes.Name) and mentions(assignment.node):
+            names.add(assignment.target.name)
+    compared = [node for node in tree.find_all(nodes.Compare) if mentions(node.expr)]
+    defaults = [node for node in tree.find_all(nodes.Filter) if node.name == "default" and node.node]
+    places = [*compared, *(node for node in defaults if node.node and mentions(node.node))]
+    constants = [constant.value for place in places for constant in place.find_all(nodes.Const)]
+    return list(dict.fromkeys(value for value in constants if isinstance(value, str) and value))
+
+
+def _parse(template: str) -> TemplateTree:
+    """Return a template's syntax tree; `{% generation %}` and loop controls are known. Raises UserError if broken."""
+    from jinja2 import Environment, TemplateSyntaxError, nodes
     from jinja2.ext import Extension
     from jinja2.parser import Parser
 
@@ -99,7 +131,15 @@ def variables_of(template: str) -> set[str]:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     environment = Environment(extensions=[Generation, "jinja2.ext.loopcontrols"])  # noqa: S701 (text, not HTML)
-    return meta.find_undeclared_variables(environment.parse(template))
+    try:
+        return environment.parse(template)
+    except TemplateSyntaxError as error:
+        raise UserError(
+            "the chat template",
+            found=f"{error.message} in line {error.lineno}",
+            expected="a jinja template as transformers renders it",
+            fix="Correct the target's chat_template.jinja.",
+        ) from None
 
 
 def _render(template: str, probe: dict[str, Any], add_generation_prompt: bool, kwargs: dict[str, Any]) -> str | None:

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 NUM_LAYERS, HIDDEN = 6, 64
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def build_tiny_m3(folder: Path, seed: int = 0) -> Path:
-    """Two dense layers, four with experts and sparse attention; its own template is ours without the tags."""
-    import make_target
-    import torch
-    from stdlib_corpus import read_subjects
-    from transformers import AutoConfig
-    from transformers.models.minimax_m3_vl import MiniMaxM3SparseForConditionalGeneration
-
-    folder.mkdir(parents=True, exist_ok=True)
+def m3_config(vocab_size: int) -> dict[str, Any]:
+    """The nested config of a tiny M3, as the hub's config.json has it."""
     sparse = [0, 0, 1, 1, 1, 1]
     text = {
         "model_type": "minimax_m3_text", "architectures": ["MiniMaxM3SparseForCausalLM"],
-        "vocab_size": make_target.EMBEDDING_ROWS, "hidden_size": HIDDEN, "intermediate_size": 32,
+        "vocab_size": vocab_size, "hidden_size": HIDDEN, "intermediate_size": 32,
         "dense_intermediate_size": 96, "shared_intermediate_size": 32, "num_hidden_layers": NUM_LAYERS,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6, "use_gemma_norm": True, "attention_output_gate": False, "rope_theta": 5000000,
@@ -40,11 +34,23 @@ def build_tiny_m3(folder: Path, seed: int = 0) -> Path:
         "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56,
         "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2,
     }  # fmt: skip
-    config = {
+    return {
         "architectures": ["MiniMaxM3SparseForConditionalGeneration"], "model_type": "minimax_m3_vl",
         "text_config": text, "vision_config": vision, "projector_hidden_size": HIDDEN, "image_token_index": 900,
         "video_token_index": 901, "tie_word_embeddings": False, "dtype": "float32",
     }  # fmt: skip
+
+
+def build_tiny_m3(folder: Path, seed: int = 0) -> Path:
+    """Two dense layers, four with experts and sparse attention; its own template is ours without the tags."""
+    import make_target
+    import torch
+    from stdlib_corpus import read_subjects
+    from transformers import AutoConfig
+    from transformers.models.minimax_m3_vl import MiniMaxM3SparseForConditionalGeneration
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = m3_config(make_target.EMBEDDING_ROWS)
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(seed)
     model = MiniMaxM3SparseForConditionalGeneration(AutoConfig.from_pretrained(folder)).eval()

@@ -21,6 +21,8 @@ from drafts.method import (
     TransformerConfig,
     TransformerSection,
 )
+from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
+from target.target import Target
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,6 +64,23 @@ class DFlashMethod(DraftMethod):
     config = DFlashConfig
     layouts = (NATIVE, SPECULATORS)
     uses_mask_token = True
+
+    def propose(self, target: Target) -> Proposal:
+        return Proposal(
+            draft={
+                "block_size": (8, "the anchor and 7 draft tokens"),
+                "num_layers": propose_depth(target),
+                **propose_dimensions(target),
+                "num_anchors": (512, "most blocks drawn per sample and step"),
+                "objective": ("distill", "learn the target's distribution, computed from the stored states"),
+                "slot_weights": ("decay", ""),
+                "loss_decay": (4.0, "for blocks of 8; 7.0 for 16"),
+            },
+            layer_ids=propose_spread(target),
+            train={"learning_rate": (6e-4, "SpecForge's for Qwen3-8B")},
+            num_epochs=6,
+            warmup_share=0.04,
+        )
 
     def build(
         self, config: DraftConfig, section: DraftSection | None = None, *, gradient_checkpointing: bool = False

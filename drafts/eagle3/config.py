@@ -24,6 +24,7 @@ from drafts.method import (
     TransformerConfig,
     TransformerSection,
 )
+from drafts.proposal import Proposal, propose_dimensions, propose_low_mid_high
 from target.target import Target
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
     from drafts.eagle3.model import Eagle3
 
+FREQUENT_TOKENS = 32000
+"""Size of the reduced vocabulary of published EAGLE3 drafts."""
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
 
@@ -80,6 +83,26 @@ class Eagle3Method(DraftMethod):
                 expected=f"at most the target's {target.vocab_size} tokens",
                 fix="Lower it, or leave it out to keep the whole vocabulary.",
             )
+
+    def propose(self, target: Target) -> Proposal:
+        num_frequent = FREQUENT_TOKENS if target.vocab_size >= 2 * FREQUENT_TOKENS else None
+        return Proposal(
+            draft={
+                "num_speculative_tokens": (3, "draft tokens per step"),
+                "ttt_length": (7, "steps that training unrolls"),
+                "ttt_step_loss_decay": (0.8, ""),
+                **propose_dimensions(target),
+                "draft_vocab_size": (num_frequent, "the most frequent tokens; null: all"),
+                "objective": ("distill", "learn the target's distribution, computed from the stored states"),
+            },
+            layer_ids=propose_low_mid_high(target),
+            train={
+                "learning_rate": (1e-4, "SpecForge's for Qwen3-8B"),
+                "gradient_checkpointing": (True, "the unrolled steps take much memory"),
+            },
+            num_epochs=10,
+            warmup_share=0.02,
+        )
 
     def build(
         self, config: DraftConfig, section: DraftSection | None = None, *, gradient_checkpointing: bool = False
