@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import recipe.cli
 import serve.cli
 import synth.cli
 import train.cli
+from recipe.load import load_recipe
 
 APPS = {
     "recipe": recipe.cli.app, "synth": synth.cli.app, "dump": dump.cli.app, "train": train.cli.app,
@@ -31,24 +34,31 @@ with open({log!r}, "a") as log:
 """
 
 
-@pytest.mark.parametrize(("recipe", "num_train", "num_held_out"), [("recipe.yaml", 297, 3), ("smoke.yaml", 8, 2)])
-def test_m3s_script_gives_every_command_flags_that_it_has(
-    tmp_path: Path, recipe: str, num_train: int, num_held_out: int
-) -> None:
-    log, stubs = tmp_path / "log", tmp_path / "bin"
+def make_stubs(folder: Path) -> tuple[Path, Path]:
+    """Make commands that only log their arguments; return the log and the commands' folder."""
+    log, stubs = folder / "log", folder / "bin"
     stubs.mkdir()
     for name in (*APPS, "torchrun"):
         (stubs / name).write_text(STUB.format(python=sys.executable, log=str(log)))
         (stubs / name).chmod(0o755)
+    return log, stubs
+
+
+@pytest.mark.parametrize("folder", ["MiniMax-M3-DFlash", "Qwen3-8B"])
+@pytest.mark.parametrize(("recipe", "num_train", "num_held_out"), [("recipe.yaml", 297, 3), ("smoke.yaml", 8, 2)])
+def test_the_script_gives_every_command_flags_that_it_has(
+    tmp_path: Path, folder: str, recipe: str, num_train: int, num_held_out: int
+) -> None:
+    log, stubs = make_stubs(tmp_path)
     prompts, run = tmp_path / "prompts.jsonl", tmp_path / "run"
     prompts.write_text("".join(json.dumps({"prompt": f"{n}"}) + "\n" for n in range(300)))
     environment = {
         **os.environ,
         "DRAFTLINE_BIN": str(stubs),
         "GPUS": "8",
-        "RECIPE": f"recipes/MiniMax-M3-DFlash/{recipe}",
+        "RECIPE": f"recipes/{folder}/{recipe}",
     }
-    script = ROOT / "recipes/MiniMax-M3-DFlash/run.sh"
+    script = ROOT / f"recipes/{folder}/run.sh"
     subprocess.run([script, prompts, run, "--set", "train.seed=1"], check=True, env=environment)
 
     assert len((run / "prompts/train.jsonl").read_text().splitlines()) == num_train
@@ -70,3 +80,19 @@ def test_m3s_script_gives_every_command_flags_that_it_has(
         "recipe check", "synth generate", "synth stats", "dump plan", "dump run", "dump verify", "bench gate",
         "train offline", "train eval", "train export", "bench acceptance", "serve command",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3, 5, 8])
+def test_qwens_script_gives_each_gpu_at_most_four_samples_and_at_least_one(tmp_path: Path, gpus: int) -> None:
+    log, stubs = make_stubs(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n' * 10)
+    for name in ("recipe.yaml", "eagle3.yaml", "smoke.yaml"):
+        path = ROOT / "recipes/Qwen3-8B" / name
+        environment = {**os.environ, "DRAFTLINE_BIN": str(stubs), "GPUS": str(gpus), "RECIPE": str(path)}
+        script = ROOT / "recipes/Qwen3-8B/run.sh"
+        subprocess.run([script, tmp_path / "prompts.jsonl", tmp_path / "run"], check=True, env=environment)
+        _, *args = json.loads(log.read_text().splitlines()[-1])
+        train = load_recipe(path, [value for flag, value in itertools.pairwise(args) if flag == "--set"]).training()
+        assert train.batch_size >= gpus
+        if name != "smoke.yaml":
+            assert math.ceil(train.batch_size / gpus) <= 4
