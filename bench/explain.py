@@ -7,18 +7,17 @@ from pathlib import Path
 from contracts.draft import DraftRun
 from contracts.store import Store
 from drafts.published import describe_config, read_config
-from target.target import Target
 
 
-def explain_config(export: Path, draft: DraftRun, store: Store, target: Target) -> str:
+def explain_config(export: Path, draft: DraftRun, store: Store) -> str:
     """Return the first difference of the export's config.json from training as a sentence, or ""."""
     served, trained = describe_config(export), read_config(draft)
     expected = {
         "layers that it reads": (served.layer_ids, store.read_manifest().layer_ids),
         "mask token": (served.mask_token_id, trained.mask_token_id),
-        "rope (rope_theta)": (served.rope_theta, target.rope_theta),
+        "rope (rope_theta)": (served.rope_theta, trained.rope_theta),
         "rope (YaRN factor)": (served.yarn_factor, trained.yarn.factor if trained.yarn else None),
-        "norm (rms_norm_eps)": (served.rms_norm_eps, target.norm_eps),
+        "norm (rms_norm_eps)": (served.rms_norm_eps, trained.rms_norm_eps),
     }
     for name, (value, wanted) in expected.items():
         if value != wanted:

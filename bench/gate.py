@@ -154,7 +154,7 @@ def _judge(work: Gate, predicted: Acceptance, found: Acceptance) -> float:
             f"on the store; look at {work.draft.folder / 'curves.png'}."
         )
     if abs(difference) > MAX_DIFFERENCE:
-        cause = explain(work.export, work.draft, work.store, work.target, predicted, found)
+        cause = explain(work.export, work.draft, work.store, predicted, found)
         raise IncompleteError(
             f"{work.output}: found {found.acceptance_length:.3f} tokens per step served, expected "
             f"{predicted.acceptance_length:.3f} as training predicts ({difference:+.1%}). {cause}"
@@ -162,11 +162,9 @@ def _judge(work: Gate, predicted: Acceptance, found: Acceptance) -> float:
     return difference
 
 
-def explain(
-    export: Path, draft: DraftRun, store: Store, target: Target, predicted: Acceptance, found: Acceptance
-) -> str:
+def explain(export: Path, draft: DraftRun, store: Store, predicted: Acceptance, found: Acceptance) -> str:
     """Return the likely cause of a difference, from the export's config, else from the rates by position."""
-    if cause := explain_config(export, draft, store, target):
+    if cause := explain_config(export, draft, store):
         return cause
     if found.per_position[0] < 0.8 * predicted.per_position[0]:
         return (

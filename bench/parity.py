@@ -78,7 +78,7 @@ def parity(
     if first is None:
         print(f"parity: trainer and engine agree on {len(trainer)} samples -> {output}")
         return report
-    cause = explain_config(compared.export, compared.run, store, target)
+    cause = explain_config(compared.export, compared.run, store)
     cause = cause or CAUSES[first.stage.split(" ")[0].rstrip("s")]
     raise IncompleteError(
         f"{compared.export}: found {first.stage} of sample {first.sample_id} to differ between trainer and engine "

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,12 @@ class StoredSample:
             self.metadata,
             {name: scale[part] for name, scale in self.scales.items()},
         )
+
+    def of_layers(self, places: Sequence[int], num_layers: int) -> StoredSample:
+        """Return the sample with the captured layers at `places` of its `num_layers` ones. fp8 states are decoded."""
+        decoded = self.decoded()
+        layers = decoded.aux_hidden_states.unflatten(1, (num_layers, -1))[:, list(places)]
+        return replace(decoded, aux_hidden_states=layers.flatten(1))
 
     def decoded(self) -> StoredSample:
         """Return the sample with bf16 states in place of fp8 ones."""

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from common.section import Section
 from contracts.draft import Descriptor, DraftConfig
 from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
+from drafts.reading import DraftFolder, Published, zero_based
 from target.target import Target
 
 if TYPE_CHECKING:
@@ -80,8 +81,9 @@ class DraftMethod(ABC):
 
     `layouts`: values of `train export --format`, the default first. `uses_mask_token`: the target needs a token that
     never occurs in text. `autoregressive`: each draft token is an input of the next one, so one that differs between
-    trainer and engine changes all after it. `renamed`: keys of `train` in older recipes, mapped to their name in this
-    method's section.
+    trainer and engine changes all after it. `adjustable`: fields of the config that no weight depends on, which a warm
+    start may change. `optional_tensors`: those that a warm start may initialize anew. `renamed`: keys of `train` in
+    older recipes, mapped to their name in this method's section.
     """
 
     name: str
@@ -90,6 +92,8 @@ class DraftMethod(ABC):
     layouts: tuple[str, ...] = (NATIVE,)
     uses_mask_token: bool = False
     autoregressive: bool = False
+    adjustable: tuple[str, ...] = ()
+    optional_tensors: tuple[str, ...] = ()
     renamed: Mapping[str, str] = MappingProxyType({})
 
     def check(self, section: DraftSection, target: Target) -> None:  # noqa: B027 (most methods have no more rules)
@@ -124,6 +128,20 @@ class DraftMethod(ABC):
     @abstractmethod
     def describe(self, config: Mapping[str, Any]) -> Descriptor | None:
         """Return the descriptor of a draft with this config.json; None if it is of another method."""
+
+    def read_published(self, folder: DraftFolder) -> Published:
+        """Return the draft of a folder in any layout that `describe` recognizes: the inverse of `export`.
+
+        Raises UserError for what the module does not implement.
+        """
+        found = self.describe(folder.config)
+        assert found is not None
+        facts = {
+            key: value
+            for key, value in {**folder.config, **found.model_dump(exclude_none=True)}.items()
+            if key in self.config.model_fields and key not in ("layer_ids", "method", "store", "target_fingerprint")
+        }
+        return Published(folder.path, zero_based("layer_ids", found.layer_ids), facts, dict(folder.tensors))
 
     def describe_trained(self, config: DraftConfig) -> Descriptor:
         """Return the descriptor of a draft trained here, without the fields that its export adds."""

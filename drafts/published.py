@@ -1,13 +1,19 @@
-"""The descriptor of an exported or published draft: from its draftline.json, or from its config.json."""
+"""Exported and published drafts: the descriptor of a folder, and the draft in it, in whatever layout."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from common.errors import UserError
 from common.files import read_json
 from contracts.draft import DESCRIPTOR_FILE, Descriptor, DraftConfig, DraftRun
 from drafts import METHODS
+from drafts.method import DraftMethod
+from drafts.reading import DraftFolder, Published, zero_based
+
+NO_FACTS = {"method", "layer_ids", "target_fingerprint", "store"}
+"""Fields of a config that a new training sets."""
 
 
 def read_config(run: DraftRun) -> DraftConfig:
@@ -36,17 +42,47 @@ def read_descriptor(folder: Path) -> Descriptor:
 
 def describe_config(folder: Path) -> Descriptor:
     """Return the descriptor of a draft's config.json. Raises UserError if it is of no known method."""
+    return _recognize(folder)[1]
+
+
+def _recognize(folder: Path) -> tuple[DraftMethod, Descriptor]:
+    """Return the method and the descriptor of a draft's config.json."""
     path = folder / "config.json"
     config = read_json(path, "a draft exported by `train export`")
     for method in METHODS.values():
         if (found := method.describe(config)) is not None:
-            return found
+            return method, found
     raise UserError(
         path,
         found=f"architectures {config.get('architectures')}",
         expected=f"a draft of one of the methods {', '.join(METHODS)}",
         fix="Give an export of `train export`, or list the draft in serve.heads with its method.",
     )
+
+
+def read_draft(folder: Path, num_target_layers: int) -> tuple[DraftMethod, Published]:
+    """Return the method and the draft of a training run, of one of its checkpoints, or of a published folder.
+
+    Raises UserError for a folder of no known method, and for what the method's module does not implement.
+    """
+    from drafts.weights import read_tensors
+
+    for run in (DraftRun(folder), DraftRun(folder.parent)):
+        if run.config_path.exists():
+            checkpoint = run.chosen_weights().parent if run.folder == folder else folder
+            config = read_config(run)
+            facts = {key: getattr(config, key) for key in type(config).model_fields if key not in NO_FACTS}
+            layers = zero_based(f"{run.config_path}: layer_ids", config.layer_ids)
+            draft = Published(checkpoint, layers, facts, read_tensors(checkpoint))
+            return METHODS[config.method], replace(
+                draft, target_fingerprint=config.target_fingerprint, is_checkpoint=True
+            )
+    method, _ = _recognize(folder)
+    config_json = read_json(folder / "config.json", "a draft's config.json")
+    draft = method.read_published(DraftFolder(folder, config_json, read_tensors(folder), num_target_layers))
+    path = folder / DESCRIPTOR_FILE
+    made_for = read_json(path, "a draft's descriptor").get("target_fingerprint") if path.exists() else None
+    return method, replace(draft, target_fingerprint=made_for)
 
 
 def num_speculative_tokens(descriptor: Descriptor, folder: Path) -> int:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
@@ -50,6 +51,9 @@ class TrainSection(Section):
         default=0.0, ge=0, lt=0.5, description="share of conversations held out to choose the best checkpoint"
     )
     yarn: bool = Field(default=True, description="train with the rope scaling that export writes")
+    init_from: Path | None = operational(
+        default=None, description="start from a run, a checkpoint or a published draft's folder; default: at random"
+    )
     evaluate_every: int = operational(
         default=0, ge=0, description="steps between evaluations on held-out rows; 0: never"
     )

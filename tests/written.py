@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -46,8 +47,8 @@ def write_conversations(target_folder: Path, folder: Path, count: int, shared: i
     return folder
 
 
-def write_store(folder: Path, target: Target, num_samples: int = 10) -> Path:
-    """A finished store of random states, made with the store's own writer."""
+def write_store(folder: Path, target: Target, num_samples: int = 10, layer_ids: Sequence[int] = (1, 2)) -> Path:
+    """A finished store of random states, made with the store's own writer. A layer's states are the same in all."""
     opened = Run.open(
         folder,
         "dump run",
@@ -61,7 +62,7 @@ def write_store(folder: Path, target: Target, num_samples: int = 10) -> Path:
             target=str(target.path),
             target_fingerprint=target.fingerprint,
             quantization="none",
-            layer_ids=[1, 2],
+            layer_ids=list(layer_ids),
             num_layers=target.num_layers,
             hidden_size=target.hidden_size,
             final_norm="rms",
@@ -75,6 +76,7 @@ def write_store(folder: Path, target: Target, num_samples: int = 10) -> Path:
     )
     ledger = LedgerWriter(store.ledger_path)
     generator = torch.Generator().manual_seed(4)
+    of_layer = {layer_id: torch.Generator().manual_seed(100 + layer_id) for layer_id in layer_ids}
     for number in range(num_samples):
         ids = torch.randint(0, 500, (60,), generator=generator).tolist()
         conversation = Conversation(
@@ -89,7 +91,10 @@ def write_store(folder: Path, target: Target, num_samples: int = 10) -> Path:
             template="",
             usage={},
         )
-        layers = torch.randn(60, 2, target.hidden_size, generator=generator)
+        states = dict(zip((1, 2), torch.randn(60, 2, target.hidden_size, generator=generator).unbind(1), strict=True))
+        for layer_id in set(layer_ids) - {1, 2}:
+            states[layer_id] = torch.randn(60, target.hidden_size, generator=of_layer[layer_id])
+        layers = torch.stack([states[layer_id] for layer_id in layer_ids], dim=1)
         final = torch.randn(60, target.hidden_size, generator=generator)
         fields = store.write_sample(
             f"{conversation.id}-0", make_stored(conversation, conversation.samples[0], Captured(layers, final))

@@ -9,20 +9,19 @@ from typing import Annotated
 import typer
 
 from common.cli import make_app
-from common.errors import run_app
+from common.errors import UserError, run_app
 from recipe.cli import OverridesOption, RecipeOption, load_checked
 
 app = make_app("Train a draft from a store, evaluate it, export it.")
 
 ForceOption = Annotated[bool, typer.Option("--force", help="Begin even if the memory seems too small.")]
-RunOption = Annotated[
-    Path,
-    typer.Option(
-        "--run",
-        "--run-folder",
-        help="Folder of `train offline`. Under torchrun use --run-folder: it takes --run for an option of its own.",
-    ),
-]
+_RUN = typer.Option(
+    "--run",
+    "--run-folder",
+    help="Folder of `train offline`. Under torchrun use --run-folder: it takes --run for an option of its own.",
+)
+RunOption = Annotated[Path, _RUN]
+OptionalRunOption = Annotated[Path | None, _RUN]
 
 
 @app.command(epilog="Example: train plan -r recipes/MiniMax-M3-DFlash/recipe.yaml --gpu h200 --gpus 8 --read-rate 10")
@@ -72,17 +71,27 @@ def offline(
 )
 def eval_(
     recipe: RecipeOption,
-    run: RunOption,
     store: Annotated[Path, typer.Option(help="A store of held-out conversations.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The report (JSON).")],
+    run: OptionalRunOption = None,
+    draft: Annotated[
+        Path | None, typer.Option(help="Instead of --run: an export, or a published draft of any known layout.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Evaluate only the first N samples.")] = None,
     force: ForceOption = False,
     set_: OverridesOption = None,
 ) -> None:
     """Predict the acceptance length by walking held-out conversations as serving does; torchrun shares them out."""
+    if (run is None) == (draft is None):
+        raise UserError(
+            "--run and --draft",
+            found="neither" if run is None else "both",
+            expected="one of them",
+            fix="Give --run for a training run, --draft for an export or a published draft.",
+        )
     from train.evaluate import Evaluation, evaluate
 
-    evaluate(load_checked(recipe, set_), Evaluation(run, store, output, samples, force))
+    evaluate(load_checked(recipe, set_), Evaluation(store, output, run, draft, samples, force))
 
 
 @app.command(epilog="Example: train export -r recipes/Tiny-DFlash/recipe.yaml --run runs/draft --output runs/export")

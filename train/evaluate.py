@@ -1,6 +1,7 @@
 """Predict a draft's acceptance length: walk held-out conversations as speculative decoding does.
 
-Reads:  a training run's chosen checkpoint, with the rope of its export, and a store of held-out conversations.
+Reads:  a training run's chosen checkpoint, with the rope of its export, or a published draft's folder; and a store of
+        held-out conversations.
 Writes: OUTPUT (JSON): acceptance length with its bootstrap interval and per position; by thinking mode, category,
         length and temperature.
 
@@ -16,6 +17,7 @@ counts q(d) instead of 0 or 1 for each token that was tried: the same mean, with
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,12 +39,17 @@ from target.head import TargetHead, read_head
 from target.sampling import Context, probabilities_of
 from target.target import Target
 from train.data import AnyStore, open_states
-from train.draft import load_served, served_config
+from train.draft import load_served, served_config, suppose_config
 from train.footprint import measure_drafting
 from train.plan import Machine, refuse_unfit, suppose_masks, work_of
 from train.processes import Processes, start_processes
+from train.start import Start, load_start, open_start, own_config
 
 ROWS_PER_CHUNK = 1024
+FEW = 8
+"""Samples of an evaluation that only an error message needs."""
+MANY = 64
+"""Samples that are walked again with shifted layers."""
 
 
 @dataclass
@@ -61,13 +68,30 @@ class Walk:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `train eval` is asked for. `num_samples`: only the store's first; `force`: however small the memory."""
+    """What `train eval` is asked for: a run's checkpoint, or a draft in a folder of any layout.
 
-    run: Path
+    `num_samples`: only the store's first; `force`: however small the memory.
+    """
+
     store: Path
     output: Path
+    run: Path | None = None
+    draft: Path | None = None
     num_samples: int | None = None
     force: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The draft that is evaluated: its config, the hash of its weights, the function that loads them.
+
+    `start`: the folder that it was read from, if it is not a run's checkpoint.
+    """
+
+    config: DraftConfig
+    checksum: str
+    load: Callable[[TargetHead], Draft]
+    start: Start | None = None
 
 
 def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
@@ -78,16 +102,15 @@ def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
     """
     target = Target.here(recipe.target)
     store, manifest = open_states(recipe, asked.store, target)
-    read_run(asked.run, "train offline")
-    run = DraftRun(asked.run)
-    config = served_config(read_config(run), recipe)
-    _check_store(asked.store, manifest, config, target)
+    subject = _open_draft(recipe, target, manifest, asked)
+    config = subject.config
     inputs = {
-        "draft": hash_file(run.chosen_weights()),
+        "draft": subject.checksum,
         "yarn": config.yarn.model_dump() if config.yarn else None,
         "store": store.checksum,
         "samples": asked.num_samples,
         "final_norm": target.final_norm,  # changes the expected acceptance
+        **({"draft_config": config.model_dump(mode="json")} if subject.start else {}),
     }
     if asked.output.exists():
         report = read_json(asked.output, "an evaluation")
@@ -101,19 +124,85 @@ def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
         torch.set_num_threads(recipe.training().num_threads or max(1, count_cores() // processes.world))
         if not asked.force:
             _refuse_unfit(recipe, target, config, store, sample_ids, processes)
-        draft, head = load_served(run, recipe).to(processes.device), read_head(target).to(processes.device)
-        walked = [_walk(draft, head, store, id_) for id_ in processes.track(sample_ids, "eval")]
-        walked = processes.gather(walked)
-    report = {**_report(walked, config.num_draft_tokens), "inputs": inputs}
+        head = read_head(target)
+        draft = subject.load(head).to(processes.device)
+        head = head.to(processes.device)
+        if subject.start:
+            few = (store.read_sample(id_) for id_ in sample_ids[:FEW])
+            refuse_layers(subject.start, manifest.layer_ids, lambda: acceptance_of(draft, head, few))
+        walked, shifted = _walk_all(draft, head, store, sample_ids, manifest, processes)
+    report = {**_report(walked, config.num_draft_tokens), **_compare(shifted, config), "inputs": inputs}
     if processes.is_first:
         write_json(asked.output, report)
-        low, high = report["interval"]
-        print(
-            f"eval: acceptance length {report['acceptance_length']:.3f} [{low:.3f}, {high:.3f}], expected "
-            f"{report['expected_acceptance_length']:.3f}, at K = {config.num_draft_tokens} (simulated) over "
-            f"{report['samples']} samples, {report['steps']} steps -> {asked.output}"
-        )
+        _print(report, config, asked.output)
     return report
+
+
+def _print(report: dict[str, Any], config: DraftConfig, output: Path) -> None:
+    low, high = report["interval"]
+    print(
+        f"eval: acceptance length {report['acceptance_length']:.3f} [{low:.3f}, {high:.3f}], expected "
+        f"{report['expected_acceptance_length']:.3f}, at K = {config.num_draft_tokens} (simulated) over "
+        f"{report['samples']} samples, {report['steps']} steps -> {output}"
+    )
+    for line in report.get("shifted_layers", []):
+        verdict = "better: the folder's layer ids are off by one" if line["acceptance_length"] > high else "not better"
+        print(f"eval: with layers {line['layer_ids']} instead: {line['acceptance_length']:.3f}, {verdict}")
+
+
+def _open_draft(recipe: Recipe, target: Target, manifest: Manifest, asked: Evaluation) -> Subject:
+    """Return the draft to evaluate. Raises UserError if it does not fit the target."""
+    if asked.run is not None:
+        read_run(asked.run, "train offline")
+        run = DraftRun(asked.run)
+        config = served_config(read_config(run), recipe)
+        _check_store(asked.store, manifest, config, target)
+        return Subject(config, hash_file(run.chosen_weights()), lambda _: load_served(run, recipe))
+    assert asked.draft is not None
+    start = open_start(asked.draft, recipe, target)
+    source = {"target_fingerprint": target.fingerprint, "store": ""}
+    config = own_config(start, suppose_config(recipe, target)).model_copy(update=source)
+    config = served_config(config, recipe) if start.draft.is_checkpoint else config
+
+    def load(head: TargetHead) -> Draft:
+        draft = start.method.build(config)
+        print("\n".join(f"eval: {line}" for line in load_start(start, draft, head)))
+        return draft.eval()
+
+    return Subject(config, start.checksum, load, start)
+
+
+def acceptance_of(draft: Draft, head: TargetHead, samples: Iterable[StoredSample]) -> Acceptance:
+    """Return the predicted acceptance on some samples."""
+    steps = [a for sample in samples for reply in walk(sample, draft.draft(sample, head)) for a in reply]
+    return Acceptance.from_steps(steps, draft.config.num_draft_tokens)
+
+
+def refuse_layers(start: Start, stored: list[int], predict: Callable[[], Acceptance], *, exact: bool = False) -> None:
+    """Raise UserError if a store lacks layers that a draft reads, or, with `exact`, has others too.
+
+    If all ids are off by one, the folder may count layers in another way than its layout does: then the error tells
+    what `predict()`, the evaluation on the store's layers as they are, gives.
+    """
+    layers = start.draft.layers
+    if layers.ids == stored or (not exact and set(layers.ids) <= set(stored)):
+        return
+    shifts = {theirs - ours for theirs, ours in zip(layers.ids, stored, strict=False)}
+    fix = f"Dump again with target.aux_layers={layers.ids}."
+    if len(layers.ids) == len(stored) and shifts in ({1}, {-1}):
+        found = predict()
+        fix = (
+            f"All are one too {'high' if shifts == {1} else 'low'}. With the store's layers instead, the draft "
+            f"predicts an acceptance length of {found.acceptance_length:.3f} at K = {len(found.histogram) - 1}, the "
+            f"first draft token accepted in {found.per_position[0]:.0%} of the steps. If it is that good, its ids are "
+            f"off by one: correct them in {start.folder / 'config.json'}. Else: {fix[0].lower()}{fix[1:]}"
+        )
+    raise UserError(
+        start.folder,
+        found=f"a draft that reads layers {layers.ids} ({layers.counted})",
+        expected=f"the store's layers {stored}",
+        fix=fix,
+    )
 
 
 def _check_store(folder: Path, manifest: Manifest, config: DraftConfig, target: Target) -> None:
@@ -137,8 +226,41 @@ class Walked:
     groups: dict[str, str]
 
 
-def _walk(draft: Draft, head: TargetHead, store: AnyStore, sample_id: str) -> Walked:
-    sample = store.read_sample(sample_id)
+Shifted = dict[tuple[int, ...], Acceptance]
+"""Acceptance with other layers than the draft's."""
+
+
+def _walk_all(
+    draft: Draft, head: TargetHead, store: AnyStore, ids: list[str], manifest: Manifest, processes: Processes
+) -> tuple[list[Walked], Shifted]:
+    """Walk all samples; and the first few with the layers below and above the draft's, if the store has those."""
+    stored, layers = manifest.layer_ids, draft.config.layer_ids
+
+    def read(sample_id: str, layer_ids: Sequence[int]) -> StoredSample:
+        sample = store.read_sample(sample_id)
+        if list(layer_ids) == stored:
+            return sample
+        return sample.of_layers([stored.index(i) for i in layer_ids], len(stored))
+
+    walked = [_walk(draft, head, read(id_, layers), id_) for id_ in processes.track(ids, "eval")]
+    shifted: Shifted = {}
+    for shift in (-1, 1):
+        others = tuple(i + shift for i in layers)
+        if set(others) <= set(stored):
+            shifted[others] = acceptance_of(draft, head, (read(id_, others) for id_ in ids[:MANY]))
+    return processes.gather(walked), shifted
+
+
+def _compare(shifted: Shifted, config: DraftConfig) -> dict[str, Any]:
+    """Return the report's part on shifted layers; empty if the store has none."""
+    lines = [
+        {"layer_ids": list(layer_ids), "acceptance_length": round(found.acceptance_length, 4)}
+        for layer_ids, found in shifted.items()
+    ]
+    return {"layer_ids": config.layer_ids, "shifted_layers": lines} if lines else {}
+
+
+def _walk(draft: Draft, head: TargetHead, sample: StoredSample, sample_id: str) -> Walked:
     found = walk_sample(sample, draft.draft(sample, head))
     groups = {
         "by_mode": sample.metadata.get("thinking_mode", ""),

@@ -65,6 +65,14 @@ class Log:
     def note_acceptance(self, step: int, length: float) -> None:
         if self._processes.is_first:
             print(f"\ntrain: step {step + 1}: predicted acceptance length {length:.3f} on the held-out part")
+        self._write_acceptance(step, length)
+
+    def note_start(self, length: float) -> None:
+        """Write the acceptance before the first step, as that of step 0."""
+        self._write_acceptance(-1, length)
+
+    def _write_acceptance(self, step: int, length: float) -> None:
+        if self._processes.is_first:
             line = {"step": step + 1, "held_out_acceptance": round(length, 4)}
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
@@ -166,7 +174,7 @@ def cut_metrics(path: Path, first_step: int) -> float:
     if not path.exists():
         return math.nan
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in whole if json.loads(line)["step"] <= first_step]
+    kept = [line for line in whole if first_step and json.loads(line)["step"] <= first_step]
     write_atomic(path, "".join(kept))
     losses = [entry["loss"] for entry in map(json.loads, kept) if "loss" in entry]
     return float(losses[-1]) if losses else math.nan

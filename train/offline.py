@@ -29,6 +29,7 @@ from common.errors import IncompleteError
 from contracts.acceptance import Acceptance
 from contracts.draft import DraftConfig, DraftRun
 from contracts.run import Run, is_complete
+from contracts.store import Manifest
 from drafts import METHODS
 from drafts.draft import Draft
 from recipe.recipe import Recipe
@@ -39,12 +40,16 @@ from target.target import Target
 from train.checkpoint import Checkpoints, load_checkpoint
 from train.data import Planned, Samples, open_states, read_ahead, refuse_mask_token
 from train.draft import make_config
-from train.evaluate import walk
+from train.evaluate import FEW, acceptance_of, refuse_layers, walk
 from train.footprint import measure_step
 from train.log import LOG_EVERY, Log, cut_metrics
 from train.plan import Machine, refuse_unfit, work_of
 from train.processes import Processes, start_processes
 from train.schedule import learning_rate
+from train.start import Start, list_changes, load_start, open_start, start_config
+
+LOW = 0.2
+"""Share of accepted first draft tokens below which a draft that was trained elsewhere is suspect."""
 
 
 def train_offline(recipe: Recipe, store_folder: Path, output: Path, *, force: bool = False) -> dict[str, Any]:
@@ -56,7 +61,10 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path, *, force: bo
     section = recipe.training()
     target = Target.here(recipe.target)
     store, manifest = open_states(recipe, store_folder, target)
-    config = make_config(recipe, target, manifest)
+    config, start = make_config(recipe, target, manifest), None
+    if section.init_from is not None:
+        start = open_start(section.init_from, recipe, target)
+        config = start_config(start, config, section)
     with start_processes() as processes:
         section.check_processes(processes.world)
         on_gpu = processes.device.type == "cuda"
@@ -69,7 +77,11 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path, *, force: bo
                 output,
                 "train offline",
                 settings=_settings(section, config, target),
-                inputs={"target": target.fingerprint, "store": store.checksum},
+                inputs={
+                    "target": target.fingerprint,
+                    "store": store.checksum,
+                    **({"init_from": start.checksum} if start else {}),
+                },
                 recipe_yaml=recipe.to_yaml(),
             )
         if processes.sum(torch.tensor(int(run is not None and run.complete))):
@@ -80,7 +92,10 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path, *, force: bo
         if processes.is_first and config.mask_token_id is not None:
             print(f"train: {describe_mask_token(recipe.target, target)}")
         refuse_mask_token(samples, config.mask_token_id, processes)
-        training = _prepare(recipe, config, read_head(target), samples, DraftRun(output), processes)
+        head = read_head(target)
+        if start is not None:
+            _check_layers(start, config, manifest, samples, head)
+        training = _prepare(Job(recipe, config, samples, DraftRun(output), start), head, processes)
         summary = _train(training, run)
         if run is not None:
             run.finish(summary)
@@ -103,6 +118,29 @@ def _settings(section: TrainSection, config: DraftConfig, target: Target) -> dic
     return {"train": section.settings(), "draft": config.model_dump(mode="json"), **norm}
 
 
+def _check_layers(start: Start, config: DraftConfig, manifest: Manifest, samples: Samples, head: TargetHead) -> None:
+    """Raise UserError if the draft to start from reads other layers than the store has."""
+
+    def predict() -> Acceptance:
+        draft = start.method.build(config)
+        load_start(start, draft, head)
+        looked_at = (samples.held_out or samples.ids)[:FEW]
+        return acceptance_of(draft.eval(), head, (samples.read(id_).decoded() for id_ in looked_at))
+
+    refuse_layers(start, manifest.layer_ids, predict, exact=True)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train, on what, and where to write it. `start`: the draft to start from."""
+
+    recipe: Recipe
+    config: DraftConfig
+    samples: Samples
+    run: DraftRun
+    start: Start | None
+
+
 @dataclass
 class Training:
     """The state of the training loop. `model` is `draft`, wrapped for several processes."""
@@ -117,12 +155,12 @@ class Training:
     draft: Draft
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    start: Start | None = None
 
 
-def _prepare(
-    recipe: Recipe, config: DraftConfig, head: TargetHead, samples: Samples, run: DraftRun, processes: Processes
-) -> Training:
+def _prepare(job: Job, head: TargetHead, processes: Processes) -> Training:
     """Build draft and optimizer, the same on every process."""
+    recipe, config, samples, run = job.recipe, job.config, job.samples, job.run
     section = recipe.training()
     torch.set_num_threads(section.num_threads or max(1, count_cores() // processes.world))
     # Products with denormal probabilities are 100 times slower. Cache numpy's finfo before enabling
@@ -132,11 +170,11 @@ def _prepare(
     torch.manual_seed(section.seed)
     if processes.is_first:
         run.write_config(config)
-    head = head.to(processes.device)
     draft = METHODS[config.method].build(config, section.draft, gradient_checkpointing=section.gradient_checkpointing)
-    message = draft.initialize(section.seed, head, lambda: samples.count_supervised(config.vocab_size))
-    if message and processes.is_first:
-        print(f"train: {message}")
+    lines = _initialize(job, draft, head)
+    if processes.is_first:
+        print("".join(f"train: {line}\n" for line in lines), end="")
+    head = head.to(processes.device)
     draft.to(processes.device)
     if section.compile or (section.compile is None and processes.device.type == "cuda"):
         draft.compile_layers()
@@ -144,7 +182,21 @@ def _prepare(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=section.learning_rate, betas=(0.9, 0.95), weight_decay=section.weight_decay, fused=True
     )
-    return Training(recipe, section, config, run, processes, samples, head, draft, model, optimizer)
+    return Training(recipe, section, config, run, processes, samples, head, draft, model, optimizer, job.start)
+
+
+def _initialize(job: Job, draft: Draft, head: TargetHead) -> list[str]:
+    """Set the first weights; return lines that say where they are from. A checkpoint of this run replaces them."""
+    start, config = job.start, job.config
+    taken: list[str] = []
+    if start is None or not set(draft.state_dict()) <= set(start.draft.weights):
+        message = draft.initialize(
+            job.recipe.training().seed, head, lambda: job.samples.count_supervised(config.vocab_size)
+        )
+        taken = [message] if message else []
+    if start is None or job.run.steps():
+        return taken
+    return [f"starts from {start.folder}", *load_start(start, draft, head), *list_changes(start, config), *taken]
 
 
 def _train(training: Training, run: Run | None) -> dict[str, Any]:
@@ -157,6 +209,8 @@ def _train(training: Training, run: Run | None) -> dict[str, Any]:
     batches = read_ahead(training.samples, first_step, processes, training.draft.plan)
     log, checkpoints = Log(training.run, section, processes, first_step), Checkpoints(training)
     with log, stop_at_sigterm() as stopped:
+        if training.start is not None and first_step == 0:
+            _evaluate_start(training, log)
         for step in range(first_step, section.num_steps):
             counts, num_slots, norm = _step(training, batches, step, log)
             log.start("rest")
@@ -223,8 +277,44 @@ def _is_due(section: TrainSection, step: int, last: bool) -> bool:
     return bool(section.evaluate_every) and ((step + 1) % section.evaluate_every == 0 or last)
 
 
+def _evaluate_start(training: Training, log: Log) -> None:
+    """Predict the acceptance before the first step, on held-out conversations if there are any."""
+    samples, start = training.samples, training.start
+    assert start is not None
+    found = predicted_acceptance(training, samples.held_out or samples.ids)
+    if samples.held_out:
+        log.note_start(found.acceptance_length)
+    if not training.processes.is_first:
+        return
+    positions = " ".join(f"{share:.3f}" for share in found.per_position)
+    part = "the held-out part" if samples.held_out else "the training samples"
+    print(
+        f"train: before the first step: predicted acceptance length {found.acceptance_length:.3f} at K = "
+        f"{len(found.per_position)} on {part}; by position {positions}"
+    )
+    if found.per_position[0] < LOW:
+        layers, config = start.draft.layers, start.folder / "config.json"
+        wider = _with_neighbors(layers.ids, training.config)
+        print(
+            f"train: that is low. The draft reads layers {layers.ids} ({layers.counted}); with ids off by one, "
+            f"a target accepts few draft tokens. To find out, dump a few samples with target.aux_layers={wider}, run "
+            f"`train eval --draft {start.folder}` on them, and correct {config}."
+        )
+
+
+def _with_neighbors(layer_ids: list[int], config: DraftConfig) -> list[int]:
+    """Return the layers, those below and those above, as far as a store can hold them."""
+    near = {i + shift for i in layer_ids for shift in (-1, 0, 1)}
+    return sorted(near & set(range(config.num_target_layers - 1)))
+
+
 def held_out_length(training: Training) -> float:
     """Return the predicted acceptance length on the held-out conversations; processes share them out."""
+    return predicted_acceptance(training, training.samples.held_out).acceptance_length
+
+
+def predicted_acceptance(training: Training, sample_ids: list[str]) -> Acceptance:
+    """Return the predicted acceptance on the first of some samples; processes share them out."""
     draft, processes = training.draft, training.processes
     sharded = training.model if isinstance(training.model, FSDPModule) else None
     if sharded is not None:
@@ -232,7 +322,7 @@ def held_out_length(training: Training) -> float:
     draft.eval()
     steps: list[int] = []
     with processes.autocast():
-        looked_at = training.samples.held_out[: training.section.evaluate_samples]
+        looked_at = sample_ids[: training.section.evaluate_samples]
         for sample_id in looked_at[processes.rank :: processes.world]:
             sample = training.samples.read(sample_id).decoded()
             steps += (a for reply in walk(sample, draft.draft(sample, training.head)) for a in reply)
@@ -240,7 +330,7 @@ def held_out_length(training: Training) -> float:
     if sharded is not None:
         sharded.reshard()
     histogram = processes.sum(torch.tensor(Acceptance.from_steps(steps, draft.config.num_draft_tokens).histogram))
-    return Acceptance(tuple(histogram.tolist())).acceptance_length
+    return Acceptance(tuple(histogram.tolist()))
 
 
 @contextmanager

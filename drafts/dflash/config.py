@@ -1,6 +1,7 @@
 """DFlash without torch: recipe section, config, export layouts and vLLM's speculative config.
 
-Layouts: z-lab's (`DFlashDraftModel` with a `dflash_config`) and speculators' (`speculators_model_type: dflash`).
+Layouts: z-lab's (`DFlashDraftModel` with a `dflash_config`), which ModelOpt writes too, and speculators'
+(`speculators_model_type: dflash`). The first counts captured layers from 0, speculators as vLLM does.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from drafts.method import (
     TransformerSection,
 )
 from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
+from drafts.reading import DraftFolder, LayerIds, Published, read_transformer, vllm_ids, zero_based
 from target.target import Target
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ class DFlashMethod(DraftMethod):
     config = DFlashConfig
     layouts = (NATIVE, SPECULATORS)
     uses_mask_token = True
+    adjustable = ("block_size",)
 
     def propose(self, target: Target) -> Proposal:
         return Proposal(
@@ -119,21 +122,40 @@ class DFlashMethod(DraftMethod):
 
     def describe(self, config: Mapping[str, Any]) -> Descriptor | None:
         inner = config.get("dflash_config") or {}
-        if config.get("speculators_model_type") == self.name:
-            layer_ids = [layer_id - 1 for layer_id in config.get("aux_hidden_state_layer_ids") or []]
-        elif config.get("architectures") == ["DFlashDraftModel"] or inner:
-            layer_ids = list(inner.get("target_layer_ids") or [])
-        else:
+        is_ours = config.get("architectures") == ["DFlashDraftModel"] or inner
+        if config.get("speculators_model_type") != self.name and not is_ours:
             return None
         block_size = config.get("block_size", inner.get("block_size"))
         return describe_transformer(
             config,
             self.name,
-            layer_ids=layer_ids,
+            layer_ids=_layer_ids(config).ids,
             num_tokens=block_size - 1 if block_size else None,
             mask_token_id=inner.get("mask_token_id", config.get("mask_token_id")),
         )
 
+    def read_published(self, folder: DraftFolder) -> Published:
+        config, inner = folder.layer, folder.config.get("dflash_config") or {}
+        both = {**config, **inner}
+        for key in ("sample_from_anchor", "shift_label", "is_causal", "causal", "use_swa", "use_sliding_window"):
+            if both.get(key):
+                raise folder.refuse(key, True, "false: slot k predicts token p+k, and attention is full both ways")
+        if "sliding_attention" in (config.get("layer_types") or []):
+            raise folder.refuse("layer_types", "sliding_attention", "full_attention in all layers")
+        own = {key: both.get(key) for key in ("block_size", "mask_token_id")}
+        for key, value in own.items():
+            if value is None:
+                raise folder.refuse(key, "none", "one")
+        return read_transformer(folder, _layer_ids(folder.config), own=own)
+
     def engine_taps(self, noted: Mapping[str, list[Tensor]], model: nn.Module) -> dict[str, Tensor]:  # noqa: ARG002
         # Slot 0 is the anchor, slot 1 the first mask token.
         return {"mask_token": noted["slots"][0][1].long(), "mask_embedding": noted["embeddings"][0][1]}
+
+
+def _layer_ids(config: Mapping[str, Any]) -> LayerIds:
+    """Return the captured layers of either layout."""
+    if "speculators_model_type" in config:
+        return vllm_ids("aux_hidden_state_layer_ids", list(config.get("aux_hidden_state_layer_ids") or []))
+    inner = config.get("dflash_config") or {}
+    return zero_based("dflash_config.target_layer_ids", list(inner.get("target_layer_ids") or []))

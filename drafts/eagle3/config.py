@@ -1,11 +1,13 @@
 """EAGLE3 without torch: recipe section, config, export layouts and vLLM's speculative config.
 
-Layouts: `LlamaForCausalLMEagle3` (EAGLE, SpecForge, vLLM) and speculators' (`eagle3`). Both count captured layers as
-vLLM does: `i + 1` for the output of layer i.
+Layouts of exports: `LlamaForCausalLMEagle3` and speculators' (`eagle3`). Both count captured layers as vLLM does:
+`i + 1` for the output of layer i. Also read: EAGLE's (`LlamaForCausalLM` with a `draft_vocab_size`), SpecForge's and
+ModelOpt's, which nest 0-based ids in `eagle_config` or leave out the default ones.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -25,6 +27,7 @@ from drafts.method import (
     TransformerSection,
 )
 from drafts.proposal import Proposal, propose_dimensions, propose_low_mid_high
+from drafts.reading import DraftFolder, LayerIds, Published, read_transformer, vllm_ids, zero_based
 from target.target import Target
 
 if TYPE_CHECKING:
@@ -71,6 +74,8 @@ class Eagle3Method(DraftMethod):
     config = Eagle3Config
     layouts = (NATIVE, SPECULATORS)
     autoregressive = True
+    adjustable = ("num_speculative_tokens", "ttt_length")
+    optional_tensors = ("lm_head.weight", "d2t", "t2d")
     renamed = MappingProxyType({"block_size": "num_speculative_tokens (block_size - 1)"})
 
     def check(self, section: DraftSection, target: Target) -> None:
@@ -141,17 +146,83 @@ class Eagle3Method(DraftMethod):
         return speculators_config(config, native, facts, own), renamed
 
     def describe(self, config: Mapping[str, Any]) -> Descriptor | None:
-        architectures = config.get("architectures") or [""]
-        if config.get("speculators_model_type") != self.name and "Eagle3" not in architectures[0]:
+        architecture = (config.get("architectures") or [""])[0]
+        is_eagles = architecture == "LlamaForCausalLM" and "draft_vocab_size" in config
+        if config.get("speculators_model_type") != self.name and "Eagle3" not in architecture and not is_eagles:
             return None
-        # ModelOpt and SpecForge nest 0-based ids; everybody else writes vLLM's at the top level.
-        nested = (config.get("eagle_config") or {}).get(LAYER_IDS) or []
-        layer_ids = [layer_id - 1 for layer_id in config.get(LAYER_IDS) or []] or list(nested)
-        block_size = config.get("block_size")
+        block_size, layers = config.get("block_size"), _layer_ids(config, config.get("num_target_layers"))
         return describe_transformer(
             config,
             self.name,
-            layer_ids=layer_ids,
+            layer_ids=layers.ids if layers else [],
             num_tokens=block_size - 1 if block_size else None,
             mask_token_id=None,
         )
+
+    def read_published(self, folder: DraftFolder) -> Published:
+        nested = {**(folder.config.get("eagle_config") or {}), **folder.layer}
+        for key in ("norm_before_residual", "norm_before_fc", "norm_output", "fc_norm", "parallel_drafting"):
+            if nested.get(key):
+                raise folder.refuse(key, True, "false: an EAGLE3 draft without further norms")
+        length = folder.num_target_layers
+        default = [1, length // 2 - 1, length - 4]
+        layers = _layer_ids(folder.config, length) or LayerIds(
+            default, f"config.json lists no layers: EAGLE3's default for {length} layers"
+        )
+        found = self.describe(folder.config)
+        tokens = found.num_speculative_tokens if found else None
+        own = {} if tokens is None else {"num_speculative_tokens": tokens}
+        return _read_vocabulary(folder, read_transformer(folder, layers, _our_name, own))
+
+
+def _our_name(name: str) -> str:
+    return name.replace("layers.0.", "midlayer.", 1) if name.startswith("layers.0.") else name
+
+
+def _layer_ids(config: Mapping[str, Any], num_target_layers: int | None) -> LayerIds | None:
+    """Return the captured layers; None if the config has no list.
+
+    SpecForge and ModelOpt nest 0-based ids; everybody else writes vLLM's at the top level. Some heads nest vLLM's: then
+    the first id is 2 where 0-based ids begin with 1, or the last one is the number of layers.
+    """
+    if ids := list(config.get(LAYER_IDS) or []):
+        return vllm_ids(LAYER_IDS, ids)
+    ids = list((config.get("eagle_config") or {}).get(LAYER_IDS) or [])
+    if not ids:
+        return None
+    counts_as_vllm = ids[0] == 2 or (num_target_layers is not None and ids[-1] >= num_target_layers)
+    return (vllm_ids if counts_as_vllm else zero_based)(f"eagle_config.{LAYER_IDS}", ids)
+
+
+def _read_vocabulary(folder: DraftFolder, draft: Published) -> Published:
+    """Return the draft with its vocabulary: lm_head, d2t and t2d if it is reduced, else none of them.
+
+    Raises UserError if d2t holds no offsets of ascending tokens, or does not fit t2d.
+    """
+    from drafts.eagle3.vocabulary import complete
+
+    d2t, t2d = draft.weights.get("d2t"), draft.weights.get("t2d")
+    said = folder.config.get("draft_vocab_size") or draft.facts["vocab_size"]
+    if d2t is None:
+        if t2d is not None or said != draft.facts["vocab_size"]:
+            raise folder.refuse(
+                "draft_vocab_size", f"{said} tokens, but no d2t", "d2t, the offsets of the draft's tokens"
+            )
+        facts = {**draft.facts, "draft_vocab_size": None}
+        return dataclasses.replace(draft, facts=facts)
+    shared = dict(draft.shared)
+    lm_head = shared.pop("lm_head.weight", None)
+    if lm_head is None or len(lm_head) != len(d2t):
+        rows = "no lm_head" if lm_head is None else f"an lm_head of {len(lm_head)} rows"
+        raise folder.refuse("draft_vocab_size", f"{rows} and {len(d2t)} offsets in d2t", "an lm_head row for each")
+    known, reason = complete(d2t, t2d, draft.facts["vocab_size"])
+    if reason:
+        raise UserError(
+            folder.path,
+            found=f"d2t {reason}",
+            expected="offsets: the target's token id minus the draft's, ids ascending",
+            fix="Convert it: d2t[i] = token id - i.",
+        )
+    facts = {**draft.facts, "draft_vocab_size": len(d2t)}
+    weights = {**draft.weights, "lm_head.weight": lm_head, "d2t": d2t.long(), "t2d": known}
+    return dataclasses.replace(draft, facts=facts, weights=weights, shared=shared)

@@ -29,12 +29,11 @@ def trained(request: Any, recipe_path: Path, target_folder: Path, tmp_path_facto
     return request.param, folder
 
 
-def explain_with(trained: tuple[str, Path], target_folder: Path, tmp_path: Path, **changes: Any) -> str:
+def explain_with(trained: tuple[str, Path], tmp_path: Path, **changes: Any) -> str:
     _, folder = trained
     config = json.loads((folder / "export/config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
-    target = Target.read(target_folder)
-    return explain(tmp_path, DraftRun(folder / "draft"), Store(folder / "store"), target, PREDICTED, SERVED)
+    return explain(tmp_path, DraftRun(folder / "draft"), Store(folder / "store"), PREDICTED, SERVED)
 
 
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}
@@ -53,7 +52,7 @@ CAUSES = [
 def test_each_cause_is_named(
     trained: tuple[str, Path], target_folder: Path, tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
-    assert named in explain_with(trained, target_folder, tmp_path, **changes)
+    assert named in explain_with(trained, tmp_path, **changes)
 
 
 def test_layers_and_mask_token_are_compared_as_each_method_writes_them(
@@ -72,7 +71,7 @@ def test_layers_and_mask_token_are_compared_as_each_method_writes_them(
             "mask token: the export says 5",
         ),
     ):
-        assert named in explain_with(trained, target_folder, tmp_path, dflash_config=changes)
+        assert named in explain_with(trained, tmp_path, dflash_config=changes)
 
 
 def test_a_recipe_that_does_not_fit_is_refused_before_a_server_starts(

@@ -168,7 +168,7 @@ def test_a_method_defined_outside_the_project_goes_through_all_stages(
     recipe = load_recipe(recipe_path)
     assert speculation_of(recipe, target, export)["num_speculative_tokens"] == 2
     assert len(fingerprint_draft(recipe, export)) == 64
-    assert explain_config(export, DraftRun(draft), Store(store), target) == ""
+    assert explain_config(export, DraftRun(draft), Store(store)) == ""
     (export / "draftline.json").unlink()  # then as a published draft, described by its config.json
     assert speculation_of(recipe, target, export)["method"] == "medusa"
 
