@@ -11,6 +11,7 @@ from contracts.draft import DESCRIPTOR_FILE, Descriptor, DraftConfig, DraftRun
 from drafts import METHODS
 from drafts.method import DraftMethod
 from drafts.reading import DraftFolder, Published, zero_based
+from target.target import find_folder
 
 NO_FACTS = {"method", "layer_ids", "target_fingerprint", "store"}
 """Fields of a config that a new training sets."""
@@ -63,10 +64,13 @@ def _recognize(folder: Path) -> tuple[DraftMethod, Descriptor]:
 def read_draft(folder: Path, num_target_layers: int) -> tuple[DraftMethod, Published]:
     """Return the method and the draft of a training run, of one of its checkpoints, or of a published folder.
 
+    A hub name (`org/draft`) is looked up in the local hub cache.
+
     Raises UserError for a folder of no known method, and for what the method's module does not implement.
     """
     from drafts.weights import read_tensors
 
+    folder = find_folder(folder)
     for run in (DraftRun(folder), DraftRun(folder.parent)):
         if run.config_path.exists():
             checkpoint = run.chosen_weights().parent if run.folder == folder else folder

@@ -85,12 +85,13 @@ class Evaluation:
 class Subject:
     """The draft that is evaluated: its config, the hash of its weights, the function that loads them.
 
-    `start`: the folder that it was read from, if it is not a run's checkpoint.
+    `load` also returns lines that say what became of each tensor of a folder. `start`: the folder that it was read
+    from, if it is not a run's checkpoint.
     """
 
     config: DraftConfig
     checksum: str
-    load: Callable[[TargetHead], Draft]
+    load: Callable[[TargetHead], tuple[Draft, list[str]]]
     start: Start | None = None
 
 
@@ -125,8 +126,10 @@ def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
         if not asked.force:
             _refuse_unfit(recipe, target, config, store, sample_ids, processes)
         head = read_head(target)
-        draft = subject.load(head).to(processes.device)
-        head = head.to(processes.device)
+        draft, lines = subject.load(head)
+        if processes.is_first:
+            print("".join(f"eval: {line}\n" for line in lines), end="")
+        draft, head = draft.to(processes.device), head.to(processes.device)
         if subject.start:
             few = (store.read_sample(id_) for id_ in sample_ids[:FEW])
             refuse_layers(subject.start, manifest.layer_ids, lambda: acceptance_of(draft, head, few))
@@ -157,17 +160,17 @@ def _open_draft(recipe: Recipe, target: Target, manifest: Manifest, asked: Evalu
         run = DraftRun(asked.run)
         config = served_config(read_config(run), recipe)
         _check_store(asked.store, manifest, config, target)
-        return Subject(config, hash_file(run.chosen_weights()), lambda _: load_served(run, recipe))
+        return Subject(config, hash_file(run.chosen_weights()), lambda _: (load_served(run, recipe), []))
     assert asked.draft is not None
     start = open_start(asked.draft, recipe, target)
     source = {"target_fingerprint": target.fingerprint, "store": ""}
     config = own_config(start, suppose_config(recipe, target)).model_copy(update=source)
     config = served_config(config, recipe) if start.draft.is_checkpoint else config
 
-    def load(head: TargetHead) -> Draft:
+    def load(head: TargetHead) -> tuple[Draft, list[str]]:
         draft = start.method.build(config)
-        print("\n".join(f"eval: {line}" for line in load_start(start, draft, head)))
-        return draft.eval()
+        lines = load_start(start, draft, head)
+        return draft.eval(), lines
 
     return Subject(config, start.checksum, load, start)
 

@@ -49,19 +49,17 @@ CAUSES = [
 
 
 @pytest.mark.parametrize(("changes", "named"), CAUSES)
-def test_each_cause_is_named(
-    trained: tuple[str, Path], target_folder: Path, tmp_path: Path, changes: dict[str, Any], named: str
-) -> None:
+def test_each_cause_is_named(trained: tuple[str, Path], tmp_path: Path, changes: dict[str, Any], named: str) -> None:
     assert named in explain_with(trained, tmp_path, **changes)
 
 
 def test_layers_and_mask_token_are_compared_as_each_method_writes_them(
-    trained: tuple[str, Path], target_folder: Path, tmp_path: Path
+    trained: tuple[str, Path], tmp_path: Path
 ) -> None:
     if trained[0] == "eagle3":
         changes: dict[str, Any] = {"eagle_aux_hidden_state_layer_ids": [1, 2]}
         assert "layers that it reads: the export says [0, 1], training had [1, 2]" in explain_with(
-            trained, target_folder, tmp_path, **changes
+            trained, tmp_path, **changes
         )
         return
     for changes, named in (
