@@ -71,12 +71,14 @@ class Acceptance:
     @staticmethod
     def interval(parts: Sequence[Acceptance], confidence: float = 0.95) -> tuple[float, float]:
         """Return the bootstrap interval of the pooled acceptance length, resampling parts (conversations)."""
-        rng = np.random.default_rng(0)
-        counts = np.array([(part.accepted, part.steps) for part in parts], dtype=float)
-        drawn = counts[rng.integers(len(counts), size=(RESAMPLES, len(counts)))].sum(axis=1)
-        lengths = 1.0 + drawn[:, 0] / np.maximum(drawn[:, 1], 1.0)
-        low, high = np.quantile(lengths, [(1 - confidence) / 2, (1 + confidence) / 2])
-        return float(low), float(high)
+        return _quantiles(_resample(parts), confidence)
+
+    @staticmethod
+    def gain_interval(
+        parts: Sequence[Acceptance], before: Sequence[Acceptance], confidence: float = 0.95
+    ) -> tuple[float, float]:
+        """Return the bootstrap interval of the pooled acceptance length minus that of `before`, paired by part."""
+        return _quantiles(_resample(parts) - _resample(before), confidence)
 
     def summary(self) -> dict[str, Any]:
         """Return the figures of a report."""
@@ -88,3 +90,17 @@ class Acceptance:
             "accepted": self.accepted,
             "histogram": list(self.histogram),
         }
+
+
+def _resample(parts: Sequence[Acceptance]) -> np.ndarray:
+    """Return pooled acceptance lengths of resampled parts, `(RESAMPLES,)`; the draws depend on their number alone."""
+    rng = np.random.default_rng(0)
+    counts = np.array([(part.accepted, part.steps) for part in parts], dtype=float)
+    drawn = counts[rng.integers(len(counts), size=(RESAMPLES, len(counts)))].sum(axis=1)
+    lengths: np.ndarray = 1.0 + drawn[:, 0] / np.maximum(drawn[:, 1], 1.0)
+    return lengths
+
+
+def _quantiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

@@ -134,7 +134,7 @@ def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
             few = (store.read_sample(id_) for id_ in sample_ids[:FEW])
             refuse_layers(subject.start, manifest.layer_ids, lambda: acceptance_of(draft, head, few))
         walked, shifted = _walk_all(draft, head, store, sample_ids, manifest, processes)
-    report = {**_report(walked, config.num_draft_tokens), **_compare(shifted, config), "inputs": inputs}
+    report = {**_report(walked, config.num_draft_tokens), **_compare(walked, shifted, config), "inputs": inputs}
     if processes.is_first:
         write_json(asked.output, report)
         _print(report, config, asked.output)
@@ -149,8 +149,12 @@ def _print(report: dict[str, Any], config: DraftConfig, output: Path) -> None:
         f"{report['samples']} samples, {report['steps']} steps -> {output}"
     )
     for line in report.get("shifted_layers", []):
-        verdict = "better: the folder's layer ids are off by one" if line["acceptance_length"] > high else "not better"
-        print(f"eval: with layers {line['layer_ids']} instead: {line['acceptance_length']:.3f}, {verdict}")
+        low, high = line["gain"]
+        verdict = "the folder's layer ids are off by one" if low > 0 else "no better"
+        print(
+            f"eval: with layers {line['layer_ids']} instead of {config.layer_ids}: {line['acceptance_length']:.3f}, "
+            f"gain [{low:+.3f}, {high:+.3f}]: {verdict}"
+        )
 
 
 def _open_draft(recipe: Recipe, target: Target, manifest: Manifest, asked: Evaluation) -> Subject:
@@ -228,9 +232,12 @@ class Walked:
     expected: float
     groups: dict[str, str]
 
+    def acceptance(self, num_tokens: int) -> Acceptance:
+        return Acceptance.from_steps([a for reply in self.accepted for a in reply], num_tokens)
 
-Shifted = dict[tuple[int, ...], Acceptance]
-"""Acceptance with other layers than the draft's."""
+
+Shifted = dict[tuple[int, ...], list[Acceptance]]
+"""Acceptance of the first samples with other layers than the draft's."""
 
 
 def _walk_all(
@@ -250,15 +257,20 @@ def _walk_all(
     for shift in (-1, 1):
         others = tuple(i + shift for i in layers)
         if set(others) <= set(stored):
-            shifted[others] = acceptance_of(draft, head, (read(id_, others) for id_ in ids[:MANY]))
+            shifted[others] = [acceptance_of(draft, head, [read(id_, others)]) for id_ in ids[:MANY]]
     return processes.gather(walked), shifted
 
 
-def _compare(shifted: Shifted, config: DraftConfig) -> dict[str, Any]:
-    """Return the report's part on shifted layers; empty if the store has none."""
+def _compare(walked: list[Walked], shifted: Shifted, config: DraftConfig) -> dict[str, Any]:
+    """Return the report's part on shifted layers; empty if the store has none. `gain` is an interval."""
+    own = [one.acceptance(config.num_draft_tokens) for one in walked]
     lines = [
-        {"layer_ids": list(layer_ids), "acceptance_length": round(found.acceptance_length, 4)}
-        for layer_ids, found in shifted.items()
+        {
+            "layer_ids": list(layer_ids),
+            "acceptance_length": round(Acceptance.pool(parts).acceptance_length, 4),
+            "gain": [round(edge, 4) for edge in Acceptance.gain_interval(parts, own[: len(parts)])],
+        }
+        for layer_ids, parts in shifted.items()
     ]
     return {"layer_ids": config.layer_ids, "shifted_layers": lines} if lines else {}
 
@@ -276,7 +288,7 @@ def _walk(draft: Draft, head: TargetHead, sample: StoredSample, sample_id: str) 
 
 def _report(walked: list[Walked], num_tokens: int) -> dict[str, Any]:
     """Return the report over samples, without its inputs."""
-    parts = [Acceptance.from_steps([a for reply in one.accepted for a in reply], num_tokens) for one in walked]
+    parts = [one.acceptance(num_tokens) for one in walked]
     total, groups = Acceptance.pool(parts), dict[str, dict[str, list[Acceptance]]]()
     for one, part in zip(walked, parts, strict=True):
         for name, key in one.groups.items():

@@ -143,7 +143,10 @@ class Job:
 
 @dataclass
 class Training:
-    """The state of the training loop. `model` is `draft`, wrapped for several processes."""
+    """The state of the training loop. `model` is `draft`, wrapped for several processes.
+
+    `at_start`: the predicted acceptance before the first step, if the draft is not a new one.
+    """
 
     recipe: Recipe
     section: TrainSection
@@ -155,7 +158,7 @@ class Training:
     draft: Draft
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    start: Start | None = None
+    at_start: Acceptance | None = None
 
 
 def _prepare(job: Job, head: TargetHead, processes: Processes) -> Training:
@@ -178,11 +181,13 @@ def _prepare(job: Job, head: TargetHead, processes: Processes) -> Training:
     draft.to(processes.device)
     if section.compile or (section.compile is None and processes.device.type == "cuda"):
         draft.compile_layers()
+    # Before FSDP2 wraps the draft: a wrapped layer may not be called before the whole model.
+    at_start = None if job.start is None or run.steps() else _evaluate_start(job, job.start, draft, head, processes)
     model = processes.wrap(draft, section)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=section.learning_rate, betas=(0.9, 0.95), weight_decay=section.weight_decay, fused=True
     )
-    return Training(recipe, section, config, run, processes, samples, head, draft, model, optimizer, job.start)
+    return Training(recipe, section, config, run, processes, samples, head, draft, model, optimizer, at_start)
 
 
 def _initialize(job: Job, draft: Draft, head: TargetHead) -> list[str]:
@@ -209,8 +214,8 @@ def _train(training: Training, run: Run | None) -> dict[str, Any]:
     batches = read_ahead(training.samples, first_step, processes, training.draft.plan)
     log, checkpoints = Log(training.run, section, processes, first_step), Checkpoints(training)
     with log, stop_at_sigterm() as stopped:
-        if training.start is not None and first_step == 0:
-            _evaluate_start(training, log)
+        if training.at_start is not None and training.samples.held_out:
+            log.note_start(training.at_start.acceptance_length)
         for step in range(first_step, section.num_steps):
             counts, num_slots, norm = _step(training, batches, step, log)
             log.start("rest")
@@ -277,15 +282,12 @@ def _is_due(section: TrainSection, step: int, last: bool) -> bool:
     return bool(section.evaluate_every) and ((step + 1) % section.evaluate_every == 0 or last)
 
 
-def _evaluate_start(training: Training, log: Log) -> None:
-    """Predict the acceptance before the first step, on held-out conversations if there are any."""
-    samples, start = training.samples, training.start
-    assert start is not None
-    found = predicted_acceptance(training, samples.held_out or samples.ids)
-    if samples.held_out:
-        log.note_start(found.acceptance_length)
-    if not training.processes.is_first:
-        return
+def _evaluate_start(job: Job, start: Start, draft: Draft, head: TargetHead, processes: Processes) -> Acceptance:
+    """Predict the acceptance before the first step, on held-out conversations if there are any, and print it."""
+    samples = job.samples
+    found = predicted_acceptance(draft, head, samples, samples.held_out or samples.ids, processes)
+    if not processes.is_first:
+        return found
     positions = " ".join(f"{share:.3f}" for share in found.per_position)
     part = "the held-out part" if samples.held_out else "the training samples"
     print(
@@ -294,12 +296,13 @@ def _evaluate_start(training: Training, log: Log) -> None:
     )
     if found.per_position[0] < LOW:
         layers, config = start.draft.layers, start.folder / "config.json"
-        wider = _with_neighbors(layers.ids, training.config)
+        wider = _with_neighbors(layers.ids, job.config)
         print(
             f"train: that is low. The draft reads layers {layers.ids} ({layers.counted}); with ids off by one, "
             f"a target accepts few draft tokens. To find out, dump a few samples with target.aux_layers={wider}, run "
             f"`train eval --draft {start.folder}` on them, and correct {config}."
         )
+    return found
 
 
 def _with_neighbors(layer_ids: list[int], config: DraftConfig) -> list[int]:
@@ -310,25 +313,28 @@ def _with_neighbors(layer_ids: list[int], config: DraftConfig) -> list[int]:
 
 def held_out_length(training: Training) -> float:
     """Return the predicted acceptance length on the held-out conversations; processes share them out."""
-    return predicted_acceptance(training, training.samples.held_out).acceptance_length
-
-
-def predicted_acceptance(training: Training, sample_ids: list[str]) -> Acceptance:
-    """Return the predicted acceptance on the first of some samples; processes share them out."""
-    draft, processes = training.draft, training.processes
+    samples, processes = training.samples, training.processes
     sharded = training.model if isinstance(training.model, FSDPModule) else None
     if sharded is not None:
         sharded.unshard()  # only the wrapped forward does it by itself, and drafting does not call that
+    found = predicted_acceptance(training.draft, training.head, samples, samples.held_out, processes)
+    if sharded is not None:
+        sharded.reshard()
+    return found.acceptance_length
+
+
+def predicted_acceptance(
+    draft: Draft, head: TargetHead, samples: Samples, sample_ids: list[str], processes: Processes
+) -> Acceptance:
+    """Return the predicted acceptance on the first of some samples; processes share them out."""
     draft.eval()
     steps: list[int] = []
     with processes.autocast():
-        looked_at = sample_ids[: training.section.evaluate_samples]
+        looked_at = sample_ids[: samples.section.evaluate_samples]
         for sample_id in looked_at[processes.rank :: processes.world]:
-            sample = training.samples.read(sample_id).decoded()
-            steps += (a for reply in walk(sample, draft.draft(sample, training.head)) for a in reply)
+            sample = samples.read(sample_id).decoded()
+            steps += (a for reply in walk(sample, draft.draft(sample, head)) for a in reply)
     draft.train()
-    if sharded is not None:
-        sharded.reshard()
     histogram = processes.sum(torch.tensor(Acceptance.from_steps(steps, draft.config.num_draft_tokens).histogram))
     return Acceptance(tuple(histogram.tolist()))
 

@@ -84,14 +84,14 @@ def start_config(start: Start, config: DraftConfig, section: TrainSection) -> Dr
     Raises UserError for a dimension or a mask token of the recipe that is not the draft's.
     """
     free = {*OF_SERVING, *OF_WEIGHTS, *start.method.adjustable}
-    for key, value in start.draft.facts.items():
-        found = getattr(config, key)
+    own = own_config(start, config)
+    for key in start.draft.facts:
+        found, value = getattr(config, key), getattr(own, key)
         is_new = value is None and key in type(section.draft).model_fields  # a part that the draft does not have
         if key in free or found == value or is_new:
             continue
         _refuse_field(start, key, found, section)
-    taken = {key: start.draft.facts[key] for key in OF_WEIGHTS if key in start.draft.facts}
-    return config.model_copy(update=taken)
+    return config.model_copy(update={key: getattr(own, key) for key in OF_WEIGHTS})
 
 
 def _refuse_field(start: Start, key: str, found: object, section: TrainSection) -> NoReturn:
@@ -115,12 +115,11 @@ def _refuse_field(start: Start, key: str, found: object, section: TrainSection) 
 
 def list_changes(start: Start, config: DraftConfig) -> list[str]:
     """Return a line for each thing in which the training differs from the draft that it starts from."""
-    fields = ("yarn", *start.method.adjustable)
-    facts = start.draft.facts
+    own = own_config(start, config)
     changes = [
-        f"{key}: the draft has {_short(facts[key])}, this training {_short(getattr(config, key))}"
-        for key in fields
-        if key in facts and facts[key] != getattr(config, key)
+        f"{key}: the draft has {_short(getattr(own, key))}, this training {_short(getattr(config, key))}"
+        for key in ("yarn", *start.method.adjustable)
+        if getattr(own, key) != getattr(config, key)
     ]
     made_for = start.draft.target_fingerprint
     if made_for is not None and made_for != config.target_fingerprint:

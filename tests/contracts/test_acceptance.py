@@ -36,3 +36,11 @@ def test_no_steps_is_one_token_a_step_and_no_crash() -> None:
 def test_pooling_nothing_is_an_error_and_not_an_acceptance_length_of_one() -> None:
     with pytest.raises(ValueError, match="no acceptance to pool"):
         Acceptance.pool([])
+
+
+def test_a_gain_paired_by_conversation_is_seen_where_separate_intervals_overlap() -> None:
+    before = [Acceptance.from_steps([n % 7] * 5, 8) for n in range(14)]
+    after = [Acceptance.from_steps([n % 7 + 1] + [n % 7] * 4, 8) for n in range(14)]
+    assert Acceptance.interval(after)[0] < Acceptance.interval(before)[1]
+    assert Acceptance.gain_interval(after, before) == pytest.approx((0.2, 0.2))
+    assert Acceptance.gain_interval(before, after) == pytest.approx((-0.2, -0.2))

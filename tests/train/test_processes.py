@@ -25,7 +25,7 @@ from serve.server import find_port
 from target.head import TargetHead, read_head
 from target.target import Target
 from train.draft import make_config
-from train.offline import _prepare
+from train.offline import Job, _prepare
 from train.processes import TIMEOUT, Processes, start_processes
 
 CODE = """
@@ -122,7 +122,8 @@ def test_a_training_draws_its_weights_on_the_cpu_and_moves_them_then(
     monkeypatch.setattr(Draft, "initialize", note_weights)
     monkeypatch.setattr(Draft, "to", note_move)
     config = make_config(recipe, target, store.read_manifest())
-    gpu: Any = (None, DraftRun(tmp_path), Processes(0, 1, torch.device("meta")))  # any device but the CPU
+    job: Any = Job(recipe, config, None, DraftRun(tmp_path), None)  # type: ignore[arg-type]
+    gpu = Processes(0, 1, torch.device("meta"))  # any device but the CPU
     with pytest.raises(InterruptedError):
-        _prepare(recipe, config, read_head(target), *gpu)
+        _prepare(job, read_head(target), gpu)
     assert told == [("drawn", recipe.training().seed, {"cpu"}), ("moved", "meta")]

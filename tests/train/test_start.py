@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import read_lines, run_here
+from conftest import read_lines, run, run_here
 from safetensors.torch import load_file, save_file
 from written import write_store
 
@@ -146,6 +146,22 @@ def test_a_warm_start_with_held_out_conversations_evaluates_on_them_and_resumes_
     (run.folder / "run.json").write_text(json.dumps({**state, "complete": False}))
     other = trained.start("dflash", trained.run("dflash").step_folder(STEPS - 1), run.folder, *words, check=False)
     assert "(inputs.init_from): found" in other.stderr
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_processes_start_as_one(trained: Trained, parallel: str, tmp_path: Path) -> None:
+    sets = ("num_steps=1", "num_threads=1", f"parallel={parallel}", f"init_from={trained.export('dflash')}")
+    args = [*trained.args("dflash"), *(word for one in sets for word in ("--set", f"train.{one}"))]
+    args += ["--store", trained.store("dflash"), "--output"]
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node=2", "--module", "train.cli"]
+    printed = [run_here("train", "offline", *args, tmp_path / "one").stdout]
+    printed += [run(*torchrun, "offline", *args, tmp_path / "two").stdout]
+    one, two = ([line for line in part.splitlines() if "before the first step" in line] for part in printed)
+    assert one == two
+    assert len(one) == 1
+    losses = [read_lines(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
 
 
 def copy_of_target(tensors: dict[str, Any], target: Target, names: tuple[str, ...]) -> None:
@@ -407,8 +423,10 @@ def test_a_store_of_the_wrong_layers_shows_before_the_first_step_and_one_with_th
     (lower,) = report["shifted_layers"]
     assert lower["layer_ids"] == [1, 2]
     assert lower["acceptance_length"] > 1.5 > report["acceptance_length"]
-    assert "with layers [1, 2] instead" in printed
-    assert "better: the folder's layer ids are off by one" in printed
+    assert lower["gain"][0] > 0.3
+    assert "with layers [1, 2] instead of [2, 3]" in printed
+    assert "the folder's layer ids are off by one" in printed
     right = trained.eval("dflash", tmp_path / "ok.json", "--draft", trained.export("dflash"), "--store", wide).stdout
-    assert "with layers [2, 3] instead" in right
-    assert "not better" in right
+    assert "with layers [2, 3] instead of [1, 2]" in right
+    assert "no better" in right
+    assert "off by one" not in right
