@@ -171,6 +171,13 @@ def test_a_method_defined_outside_the_project_goes_through_all_stages(
     assert explain_config(export, DraftRun(draft), Store(store)) == ""
     (export / "draftline.json").unlink()  # then as a published draft, described by its config.json
     assert speculation_of(recipe, target, export)["method"] == "medusa"
+    again = tmp_path / "again.json"
+    run_here("train", "eval", *args, "--draft", export, "--store", store, "--output", again)
+    assert {**json.loads(again.read_text()), "inputs": evaluation["inputs"]} == evaluation
+    warm = ["--set", f"train.init_from={export}", "--set", "train.num_steps=1", "--output", tmp_path / "warm"]
+    printed = run_here("train", "offline", *args, *warm, "--store", store).stdout
+    assert f"acceptance length {evaluation['acceptance_length']:.3f}" in printed
+    assert "the draft has" not in printed
 
 
 def test_the_union_of_sections_knows_the_new_method_and_its_keys(args: list[object], recipe_path: Path) -> None:
