@@ -6,17 +6,17 @@ configs/*.json, and the config.json of published drafts of Qwen3 and MiniMax-M3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from target.layers import spread_layers
+from target.layers import can_be_captured, spread_layers
+from target.size import num_experts
 from target.target import Target
 
 Values = dict[str, tuple[Any, str]]
 """Keys of a recipe's section: value, and why; "" for a value that needs no comment."""
 
-NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 USUAL_HEAD_DIM, USUAL_KV_HEADS = 128, 8
 USUAL_MLP_FACTOR = 3
 """Width of the MLP over that of the hidden state, as in Qwen3-8B."""
@@ -62,7 +62,7 @@ def _propose_mlp(config: Mapping[str, Any], hidden: int) -> Values:
     """Return the MLP's width. An expert is too narrow for a draft, and its width is often called intermediate_size."""
     width = config.get("dense_intermediate_size") or config.get("intermediate_size")
     names_an_expert = "dense_intermediate_size" not in config and "moe_intermediate_size" not in config
-    if not isinstance(width, int) or (names_an_expert and any(config.get(key) for key in NUM_EXPERTS)):
+    if not isinstance(width, int) or (names_an_expert and num_experts(config)):
         why = f"{USUAL_MLP_FACTOR} x the hidden size: the config has the width of an expert only"
         return {"intermediate_size": (USUAL_MLP_FACTOR * hidden, why)}
     return {"intermediate_size": (width, "width of the target's dense MLP")}
@@ -77,16 +77,5 @@ def propose_depth(target: Target, most: int = 5) -> tuple[int, str]:
 def propose_spread(target: Target, most: int = 5) -> tuple[list[int], str]:
     """Return up to `most` layers spread over the depth by z-lab's rule."""
     options = (spread_layers(target.num_layers, number) for number in range(most, 0, -1))
-    found = next((layer_ids for layer_ids in options if _are_valid(layer_ids, target)), [0])
+    found = next((layer_ids for layer_ids in options if can_be_captured(layer_ids, target.num_layers)), [0])
     return found, f"0-based; DFlash's rule for {target.num_layers} layers"
-
-
-def propose_low_mid_high(target: Target) -> tuple[list[int], str]:
-    """Return EAGLE3's layers: a low, a middle and a high one."""
-    number = target.num_layers
-    layer_ids = sorted({i for i in (1, number // 2 - 1, number - 4) if 0 <= i < number - 1}) or [0]
-    return layer_ids, f"0-based; EAGLE3's rule for {number} layers"
-
-
-def _are_valid(layer_ids: Sequence[int], target: Target) -> bool:
-    return list(layer_ids) == sorted(set(layer_ids)) and layer_ids[0] >= 0 and layer_ids[-1] < target.num_layers - 1

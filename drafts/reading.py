@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from contracts.draft import Yarn
+from target.layers import can_be_captured
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -191,11 +192,11 @@ def _check_inputs(folder: DraftFolder, weights: Mapping[str, Tensor], layers: La
             expected=f"{columns / hidden_size:g}, from the {columns} columns of fc.weight",
             fix="Correct the layer ids in config.json; some converters leave out the last layer's.",
         )
-    if any(not 0 <= i < folder.num_target_layers - 1 for i in layers.ids):
+    if not can_be_captured(layers.ids, folder.num_target_layers):
         raise UserError(
             folder.config_path,
             found=f"layers {layers.ids} ({layers.counted})",
-            expected=f"outputs of layers 0 to {folder.num_target_layers - 2}, those that a store can hold",
+            expected=f"sorted, unique layers from 0 to {folder.num_target_layers - 2}, those that a store can hold",
             fix="Check the target, and how config.json counts layers.",
         )
 

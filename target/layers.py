@@ -24,12 +24,20 @@ def captured_layers(section: TargetSection, target: Target) -> list[int]:
     return section.aux_layers or spread_layers(target.num_layers, section.num_aux_layers)
 
 
+def can_be_captured(layer_ids: Sequence[int], num_layers: int) -> bool:
+    """Return whether a store can hold the outputs of these layers in this order.
+
+    They must be sorted and unique, since vLLM sorts and deduplicates them, and below the last layer, whose output is
+    the final state.
+    """
+    return list(layer_ids) == sorted(set(layer_ids)) and all(0 <= i < num_layers - 1 for i in layer_ids)
+
+
 def to_vllm_layer_ids(layer_ids: Sequence[int], num_layers: int) -> list[int]:
     """Return vLLM's ids of the layers' outputs, then that of the final state before the final norm (L).
 
-    Raises ValueError unless the ids are sorted and unique, since vLLM sorts and deduplicates them, and below the last
-    layer, whose output is the final state.
+    Raises ValueError for layers that cannot be captured.
     """
-    if list(layer_ids) != sorted(set(layer_ids)) or not all(0 <= i < num_layers - 1 for i in layer_ids):
+    if not can_be_captured(layer_ids, num_layers):
         raise ValueError(f"layer ids {list(layer_ids)} are not sorted, unique and in [0, {num_layers - 1})")
     return [i + 1 for i in layer_ids] + [num_layers]

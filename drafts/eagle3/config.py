@@ -26,7 +26,7 @@ from drafts.method import (
     TransformerConfig,
     TransformerSection,
 )
-from drafts.proposal import Proposal, propose_dimensions, propose_low_mid_high
+from drafts.proposal import Proposal, propose_dimensions
 from drafts.reading import DraftFolder, LayerIds, Published, read_transformer, vllm_ids, zero_based
 from target.target import Target
 
@@ -38,6 +38,11 @@ if TYPE_CHECKING:
 FREQUENT_TOKENS = 32000
 """Size of the reduced vocabulary of published EAGLE3 drafts."""
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+
+
+def default_layers(num_layers: int) -> list[int]:
+    """Return EAGLE3's captured layers, 0-based: a low, a middle and a high one."""
+    return [1, num_layers // 2 - 1, num_layers - 4]
 
 
 class Eagle3Section(TransformerSection):
@@ -90,6 +95,8 @@ class Eagle3Method(DraftMethod):
             )
 
     def propose(self, target: Target) -> Proposal:
+        length = target.num_layers
+        layer_ids = sorted({i for i in default_layers(length) if 0 <= i < length - 1}) or [0]
         num_frequent = FREQUENT_TOKENS if target.vocab_size >= 2 * FREQUENT_TOKENS else None
         return Proposal(
             draft={
@@ -100,7 +107,7 @@ class Eagle3Method(DraftMethod):
                 "draft_vocab_size": (num_frequent, "the most frequent tokens; null: all"),
                 "objective": ("distill", "learn the target's distribution, computed from the stored states"),
             },
-            layer_ids=propose_low_mid_high(target),
+            layer_ids=(layer_ids, f"0-based; EAGLE3's rule for {length} layers"),
             train={
                 "learning_rate": (1e-4, "SpecForge's for Qwen3-8B"),
                 "gradient_checkpointing": (True, "the unrolled steps take much memory"),
@@ -165,9 +172,8 @@ class Eagle3Method(DraftMethod):
             if nested.get(key):
                 raise folder.refuse(key, True, "false: an EAGLE3 draft without further norms")
         length = folder.num_target_layers
-        default = [1, length // 2 - 1, length - 4]
         layers = _layer_ids(folder.config, length) or LayerIds(
-            default, f"config.json lists no layers: EAGLE3's default for {length} layers"
+            default_layers(length), f"config.json lists no layers: EAGLE3's default for {length} layers"
         )
         found = self.describe(folder.config)
         tokens = found.num_speculative_tokens if found else None
