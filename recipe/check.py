@@ -14,8 +14,8 @@ from common.files import hash_bytes
 from drafts import METHODS
 from recipe.mask import mask_token_of
 from recipe.recipe import Recipe
-from target.layers import captured_layers, to_vllm_layer_ids
-from target.mask_token import TOKENIZER_FILE, describe_mask_token, find_mask_token, used_token_ids
+from target.layers import can_be_captured, captured_layers
+from target.mask_token import find_mask_token, used_token_ids
 from target.target import Target
 from target.templates import TAG, check_training_template, variables_of
 
@@ -47,13 +47,6 @@ def check_block_size(where: str, args: Mapping[str, Any], target: Target) -> Non
             expected=f"{wanted}, the block of the target's sparse attention",
             fix=f"Set serve.args.block-size to {wanted}.",
         )
-
-
-def note_mask_token(recipe: Recipe, target: Target) -> str:
-    """Return the draft's mask token and why it is one; "" for a draft without one."""
-    if mask_token_of(recipe, target) is None:
-        return ""
-    return describe_mask_token(recipe.target, target)
 
 
 DEFERRING = {
@@ -119,12 +112,8 @@ def _problems(recipe: Recipe) -> Iterator[UserError]:
     yield from _check_facts(recipe, target)
     yield from _check_layers(recipe, target)
     if recipe.train is not None:
-        method = METHODS[recipe.train.draft.method]
-        method.check(recipe.train.draft, target)
-        if target.is_here or target.facts is not None:
-            mask_token_of(recipe, target)
-    if section.mask_token_id is not None and (target.path / TOKENIZER_FILE).exists():
-        find_mask_token(section, target)  # synthesis filters it, whatever the draft method
+        METHODS[recipe.train.draft.method].check(recipe.train.draft, target)
+    _check_mask_token(recipe, target)
     _check_engine(recipe, target)
     yield from _check_thinking(recipe, target)
 
@@ -171,11 +160,16 @@ def _check_facts(recipe: Recipe, target: Target) -> Iterator[UserError]:
             )
 
 
+def _check_mask_token(recipe: Recipe, target: Target) -> None:
+    if not (target.is_here or target.facts):
+        return
+    if mask_token_of(recipe, target) is None and recipe.target.mask_token_id is not None:
+        find_mask_token(recipe.target, target)  # synthesis filters it, whatever the draft method
+
+
 def _check_layers(recipe: Recipe, target: Target) -> Iterator[UserError]:
     layer_ids = captured_layers(recipe.target, target)
-    try:
-        to_vllm_layer_ids(layer_ids, target.num_layers)
-    except ValueError:
+    if not can_be_captured(layer_ids, target.num_layers):
         yield UserError(
             "target.aux_layers",
             found=str(layer_ids),

@@ -80,12 +80,13 @@ def show(recipe: RecipeOption, set_: OverridesOption = None) -> None:
 @app.command(epilog="Example: recipe check --recipe recipes/Tiny-DFlash/recipe.yaml")
 def check(recipe: RecipeOption, set_: OverridesOption = None) -> None:
     """Check the recipe: print ok, or the first mistake and exit with 2."""
-    from recipe.check import note_mask_token, note_ranks
+    from recipe.check import note_ranks
+    from recipe.mask import note_mask_token
     from target.free_rows import note_free_rows
-    from target.target import Target
+    from target.target import Target, find_folder
 
     loaded = load_checked(recipe, set_)
-    target = Target.of(loaded.target) if loaded.target.facts or loaded.target.path.exists() else None
+    target = Target.of(loaded.target) if loaded.target.facts or find_folder(loaded.target.path).exists() else None
     here = target is not None and target.is_here
     typer.echo(f"{recipe}: ok" + ("" if here else f" (as far as it goes without the files of {loaded.target.path})"))
     if target is None:

@@ -1,10 +1,10 @@
-"""The mask token of a recipe's draft method."""
+"""The mask token of a recipe's draft method, and how it is told."""
 
 from __future__ import annotations
 
 from drafts import METHODS
 from recipe.recipe import Recipe
-from target.mask_token import choose_mask_token
+from target.mask_token import choose_mask_token, explain_mask_token
 from target.target import Target
 
 
@@ -13,6 +13,19 @@ def mask_token_of(recipe: Recipe, target: Target) -> int | None:
 
     Raises: see `choose_mask_token`.
     """
-    if recipe.train is None or not METHODS[recipe.train.draft.method].uses_mask_token:
-        return None
-    return choose_mask_token(recipe.target, target)
+    return choose_mask_token(recipe.target, target) if _uses_one(recipe) else None
+
+
+def note_mask_token(recipe: Recipe, target: Target) -> str:
+    """Return the draft's mask token and why it is one, in one line; "" for a draft without one.
+
+    Raises: see `choose_mask_token`.
+    """
+    if not _uses_one(recipe):
+        return ""
+    token, why = explain_mask_token(recipe.target, target)
+    return f"mask token: {token}, {why}"
+
+
+def _uses_one(recipe: Recipe) -> bool:
+    return recipe.train is not None and METHODS[recipe.train.draft.method].uses_mask_token

@@ -222,8 +222,9 @@ def _count_reasons(out: Output, status: str) -> Counter[str]:
 
 def _tell_reasons(reasons: Counter[str]) -> str:
     """Return the most frequent reasons with their counts, and the number of the others."""
-    told = [f"{count} x {reason}" for reason, count in reasons.most_common(MAX_REASONS)]
-    others = reasons.total() - sum(count for _, count in reasons.most_common(MAX_REASONS))
+    frequent = reasons.most_common(MAX_REASONS)
+    told = [f"{count} x {reason}" for reason, count in frequent]
+    others = reasons.total() - sum(count for _, count in frequent)
     return "; ".join([*told, *([f"{others} for other reasons"] if others else [])])
 
 

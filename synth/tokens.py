@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from target.mask_token import TOKENIZER_FILE, Tokens, find_mask_token
+from target.mask_token import Tokens, find_mask_token
 from target.section import TargetSection
 from target.target import Target
 
@@ -27,7 +27,7 @@ class TokenCheck:
     @classmethod
     def of(cls, section: TargetSection, target: Target) -> TokenCheck:
         """Read the tokenizer. Raises UserError if `target.mask_token_id` cannot be used."""
-        if not (target.path / TOKENIZER_FILE).exists():
+        if not target.is_here:
             return cls(None, None)
         return cls(find_mask_token(section, target), Tokens.of(target).ids)
 

@@ -6,10 +6,7 @@ away from all states. `synth generate` filters the replies in which the target d
 
 from __future__ import annotations
 
-import torch
-
-from target.head import read_norms
-from target.mask_token import TOKENIZER_FILE, Tokens
+from target.mask_token import Tokens
 from target.target import Target
 
 BLOCK_ROWS = 64
@@ -19,8 +16,13 @@ MAX_FREE_ROWS = 4096
 
 def note_free_rows(target: Target) -> str:
     """Return how many free rows are longer than the median row of a token; "" if none is, or without the weights."""
-    if not (target.path / TOKENIZER_FILE).exists():
+    if not target.is_here:
         return ""
+    # Only here: the import takes two seconds, and `recipe check` of a target without files none.
+    import torch
+
+    from target.head import read_norms
+
     first = max(Tokens.of(target).ids) + 1
     free = range(first, min(target.vocab_size, first + MAX_FREE_ROWS))
     starts = range(0, first, BLOCK_ROWS * max(1, first // (BLOCK_ROWS * NUM_BLOCKS)))

@@ -129,8 +129,8 @@ def read_norms(target: Target, rows: range) -> torch.Tensor | None:
     """
     files = _files_by_tensor(target)
     found = [f"{name}.weight" for name in (*_find(files, LM_HEAD), *_find(files, EMBEDDING))]
-    name = next((name for name in found if name in files and (target.path / files[name]).exists()), None)
-    if name is None:
+    name = next((name for name in found if name in files), None)
+    if name is None or not (target.path / files[name]).exists():
         return None
     with safe_open(target.path / files[name], framework="pt") as file:
         part = file.get_slice(name)[rows.start : rows.stop]

@@ -22,7 +22,6 @@ from target.target import Target
 from target.templates import render_probes, rendering_template
 from target.thinking import thinking_tags_of
 
-TOKENIZER_FILE = "tokenizer.json"
 RESERVED = re.compile(r"reserved|unused|extra_(id_)?\d|(placeholder|dummy|special|control)_?\d", re.IGNORECASE)
 """Names of tokens without a meaning: `<|reserved_special_token_7|>`, `<unused7>`, `<extra_id_7>`, `<SPECIAL_7>`."""
 
@@ -43,7 +42,7 @@ class Tokens:
         """Read a target's tokens. Raises UserError without tokenizer.json."""
         if target.facts is not None and not target.is_here:
             return cls(frozenset(range(target.facts.highest_token_id + 1)), None)
-        tokenizer = read_json(target.path / TOKENIZER_FILE, "the target's tokenizer")
+        tokenizer = read_json(target.path / "tokenizer.json", "the target's tokenizer")
         vocabulary = tokenizer["model"]["vocab"]
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         # transformers adds the tokens of tokenizer_config.json that tokenizer.json lacks.
@@ -108,16 +107,18 @@ def find_mask_token(section: TargetSection, target: Target) -> int | None:
     return max([id_ for id_ in unused if RESERVED.search(tokens.special[id_])] or unused, default=None)
 
 
-def describe_mask_token(section: TargetSection, target: Target) -> str:
-    """Return the mask token in one line, and why it is one. Raises: see `choose_mask_token`."""
+def explain_mask_token(section: TargetSection, target: Target) -> tuple[int, str]:
+    """Return the mask token, and why it is one. Raises: see `choose_mask_token`."""
     token, tokens = choose_mask_token(section, target), Tokens.of(target)
+    if token not in tokens.ids and tokens.special is None:
+        return token, f"a free row: target.facts.highest_token_id is {max(tokens.ids)}"
     if token not in tokens.ids:
-        return f"mask token: {token}, a free row: no token of the tokenizer has it"
+        return token, "a free row: no token of the tokenizer has it"
     if tokens.special is None:
-        return f"mask token: {token}, not checked without the files of {target.path}"
+        return token, f"not checked without the tokenizer of {target.path}"
     kind = "a reserved token" if RESERVED.search(tokens.special[token]) else "a special token"
     full = "" if tokens.free_rows(target.vocab_size) else "; every row of the embedding has a token"
-    return f"mask token: {token} {tokens.special[token]!r}, {kind} that the chat template never renders{full}"
+    return token, f"{tokens.special[token]!r}, {kind} that the chat template never renders{full}"
 
 
 def find_uses(section: TargetSection, target: Target, special: Mapping[int, str]) -> dict[int, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
@@ -26,7 +27,7 @@ _TOOL = {
 }
 _CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": {"x": [1, True, "y"]}}}}
 _USER, _REPLY = {"role": "user", "content": "How many? ¿Sí?"}, {"role": "assistant", "content": "Four."}
-PROBES: list[dict[str, Any]] = [
+CONVERSATIONS: list[dict[str, Any]] = [
     {"messages": [_USER]},
     {"messages": [_USER, _REPLY, _USER, _REPLY]},
     {"messages": [{"role": "system", "content": "Be terse."}, _USER, _REPLY]},
@@ -64,28 +65,22 @@ def check_training_template(section: TargetSection, target: Target) -> None:
     if section.training_template is None or own is None:
         return
     ours = section.training_template.read_text(encoding="utf-8")
-    for number, probe in enumerate(PROBES):
-        for mode in MODES:
-            kwargs = template_arguments(section, mode)
-            for end in (False, True):
-                expected, found = (_render(text, probe, end, kwargs) for text in (own, ours))
-                if expected is not None and found != expected:
-                    raise UserError(
-                        f"target.training_template ({section.training_template})",
-                        found=f"for probe {number}, mode {mode or 'unset'}: {_from_difference(found or '', expected)}",
-                        expected=f"{_from_difference(expected, found or '')}, as the template of {target.path} renders",
-                        fix="Bring the template up to date with the target's.",
-                    )
+    for probe in _probes(section, own):
+        expected, found = probe.render(own), probe.render(ours)
+        if expected is not None and found != expected:
+            raise UserError(
+                f"target.training_template ({section.training_template})",
+                found=f"for {probe.name}: {_from_difference(found or '', expected)}",
+                expected=f"{_from_difference(expected, found or '')}, as the template of {target.path} renders",
+                fix="Bring the template up to date with the target's.",
+            )
 
 
 def render_probes(section: TargetSection, template: str) -> Iterator[str]:
     """Yield what a template renders for conversations of every kind in every thinking mode."""
-    for probe in PROBES:
-        for mode in (*MODES, *section.thinking_mode_values):
-            for end in (False, True):
-                text = _render(template, probe, end, template_arguments(section, mode))
-                if text is not None:
-                    yield text
+    for probe in _probes(section, template):
+        if (text := probe.render(template)) is not None:
+            yield text
 
 
 def variables_of(template: str) -> set[str]:
@@ -142,21 +137,42 @@ def _parse(template: str) -> TemplateTree:
         ) from None
 
 
-def _render(template: str, probe: dict[str, Any], add_generation_prompt: bool, kwargs: dict[str, Any]) -> str | None:
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
+@dataclass(frozen=True)
+class _Probe:
+    """A conversation to render. `arguments`: those of the chat template for a thinking mode."""
 
-    try:
-        texts, _ = render_jinja_template(
-            conversations=[probe["messages"]],
-            tools=probe.get("tools"),
-            chat_template=template,
-            add_generation_prompt=add_generation_prompt,
-            **kwargs,
-        )
-    except (TemplateError, TypeError):
-        return None
-    return str(texts[0])
+    name: str
+    conversation: dict[str, Any]
+    add_generation_prompt: bool
+    arguments: dict[str, Any]
+
+    def render(self, template: str) -> str | None:
+        """Return the text; None if the template refuses such a conversation."""
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, _ = render_jinja_template(
+                conversations=[self.conversation["messages"]],
+                tools=self.conversation.get("tools"),
+                chat_template=template,
+                add_generation_prompt=self.add_generation_prompt,
+                **self.arguments,
+            )
+        except (TemplateError, TypeError):
+            return None
+        return str(texts[0])
+
+
+def _probes(section: TargetSection, template: str) -> Iterator[_Probe]:
+    """Yield every kind of conversation in every mode: usual ones, the recipe's, and those that the template names."""
+    modes = dict.fromkeys((*MODES, *section.thinking_mode_values, *values_of(template, section.thinking_mode_name)))
+    for number, conversation in enumerate(CONVERSATIONS):
+        for mode in modes:
+            arguments = template_arguments(section, mode)
+            for add_generation_prompt in (False, True):
+                name = f"probe {number}, mode {mode or 'unset'}"
+                yield _Probe(name, conversation, add_generation_prompt, arguments)
 
 
 def _from_difference(text: str, other: str) -> str:

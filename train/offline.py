@@ -32,15 +32,15 @@ from contracts.run import Run, is_complete
 from contracts.store import Manifest
 from drafts import METHODS
 from drafts.draft import Draft
+from recipe.mask import note_mask_token
 from recipe.recipe import Recipe
 from recipe.train import TrainSection
 from target.head import TargetHead, read_head
-from target.mask_token import describe_mask_token
 from target.target import Target
 from train.checkpoint import Checkpoints, load_checkpoint
 from train.data import Planned, Samples, open_states, read_ahead, refuse_mask_token
 from train.draft import make_config
-from train.evaluate import FEW, acceptance_of, refuse_layers, walk
+from train.evaluate import FEW, acceptance_of, refuse_layers
 from train.footprint import measure_step
 from train.log import LOG_EVERY, Log, cut_metrics
 from train.plan import Machine, refuse_unfit, work_of
@@ -89,8 +89,8 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path, *, force: bo
                 return {}
             print(f"train: {output} is finished, skipped ({_describe(run.state['summary'])})")
             return dict(run.state["summary"])
-        if processes.is_first and config.mask_token_id is not None:
-            print(f"train: {describe_mask_token(recipe.target, target)}")
+        if processes.is_first and (note := note_mask_token(recipe, target)):
+            print(f"train: {note}")
         refuse_mask_token(samples, config.mask_token_id, processes)
         head = read_head(target)
         if start is not None:
@@ -328,15 +328,11 @@ def predicted_acceptance(
 ) -> Acceptance:
     """Return the predicted acceptance on the first of some samples; processes share them out."""
     draft.eval()
-    steps: list[int] = []
+    own = sample_ids[: samples.section.evaluate_samples][processes.rank :: processes.world]
     with processes.autocast():
-        looked_at = sample_ids[: samples.section.evaluate_samples]
-        for sample_id in looked_at[processes.rank :: processes.world]:
-            sample = samples.read(sample_id).decoded()
-            steps += (a for reply in walk(sample, draft.draft(sample, head)) for a in reply)
+        found = acceptance_of(draft, head, (samples.read(id_).decoded() for id_ in own))
     draft.train()
-    histogram = processes.sum(torch.tensor(Acceptance.from_steps(steps, draft.config.num_draft_tokens).histogram))
-    return Acceptance(tuple(histogram.tolist()))
+    return Acceptance(tuple(processes.sum(torch.tensor(found.histogram)).tolist()))
 
 
 @contextmanager

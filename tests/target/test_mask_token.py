@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, run_here
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from recipe.check import check_recipe
+from recipe.init import init_recipe
 from recipe.load import load_recipe
 from target.free_rows import note_free_rows
-from target.mask_token import Tokens, choose_mask_token, describe_mask_token, find_mask_token
+from target.mask_token import Tokens, choose_mask_token, explain_mask_token, find_mask_token
 from target.section import TargetSection
 from target.target import Target
 
@@ -88,7 +90,7 @@ def test_a_recipe_for_a_llama_3_like_target_passes_with_its_last_reserved_token(
     assert choose_mask_token(section_of(target), target) == last
     printed = run_here("recipe", "check", "--recipe", write_recipe(target)).stdout
     assert (
-        f"mask token: {last} '<|reserved_special_token_247|>', a reserved token that the chat template never renders; "
+        f"mask token: {last}, '<|reserved_special_token_247|>', a reserved token that the chat template never renders; "
         "every row of the embedding has a token\n"
     ) in printed
     check_recipe(load_recipe(write_recipe(target, mask_token_id=BASE + 2)))
@@ -146,14 +148,28 @@ def test_a_rendering_in_one_thinking_mode_alone_counts(tmp_path: Path) -> None:
     assert choose_mask_token(section_of(target), target) == last
     deep = section_of(target, thinking_mode_name="depth", thinking_mode_values={"high": "deep"})
     assert choose_mask_token(deep, target) == last - 1
+    named = section_of(target, thinking_mode_name="depth")  # "deep" is in the template alone
+    assert choose_mask_token(named, target) == last - 1
+
+
+@pytest.mark.parametrize(
+    "hidden", ["", "{% if enable_thinking %}{{ '<|reserved' + '_special_token_247|>' }}{% endif %}"]
+)
+def test_recipe_init_proposes_the_token_that_these_rules_choose_and_tells_why(tmp_path: Path, hidden: str) -> None:
+    target = write_llama(tmp_path / "target", template=TEMPLATE + hidden)
+    text = init_recipe(target.path, "dflash", 1).text
+    number = 246 if hidden else 247
+    assert yaml.safe_load(text)["target"]["mask_token_id"] == BASE + LLAMA.index(f"<|reserved_special_token_{number}|>")
+    assert f"# '<|reserved_special_token_{number}|>', a reserved token that the chat template never renders" in text
 
 
 def test_without_reserved_tokens_the_last_special_one_without_a_use_is_chosen(tmp_path: Path) -> None:
     template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     target = write_target(tmp_path / "a", SMOLLM, template=template, pad_token_id=BASE + 2)
-    assert describe_mask_token(section_of(target), target) == (
-        f"mask token: {BASE + 5} '<jupyter_script>', a special token that the chat template never renders; every row "
-        "of the embedding has a token"
+    assert explain_mask_token(section_of(target), target) == (
+        BASE + 5,
+        "'<jupyter_script>', a special token that the chat template never renders; every row of the embedding has a "
+        "token",
     )
     used = template + "".join(SMOLLM)
     none = write_target(tmp_path / "b", SMOLLM, template=used)
@@ -170,7 +186,7 @@ def test_a_reserved_token_comes_before_a_later_one_that_has_a_meaning(tmp_path: 
 def test_a_free_row_comes_before_any_special_token(tmp_path: Path) -> None:
     above = write_target(tmp_path / "a", LLAMA, rows=BASE + 300)
     assert choose_mask_token(section_of(above), above) == BASE + 256
-    assert "a free row" in describe_mask_token(section_of(above), above)
+    assert explain_mask_token(section_of(above), above)[1] == "a free row: no token of the tokenizer has it"
     assert choose_mask_token(section_of(above, mask_token_id=BASE + 40), above) == BASE + 40
     gap = write_target(tmp_path / "b", [*LLAMA, {"content": "<last>", "id": BASE + 257}], rows=BASE + 258)
     assert choose_mask_token(section_of(gap), gap) == BASE + 256
@@ -204,7 +220,7 @@ def test_without_the_tokenizer_a_full_embedding_takes_the_recipes_token_and_need
         check_recipe(load_recipe(recipe, ["target.mask_token_id=305", "target.facts.vocab_size=307"]))
 
 
-def test_the_chosen_token_depends_on_the_recipes_target_alone(tmp_path: Path) -> None:
+def test_a_token_in_the_recipes_thinking_tags_is_not_chosen(tmp_path: Path) -> None:
     target = write_llama(tmp_path)
     tags = ("<|reserved_special_token_247|>", "</think>")
     assert choose_mask_token(section_of(target, thinking_tags=tags), target) == BASE + len(LLAMA) - 2
@@ -230,4 +246,4 @@ def test_free_rows_longer_than_the_median_token_are_noted(
 def test_m3s_recipe_tells_its_free_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     printed = run_here("recipe", "check", "-r", "recipes/MiniMax-M3-DFlash/recipe.yaml").stdout
-    assert "mask token: 200061, a free row: no token of the tokenizer has it\n" in printed
+    assert "mask token: 200061, a free row: target.facts.highest_token_id is 200060\n" in printed

@@ -22,7 +22,7 @@ from contracts.sample_file import StoredSample
 from contracts.store import Store
 from recipe.load import load_recipe
 from target.target import Target
-from train import offline
+from train import evaluate
 from train.checkpoint import Checkpoints
 from train.data import Samples, read_ahead
 from train.processes import Processes
@@ -77,13 +77,13 @@ def test_an_evaluation_during_training_walks_at_most_the_given_number_of_samples
     recipe_path: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walked = list[StoredSample]()
-    walk = offline.walk
+    walk = evaluate.walk
 
     def count(sample: StoredSample, drafted: torch.Tensor) -> list[list[int]]:
         walked.append(sample)
         return walk(sample, drafted)
 
-    monkeypatch.setattr(offline, "walk", count)
+    monkeypatch.setattr(evaluate, "walk", count)
     sets = ("num_steps=4", "evaluate_every=2", "evaluate_samples=2", "held_out_fraction=0.49")
     words = [word for one in sets for word in ("--set", f"train.{one}")]
     run_here("train", "offline", "--recipe", recipe_path, *words, "--store", store.folder, "--output", tmp_path / "run")
