@@ -1,11 +1,13 @@
 """Write a recipe for a target from its config alone, each value with its reason.
 
 Reads: config.json; if they are there, the tokenizer, the chat template, generation_config.json and the index of the
-weights. Nothing is downloaded. The recipe passes `recipe check`, and `dump plan` and `train plan` need no other file.
+weights. Nothing is downloaded. The recipe passes `recipe check`, and `dump plan`, `train plan` and `bench plan` need no
+other file.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,12 +25,12 @@ from drafts.proposal import Proposal, Values
 from recipe.check import check_recipe
 from recipe.hardware import NODES
 from recipe.load import validate_recipe
-from recipe.mask import mask_token_of
 from recipe.show import inline_yaml
-from target.mask_token import used_token_ids
+from target.mask_token import explain_mask_token, used_token_ids
 from target.modes import Modes, find_modes
+from target.section import TargetSection
 from target.size import weights_bytes
-from target.target import Target, find_folder
+from target.target import Target, find_folder, is_hub_name
 from target.thinking import find_tags
 
 SAMPLE_TOKENS = 8192
@@ -42,6 +44,10 @@ PLAIN_ROPE_FACTOR = 4
 GPU = "h100"
 WEIGHTS_SHARE = 0.6
 """Of a GPU's memory, for the target's weights. The rest is for the KV cache and activations."""
+SWEEP_SIZES = ((1024, 1024), (8192, 1024))
+"""Tokens in and out of published serving sweeps (InferenceMAX)."""
+SWEEP_MARGIN = 256
+"""Tokens of a sweep's context beyond input and output (serve/flags.py)."""
 MAX_COLUMNS = 120
 NORMS = {
     "rms": "x * w",
@@ -80,13 +86,13 @@ def _find(target: Path) -> tuple[Path, Target]:
     folder = find_folder(path)
     if (folder / "config.json").exists():
         return path, Target.read(path)
-    is_hub_name = not path.exists() and not path.is_absolute() and len(path.parts) == 2
+    of_hub = is_hub_name(path)
     small = f'hf download {path.as_posix()} --include "*.json" --include "*.jinja"'
     raise UserError(
         target,
-        found="no config.json" + (" in the hub's cache" if is_hub_name else ""),
+        found="no config.json" + (" in the hub's cache" if of_hub else ""),
         expected="a folder or hub name of a model, or its config.json",
-        fix=f"Download its small files (no weights): {small}" if is_hub_name else "Correct the path.",
+        fix=f"Download its small files (no weights): {small}" if of_hub else "Correct the path.",
     )
 
 
@@ -108,9 +114,11 @@ class Writer:
             "dump": self._dump(),
             "train": self._train(),
             "export": self._export(),
+            "bench": self._bench(),
         }
+        name = self.path.name or self.path.resolve().name  # of "."
         head = (
-            f"# A draft ({self.method.name}) for {self.path.name}, written by `recipe init` from the target's config.\n"
+            f"# A draft ({self.method.name}) for {name}, written by `recipe init` from the target's config.\n"
             "# Read the comments, and change what you know better; docs/recipe.md explains the keys."
         )
         blocks = ("\n".join([f"{name}:", *_lines(values, "  ")]) for name, values in sections.items() if values)
@@ -119,7 +127,7 @@ class Writer:
     def notes(self) -> list[str]:
         """Return what the recipe assumes, and how to get the files that later stages need."""
         found = []
-        if not self._has_tokenizer:
+        if not self.target.is_here:
             found.append(
                 "without tokenizer.json, the embedding's last row is assumed to be free: run `recipe init` again later"
             )
@@ -130,13 +138,12 @@ class Writer:
                 f"{self.gpus} x {GPU} do not hold the target's weights ({self._weights[0] / 1e9:.0f} GB, "
                 f"{self._weights[1]}); take more or larger GPUs, or quantized weights (serve.variants)"
             )
-        missing = [] if list(self.target.path.glob("*.safetensors")) else ["the weights"]
-        missing += [] if self._has_tokenizer else ["tokenizer.json"]
+        missing = [] if self.target.has_weights else ["the weights"]
+        missing += [] if self.target.is_here else ["tokenizer.json"]
         missing += [] if self._template is not None else ["the chat template"]
         if missing:
-            found.append(
-                f"`synth generate` and `dump run` also need {', '.join(missing)} of {self.path}: {self._download()}"
-            )
+            files = ", ".join(missing[:-1]) + (" and " if missing[:-1] else "") + missing[-1]
+            found.append(f"`synth generate` and `dump run` also need {files} of {self.path}: {self._download()}")
         return found
 
     def _download(self) -> str:
@@ -150,10 +157,6 @@ class Writer:
     @cached_property
     def _proposal(self) -> Proposal:
         return self.method.propose(self.target)
-
-    @property
-    def _has_tokenizer(self) -> bool:
-        return (self.target.path / "tokenizer.json").exists()
 
     @cached_property
     def _template(self) -> str | None:
@@ -193,8 +196,6 @@ class Writer:
     # The sections
 
     def _target(self) -> Values:
-        facts = self._facts()
-        layer_ids, why = self._proposal.layer_ids
         values: Values = {
             "path": (self.path.as_posix(), "a folder, or a hub name in the local cache"),
             "max_model_len": (
@@ -208,16 +209,17 @@ class Writer:
                 values["thinking_mode_values"] = (self._modes.values, "its value for each mode")
         if self._template and (tags := find_tags(self._template)):
             values["thinking_tags"] = (list(tags), "around the reasoning, from the chat template")
-        values["aux_layers"] = (layer_ids, why)
-        if (mask := self._mask_token(facts, layer_ids)) is not None:
-            values["mask_token_id"] = (mask, "a token that never occurs in text")
-        values["facts"] = (facts, "from the config: checked against it, and used where the target's files are missing")
-        return values
+        values["aux_layers"] = self._proposal.layer_ids
+        why = "from the config: checked against it, and used where the target's files are missing"
+        facts: Values = {"facts": (self._facts(), why)}
+        if self.method.uses_mask_token:
+            values["mask_token_id"] = self._mask_token({**values, **facts})
+        return {**values, **facts}
 
     def _facts(self) -> Values:
         target = self.target
         highest = (target.vocab_size - 2, "assumed: no tokenizer.json was there")
-        if self._has_tokenizer:
+        if target.is_here:
             highest = (max(used_token_ids(target)), "of the tokenizer, added tokens included")
         if not target.architecture:
             raise UserError(
@@ -236,14 +238,11 @@ class Writer:
             facts["sparse_block_size"] = (target.sparse_block_size, "of the sparse attention")
         return facts
 
-    def _mask_token(self, facts: Values, layer_ids: list[int]) -> int | None:
-        """Return the default mask token of a recipe with these facts. Raises: see `mask_token_of`."""
-        values = {
-            "target": {"path": self.path, "aux_layers": layer_ids, "facts": _plain(facts)},
-            "train": {"draft": {"method": self.method.name, **_plain(self._proposal.draft)}, "num_steps": 1},
-        }
-        recipe = validate_recipe(self.path, values)
-        return mask_token_of(recipe, Target.of(recipe.target))
+    def _mask_token(self, values: Values) -> tuple[int, str]:
+        """Return the mask token of a target with these values, and why. Raises: see `explain_mask_token`."""
+        section = TargetSection.model_validate(_plain(values))
+        token, why = explain_mask_token(section, Target.of(section))
+        return token, why if self.target.is_here else "assumed to be a free row: no tokenizer.json was there"
 
     def _serve(self) -> Values:
         size, source = self._weights
@@ -322,11 +321,26 @@ class Writer:
             values["yarn"] = (yarn, f"more than {PLAIN_ROPE_FACTOR} times the trained length (docs/yarn.md)")
         return values
 
+    def _bench(self) -> Values:
+        sizes = [(isl, osl) for isl, osl in SWEEP_SIZES if isl + osl + SWEEP_MARGIN <= self._context]
+        half = max(1, (self._context - SWEEP_MARGIN) // 2)
+        space = [{"tp": self._ranks, "conc_start": 1, "conc_end": 64}]
+        scenarios = [{"isl": isl, "osl": osl, "search_space": space} for isl, osl in sizes or [(half, half)]]
+        sweep: Values = {
+            "dataset": ("random", "a draft shows little gain on random tokens: name a JSONL file of prompts"),
+            "scenarios": (scenarios, "tokens in and out, and requests in flight"),
+        }
+        return {"sweep": (sweep, "what `bench plan` lists and `bench sweep` measures")}
+
 
 def _lines(values: Values, indent: str) -> Iterator[str]:
     """Yield the YAML lines of a section; a reason stands behind its value, or above it if the line gets too long."""
     for key, (value, why) in values.items():
-        if isinstance(value, dict) and value and all(isinstance(inner, tuple) for inner in value.values()):
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            yield f"{indent}{key}:" + (f"  # {why}" if why else "")
+            yield from (f"{indent}  - {inline_yaml(item)}" for item in value)
+            continue
+        if _is_section(value):
             yield f"{indent}{key}:" + (f"  # {why}" if why else "")
             yield from _lines(value, indent + "  ")
             continue
@@ -335,10 +349,15 @@ def _lines(values: Values, indent: str) -> Iterator[str]:
         if len(commented) <= MAX_COLUMNS:
             yield commented
         else:
-            yield f"{indent}# {why}"
+            yield from (f"{indent}# {part}" for part in textwrap.wrap(why, MAX_COLUMNS - len(indent) - 2))
             yield line
 
 
 def _plain(values: Values) -> dict[str, Any]:
     """Return a section's values without their reasons."""
-    return {key: value for key, (value, _) in values.items()}
+    return {key: _plain(value) if _is_section(value) else value for key, (value, _) in values.items()}
+
+
+def _is_section(value: Any) -> bool:
+    """Return whether a value holds values with reasons."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(inner, tuple) for inner in value.values())

@@ -245,7 +245,7 @@ def check_draft(draft: Path, descriptor: Descriptor, target: Target) -> None:
             fix="Serve the draft with the target it was trained for.",
         )
     made_for = descriptor.target_fingerprint
-    if made_for is not None and target.is_here and made_for != target.fingerprint:
+    if made_for is not None and target.has_weights and made_for != target.fingerprint:
         raise UserError(
             draft / DESCRIPTOR_FILE,
             found=f"a draft for target {made_for[:12]}",

@@ -16,9 +16,9 @@ MAX_FREE_ROWS = 4096
 
 def note_free_rows(target: Target) -> str:
     """Return how many free rows are longer than the median row of a token; "" if none is, or without the weights."""
-    if not target.is_here:
+    if not (target.is_here and target.has_weights):
         return ""
-    # Only here: the import takes two seconds, and `recipe check` of a target without files none.
+    # Imported here: it takes two seconds, and `recipe check` without the weights does not need it.
     import torch
 
     from target.head import read_norms

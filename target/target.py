@@ -56,6 +56,11 @@ class Target:
         return self.has_config and (self.path / "tokenizer.json").exists()
 
     @property
+    def has_weights(self) -> bool:
+        """Whether any of the target's weights are on this machine."""
+        return any(self.path.glob("*.safetensors"))
+
+    @property
     def has_config(self) -> bool:
         """Whether the target's config is on this machine; plans need no more."""
         return (self.path / "config.json").exists()
@@ -183,9 +188,14 @@ class Target:
         return hash_bytes(self.chat_template.encode())
 
 
+def is_hub_name(path: Path) -> bool:
+    """Return whether a path can only be a name on the hub (`org/model`)."""
+    return not path.exists() and not path.is_absolute() and len(path.parts) == 2
+
+
 def find_folder(path: Path) -> Path:
     """Return the cached snapshot of a hub name, or the path itself. Nothing is downloaded."""
-    if path.exists() or path.is_absolute() or len(path.parts) != 2:
+    if not is_hub_name(path):
         return path
     from huggingface_hub import try_to_load_from_cache
 

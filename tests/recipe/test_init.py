@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +80,19 @@ def load(target: Path, folder: Path, method: str = "dflash", gpus: int = 8) -> R
 def test_a_config_alone_is_enough_for_check_and_every_plan(name: str, method: str, tmp_path: Path) -> None:
     folder, recipe = write_config(tmp_path / name, CONFIGS[name]), tmp_path / "recipe.yaml"
     printed = run_here("recipe", "init", folder / "config.json", "--method", method, "--gpus", 8, "-o", recipe).stdout
-    assert "also need the weights, tokenizer.json, the chat template" in printed
+    assert "also need the weights, tokenizer.json and the chat template of" in printed
     assert f"hf download ORG/NAME --local-dir {folder}" in printed
     assert run_here("recipe", "check", "-r", recipe).stdout.startswith(f"{recipe}: ok")
     assert "samples      10 " in run_here("dump", "plan", "-r", recipe, "--samples", 10).stdout
     plan = json.loads(run_here("train", "plan", "-r", recipe, "--gpu", "h100", "--gpus", 8, "--json").stdout)
     assert plan["fits"]["ddp x8"]
+    takes_8k1k = CONFIGS[name].get("max_position_embeddings") != 8192
+    assert ("8k1k-tp" in run_here("bench", "plan", "-r", recipe).stdout) == takes_8k1k
     (folder / "config.json").unlink()
     assert "as far as it goes without the files of" in run_here("recipe", "check", "-r", recipe).stdout
     run_here("dump", "plan", "-r", recipe, "--samples", 10)
     run_here("train", "plan", "-r", recipe, "--gpu", "h100")
+    assert "1k1k-tp" in run_here("bench", "plan", "-r", recipe).stdout
 
 
 def test_dimensions_layers_norm_and_rope_are_the_targets(tmp_path: Path) -> None:
@@ -186,6 +191,7 @@ def test_gpus_are_divided_between_ranks_that_hold_the_weights_and_replicas(tmp_p
     small, large = write_config(tmp_path / "small", QWEN3), write_config(tmp_path / "large", QWEN3)
     index = {"metadata": {"total_size": 140_000_000_000}}
     (large / "model.safetensors.index.json").write_text(json.dumps(index))
+    (large / "model-00001-of-00030.safetensors").write_bytes(bytes(8))  # the download is not complete
     recipe = load(small, tmp_path, gpus=1)
     assert (recipe.serve.args, recipe.serve.purposes, recipe.dump.engines) == ({"tensor-parallel-size": 1}, {}, 1)
     for gpus in (1, 2, 3, 8):
@@ -275,6 +281,15 @@ def test_modes_and_tags_are_those_of_the_chat_template(
     found = find_modes(template)
     assert (found.name if found else None, found.modes if found else []) == (name, modes)
     assert find_tags(template) == tags
+
+
+def test_a_target_without_weights_is_checked_without_importing_torch(tmp_path: Path) -> None:
+    folder, path = write_config(tmp_path / "qwen", QWEN3), tmp_path / "recipe.yaml"
+    path.write_text(init_recipe(folder, "dflash", 1).text)
+    code = (
+        "import sys, pathlib, recipe.cli; recipe.cli.check(pathlib.Path(sys.argv[1])); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, path], check=True, cwd=ROOT)
 
 
 def test_values_of_an_argument_are_followed_through_assignments() -> None:

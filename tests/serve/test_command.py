@@ -56,6 +56,11 @@ def test_a_draft_trained_for_other_weights_is_refused(recipe_path: Path, tmp_pat
     (draft / "draftline.json").write_text(json.dumps({"target_fingerprint": "0" * 64}))
     with pytest.raises(UserError, match="a draft for target 000000000000"):
         build_command(recipe, target, port=8123, serving=Serving(draft))
+    small = tmp_path / "small"  # where the command is only printed, as on a login node, nothing is compared
+    small.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (small / name).symlink_to(target.path / name)
+    assert build_command(recipe, Target.read(small), port=8123, serving=Serving(draft)).args
 
 
 def test_booleans_become_flags_and_their_negations() -> None:

@@ -161,6 +161,7 @@ def test_recipe_init_proposes_the_token_that_these_rules_choose_and_tells_why(tm
     number = 246 if hidden else 247
     assert yaml.safe_load(text)["target"]["mask_token_id"] == BASE + LLAMA.index(f"<|reserved_special_token_{number}|>")
     assert f"# '<|reserved_special_token_{number}|>', a reserved token that the chat template never renders" in text
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_without_reserved_tokens_the_last_special_one_without_a_use_is_chosen(tmp_path: Path) -> None:
