@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 from common.files import read_json
@@ -11,7 +12,7 @@ from contracts.draft import DESCRIPTOR_FILE, Descriptor, DraftConfig, DraftRun
 from drafts import METHODS
 from drafts.method import DraftMethod
 from drafts.reading import DraftFolder, Published, zero_based
-from target.target import find_folder
+from target.target import find_folder, is_hub_name
 
 NO_FACTS = {"method", "layer_ids", "target_fingerprint", "store"}
 """Fields of a config that a new training sets."""
@@ -46,47 +47,62 @@ def describe_config(folder: Path) -> Descriptor:
     return _recognize(folder)[1]
 
 
-def _recognize(folder: Path) -> tuple[DraftMethod, Descriptor]:
-    """Return the method and the descriptor of a draft's config.json."""
+def _recognize(folder: Path) -> tuple[DraftMethod, Descriptor, dict[str, Any]]:
+    """Return a draft's method, descriptor and config.json."""
     path = folder / "config.json"
     config = read_json(path, "a draft exported by `train export`")
     for method in METHODS.values():
         if (found := method.describe(config)) is not None:
-            return method, found
+            return method, found, config
     raise UserError(
         path,
         found=f"architectures {config.get('architectures')}",
         expected=f"a draft of one of the methods {', '.join(METHODS)}",
-        fix="Give an export of `train export`, or list the draft in serve.heads with its method.",
+        fix="Give a draft of one of these methods. To only serve another one, list it in serve.heads with its method.",
     )
 
 
 def read_draft(folder: Path, num_target_layers: int) -> tuple[DraftMethod, Published]:
     """Return the method and the draft of a training run, of one of its checkpoints, or of a published folder.
 
-    A hub name (`org/draft`) is looked up in the local hub cache.
-
-    Raises UserError for a folder of no known method, and for what the method's module does not implement.
+    A hub name (`org/draft`) is looked up in the local hub cache. Raises UserError for a folder of no known method, and
+    for what the method's module does not implement.
     """
     from drafts.weights import read_tensors
 
-    folder = find_folder(folder)
-    for run in (DraftRun(folder), DraftRun(folder.parent)):
+    found = find_folder(folder)
+    for run in (DraftRun(found), DraftRun(found.parent)):
         if run.config_path.exists():
-            checkpoint = run.chosen_weights().parent if run.folder == folder else folder
-            config = read_config(run)
-            facts = {key: getattr(config, key) for key in type(config).model_fields if key not in NO_FACTS}
-            layers = zero_based(f"{run.config_path}: layer_ids", config.layer_ids)
-            draft = Published(checkpoint, layers, facts, read_tensors(checkpoint))
-            return METHODS[config.method], replace(
-                draft, target_fingerprint=config.target_fingerprint, is_checkpoint=True
-            )
-    method, _ = _recognize(folder)
-    config_json = read_json(folder / "config.json", "a draft's config.json")
-    draft = method.read_published(DraftFolder(folder, config_json, read_tensors(folder), num_target_layers))
-    path = folder / DESCRIPTOR_FILE
+            return _read_checkpoint(run, run.chosen_weights().parent if run.folder == found else found)
+    if not (found / "config.json").exists():
+        of_hub = is_hub_name(folder)
+        raise UserError(
+            folder,
+            found="no config.json" + (" in the hub's cache" if of_hub else ""),
+            expected="a folder of `train offline`, one of its checkpoints, an export, or a published draft",
+            fix=f"Download it: hf download {folder}" if of_hub else "Correct the path.",
+        )
+    method, _, config = _recognize(found)
+    draft = method.read_published(DraftFolder(found, config, read_tensors(found), num_target_layers))
+    path = found / DESCRIPTOR_FILE
     made_for = read_json(path, "a draft's descriptor").get("target_fingerprint") if path.exists() else None
     return method, replace(draft, target_fingerprint=made_for)
+
+
+def _read_checkpoint(run: DraftRun, checkpoint: Path) -> tuple[DraftMethod, Published]:
+    """Return the method and the draft of a training run's checkpoint."""
+    from drafts.weights import read_tensors
+
+    config = read_config(run)
+    facts = {key: getattr(config, key) for key in type(config).model_fields if key not in NO_FACTS}
+    return METHODS[config.method], Published(
+        checkpoint,
+        zero_based(f"{run.config_path}: layer_ids", config.layer_ids),
+        facts,
+        read_tensors(checkpoint),
+        target_fingerprint=config.target_fingerprint,
+        is_checkpoint=True,
+    )
 
 
 def num_speculative_tokens(descriptor: Descriptor, folder: Path) -> int:
