@@ -24,6 +24,7 @@ from typing import Any
 from bench.acceptance_report import summarize, write_report
 from bench.datasets import write_prompts
 from bench.differences import compare_replies
+from bench.draft_tokens import check_draft_tokens, with_draft_tokens
 from bench.replay import NUM_WARMUP
 from bench.requests import (
     Answer,
@@ -119,17 +120,13 @@ def measure(recipe: Recipe, recipe_args: Sequence[str], draft: Path, matrix: Mat
 def _choose_draft_tokens(recipe: Recipe, target: Target, draft: Path, matrix: Matrix) -> list[int]:
     """Return the numbers of draft tokens, ascending. Raises UserError for a number that cannot be served."""
     own = int(speculation_of(recipe, target, draft)["num_speculative_tokens"])
-    chosen = sorted(set(matrix.draft_tokens or [own]))
+    chosen = check_draft_tokens(matrix.draft_tokens or [own], own, draft)
     if matrix.endpoint and matrix.draft_tokens and len(chosen) > 1:
         raise UserError(
             "--draft-tokens",
             found=str(chosen),
             expected=f"the one number that {matrix.endpoint} drafts",
             fix="Omit --endpoint: then a server is started for each.",
-        )
-    if not 1 <= chosen[0] <= chosen[-1] <= own:
-        raise UserError(
-            "--draft-tokens", found=str(chosen), expected=f"from 1 to {own}, as {draft} drafts", fix="Correct it."
         )
     return chosen
 
@@ -152,21 +149,6 @@ def _open_run(recipe: Recipe, target: Target, draft: Path, matrix: Matrix, sets:
         },
         recipe_yaml=recipe.to_yaml(),
     )
-
-
-def parse_draft_tokens(text: str | None) -> list[int] | None:
-    """Parse `1-7`, `3,7` or `7` as numbers. Raises UserError for anything else."""
-    if text is None:
-        return None
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, separator, last = part.strip().partition("-")
-        if not first.isdecimal() or (separator and not last.isdecimal()):
-            raise UserError("--draft-tokens", found=text, expected="numbers as in 1-7 or 3,7", fix="Correct it.")
-        numbers += range(int(first), int(last if separator else first) + 1)
-    if not numbers:
-        raise UserError("--draft-tokens", found=text, expected="the smaller number first", fix="Correct it.")
-    return numbers
 
 
 def write_conversations(
@@ -298,8 +280,7 @@ def _serve(
         yield Served(endpoint.rstrip("/").removesuffix("/v1"), ask_model(endpoint)), None
         return
     if num_draft_tokens is not None:
-        speculative = {**recipe.serve.speculative, "num_speculative_tokens": num_draft_tokens}
-        recipe = recipe.model_copy(update={"serve": recipe.serve.model_copy(update={"speculative": speculative})})
+        recipe = with_draft_tokens(recipe, num_draft_tokens)
     serving = Serving(
         draft=draft,
         purpose="bench" if draft else "synth",

@@ -18,8 +18,7 @@ from typing import Any
 import yaml
 
 from bench.differences import find_overruns
-from bench.replay import kept_steps
-from bench.requests import Answer, Turn, answers_from_json
+from bench.requests import Answer, Turn, answers_from_json, kept_steps
 from common.files import write_atomic, write_json
 from common.loops import find_loop
 from contracts.acceptance import Acceptance

@@ -71,7 +71,8 @@ def acceptance(
     conversations: Annotated[
         Path | None,
         typer.Option(
-            help="Held-out conversations (`synth generate`). Generate their replies again, and measure speed."
+            help="Held-out conversations (`synth generate`). Generate their replies again, measure the speed, and "
+            "recommend the number of draft tokens."
         ),
     ] = None,
     prompts: Annotated[
@@ -89,7 +90,10 @@ def acceptance(
     ] = None,
     draft_tokens: Annotated[
         str | None,
-        typer.Option(help="1-7 or 3,7. A server is started for each number.", show_default="the draft's own"),
+        typer.Option(
+            help="1-7 or 3,7. A server is started for each number.",
+            show_default="the draft's own; with --conversations also 1",
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many rows of each set.")] = None,
     endpoint: Annotated[
@@ -98,14 +102,17 @@ def acceptance(
     ] = None,
 ) -> None:
     """Measure acceptance on prompt sets (by category, mode and draft tokens) or held-out conversations."""
-    from bench.acceptance import Matrix, measure, parse_draft_tokens
+    from bench.acceptance import Matrix, measure
+    from bench.draft_tokens import parse_draft_tokens
     from bench.replay import measure as replay
 
     if (conversations is None) == (not prompts):
         raise typer.BadParameter("give either --conversations or --prompts")
+    if conversations is not None and (thinking_modes or temperature or limit or endpoint):
+        raise typer.BadParameter("--thinking-modes, --temperature, --limit and --endpoint need --prompts")
     loaded = options.load()
     if conversations is not None:
-        replay(loaded, conversations, draft, output)
+        replay(loaded, conversations, draft, output, parse_draft_tokens(draft_tokens))
         return
     modes = thinking_modes.split(",") if thinking_modes is not None else list(dict.fromkeys(loaded.synth.modes_in_turn))
     matrix = Matrix(

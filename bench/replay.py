@@ -1,40 +1,45 @@
-"""Measure a served draft on held-out conversations: acceptance, speed with and without it, equality of greedy output.
+"""Measure a served draft on held-out conversations: acceptance, equality of greedy output, speed by draft tokens (K).
 
 Reads:  held-out conversations (`synth generate`), an exported draft.
-Writes: OUTPUT/baseline.json and OUTPUT/draft.json (answers, counters, seconds by concurrency; finished files are kept),
-        OUTPUT/acceptance.json (the figures).
+Writes: OUTPUT/baseline.json and OUTPUT/draft-k<K>.json (answers, counters, seconds by concurrency; finished files are
+        kept), OUTPUT/acceptance.json (the figures; those of acceptance at the largest K), OUTPUT/acceptance.md (the
+        recommended K).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.differences import compare_replies, find_overruns
+from bench.draft_tokens import check_draft_tokens, with_draft_tokens
 from bench.requests import (
-    Answer,
     Served,
     Turn,
     answers_from_json,
     answers_to_json,
+    kept_steps,
     read_counters,
     read_turns,
     refuse_min_p,
     score,
     send_all,
 )
+from bench.speeds import find_speeds
 from common.errors import IncompleteError, UserError
-from common.files import hash_file, read_json, write_json
+from common.files import hash_file, read_json, write_atomic, write_json
 from contracts.acceptance import Acceptance
 from contracts.conversation import CONVERSATIONS_FILE, check_written_by, read_conversations
 from contracts.run import Run
+from contracts.speeds import Speeds, explain_speeds, warn_of_slow_draft
 from recipe.recipe import Recipe
 from serve.command import MODEL_NAME, Serving, build_command, fingerprint_draft, speculation_of
+from serve.flags import speculative_overrides
 from serve.ranks import watch_ranks
 from serve.server import find_port, run_server
 from serve.settings import measured_settings
@@ -53,15 +58,20 @@ class Replay:
     run: Run
 
 
-def measure(recipe: Recipe, conversations: Path, draft: Path, output: Path) -> dict[str, Any]:
+def measure(
+    recipe: Recipe, conversations: Path, draft: Path, output: Path, draft_tokens: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Serve without and with the draft, send every held-out turn, compare, and return the report.
+
+    `draft_tokens` defaults to the draft's own number and 1, between which the speed of others is predicted.
 
     Raises UserError for conversations or a draft of another target, IncompleteError if vLLM's counters differ from the
     sum over the requests.
     """
     target = Target.here(recipe.target)
     state = check_written_by(conversations, target)
-    num_draft_tokens = int(speculation_of(recipe, target, draft)["num_speculative_tokens"])
+    own = int(speculation_of(recipe, target, draft)["num_speculative_tokens"])
+    numbers = check_draft_tokens(draft_tokens or [1, served_draft_tokens(recipe, own)], own, draft)
     turns = read_turns(read_conversations(conversations))
     refuse_min_p(conversations, turns)
     if not turns:
@@ -82,20 +92,66 @@ def measure(recipe: Recipe, conversations: Path, draft: Path, output: Path) -> d
         recipe_yaml=recipe.to_yaml(),
     )
     if run.complete:
-        print(f"bench: {output} is finished, skipped")
-        return dict(read_json(output / "acceptance.json", "a finished benchmark"))
+        report = dict(read_json(output / "acceptance.json", "a finished benchmark"))
+        if sorted(map(int, report.get("by_draft_tokens", []))) == numbers:
+            print(f"bench: {output} is finished, skipped")
+            return report
+        run.reopen()  # this call measures other numbers of draft tokens
     replay = Replay(recipe, target, turns, run)
     baseline = serve_and_send(replay, None, output / "baseline.json")
-    drafted = serve_and_send(replay, draft, output / "draft.json", baseline=baseline)
-    report = compare(turns, baseline, drafted, num_draft_tokens, target.end_token_ids)
+    runs = {}
+    for k in reversed(numbers):
+        runs[k] = serve_and_send(
+            replace(replay, recipe=with_draft_tokens(recipe, k)), draft, output / f"draft-k{k}.json", baseline=baseline
+        )
+    report = make_report(turns, baseline, runs, target.end_token_ids)
     report["held_out"] = {"conversations": state["summary"]["input"], "left_out": state["summary"]["truncated"]}
-    write_json(output / "acceptance.json", report)
+    write_report(report, output)
     run.finish({"turns": len(turns), "acceptance_length": report["acceptance_length"]})
     print(
         f"bench: acceptance length {report['acceptance_length']:.3f}, greedy identical "
         f"{report['greedy_identical']}/{report['greedy_total']}, in {run.seconds:.0f} s -> {output}"
     )
     return report
+
+
+def served_draft_tokens(recipe: Recipe, own: int) -> int:
+    """Return the number of draft tokens that `serve` uses: the recipe's, or the draft's own."""
+    return int(speculative_overrides(recipe.serve).get("num_speculative_tokens", own))
+
+
+def make_report(
+    turns: Sequence[Turn],
+    baseline: dict[str, Any],
+    runs: Mapping[int, dict[str, Any]],
+    end_token_ids: Collection[int] = (),
+) -> dict[str, Any]:
+    """Compute the figures of all `runs`, by number of draft tokens; those at the top level are of the largest.
+
+    Greedy replies count for all numbers of draft tokens. Raises: see `compare`.
+    """
+    reports = {k: compare(turns, baseline, run, k, end_token_ids) for k, run in sorted(runs.items())}
+    speeds = find_speeds({0: baseline, **runs})
+    return {
+        **reports[max(runs)],
+        **{name: sum(report[name] for report in reports.values()) for name in ("greedy_identical", "greedy_total")},
+        "differing": [{**found, "draft_tokens": k} for k, report in reports.items() for found in report["differing"]],
+        "by_draft_tokens": {
+            str(k): {name: report[name] for name in ("acceptance_length", "per_position", "steps", "tokens_per_s")}
+            for k, report in reports.items()
+        },
+        "speeds": [at.model_dump(mode="json") for at in speeds],
+        "warnings": warn_of_slow_draft(speeds),
+    }
+
+
+def write_report(report: dict[str, Any], output: Path) -> None:
+    """Write acceptance.json and acceptance.md, and print the latter."""
+    speeds = [Speeds.model_validate(at) for at in report["speeds"]]
+    text = f"Tokens/s by number of draft tokens (K), held-out conversations:\n\n{explain_speeds(speeds)}\n"
+    write_json(output / "acceptance.json", report)
+    write_atomic(output / "acceptance.md", text)
+    print(f"\n{text}")
 
 
 def serve_and_send(
@@ -189,13 +245,7 @@ def compare(
     answers = {answer.id: answer for answer in answers_from_json(drafted["points"][widest]["answers"])}
     measured = [turn for turn in turns if turn.id in answers]
     counters = drafted["points"][widest]["counters"]
-    raw = Acceptance.from_steps((a for answer in answers.values() for a in answer.accepted), num_draft_tokens)
-    if (raw.steps, raw.accepted) != (counters["num_drafts"], counters["num_accepted_tokens"]):
-        raise IncompleteError(
-            f"vLLM's metrics: found {counters['num_drafts']:.0f} steps and {counters['num_accepted_tokens']:.0f} "
-            f"accepted tokens, expected {raw.steps} and {raw.accepted}, the sums over the requests. "
-            "Something else used the server: delete draft.json and run again."
-        )
+    raw = {key: _check_counters(point, num_draft_tokens) for key, point in drafted["points"].items()}[widest]
     by_mode: dict[str, list[Acceptance]] = defaultdict(list)
     by_category: dict[str, list[Acceptance]] = defaultdict(list)
     for turn in measured:
@@ -226,19 +276,18 @@ def compare(
     }
 
 
-def kept_steps(answer: Answer) -> list[int]:
-    """Return the accepted tokens of each step, without those beyond the end of the reply.
-
-    vLLM counts all tokens that the last step accepted, also those beyond the stop token or max_tokens.
-    """
-    left = len(answer.token_ids) - 1  # the first token is from the prefill
-    kept = []
-    for accepted in answer.accepted:
-        if left <= 0:
-            break
-        kept.append(min(accepted, left))
-        left -= accepted + 1
-    return kept
+def _check_counters(point: dict[str, Any], num_draft_tokens: int) -> Acceptance:
+    """Return a point's acceptance. Raises IncompleteError if vLLM's counters are not the sum over the requests."""
+    answers = answers_from_json(point["answers"])
+    raw = Acceptance.from_steps((a for answer in answers for a in answer.accepted), num_draft_tokens)
+    counters = point["counters"]
+    if (raw.steps, raw.accepted) != (counters["num_drafts"], counters["num_accepted_tokens"]):
+        raise IncompleteError(
+            f"vLLM's metrics: found {counters['num_drafts']:.0f} steps and {counters['num_accepted_tokens']:.0f} "
+            f"accepted tokens, expected {raw.steps} and {raw.accepted}, the sums over the requests. "
+            f"Something else used the server: delete draft-k{num_draft_tokens}.json and run again."
+        )
+    return raw
 
 
 def _speeds(result: dict[str, Any]) -> dict[str, float]:

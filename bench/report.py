@@ -102,6 +102,7 @@ def make_table(report: dict[str, Any]) -> str:
     for concurrency, speed in served["tokens_per_s"].items():
         base = served["baseline_tokens_per_s"][concurrency]
         lines.append(f"{f'  at concurrency {concurrency}':<44}{base:>10.1f}{speed:>10.1f}{speed / base:>9.2f}x")
+    lines += served.get("warnings", [])
     agreement = report["agreement"]
     lines.append("")
     lines.append(f"greedy outputs identical: {served['greedy_identical']} of {served['greedy_total']}")

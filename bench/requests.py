@@ -62,8 +62,7 @@ class Turn:
 
     @property
     def conversation(self) -> str:
-        """The id of the turn's conversation."""
-        return self.id.rsplit("-", 2)[0]
+        return conversation_of(self.id)
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,26 @@ class Answer:
     finish_reason: str
     accepted: list[int]
     latency_s: float
+
+
+def conversation_of(turn_id: str) -> str:
+    """Return the id of a turn's conversation."""
+    return turn_id.rsplit("-", 2)[0]
+
+
+def kept_steps(answer: Answer) -> list[int]:
+    """Return the accepted tokens of each step, without those beyond the end of the reply.
+
+    vLLM counts all tokens that the last step accepted, also those beyond the stop token or max_tokens.
+    """
+    left = len(answer.token_ids) - 1  # the first token is from the prefill
+    kept = []
+    for accepted in answer.accepted:
+        if left <= 0:
+            break
+        kept.append(min(accepted, left))
+        left -= accepted + 1
+    return kept
 
 
 def read_turns(conversations: Iterable[Conversation], *, include_cut: bool = False, dataset: str = "") -> list[Turn]:

@@ -63,7 +63,8 @@ def main() -> None:
     for draft in ("ours", name):
         folder = out / f"{draft}-bench"
         stage("bench", "acceptance", *with_recipe, "--conversations", str(args.conversations),
-              "--draft", str(out / f"{draft}-export"), "--output", str(folder))  # fmt: skip
+              "--draft", str(out / f"{draft}-export"), "--output", str(folder),
+              "--draft-tokens", str(recipe.training().draft.num_draft_tokens))  # fmt: skip
         reports[draft] = json.loads((folder / "acceptance.json").read_text())
     check_replies(reports["ours"], reports[name])
     lengths = {draft: float(report["acceptance_length"]) for draft, report in reports.items()}

@@ -54,6 +54,25 @@ def test_greedy_output_with_the_draft_is_the_output_without_it(report: dict[str,
     assert report["served"]["greedy_identical"] == report["served"]["greedy_total"] > 0
 
 
+def test_the_speeds_at_one_and_seven_draft_tokens_predict_those_between_and_are_on_the_card(
+    report: dict[str, Any], pipeline: Path
+) -> None:
+    served = report["served"]
+    assert set(served["by_draft_tokens"]) == {"1", "7"}
+    # The rates at K = 7 give the rate at K = 1 but for the tokens that its steps begin at.
+    assert abs(served["by_draft_tokens"]["1"]["per_position"][0] - served["per_position"][0]) < 0.2
+    for at in served["speeds"]:
+        assert [speed["draft_tokens"] for speed in at["speeds"]] == list(range(8))
+        assert [speed["draft_tokens"] for speed in at["speeds"] if speed["measured"]] == [0, 1, 7]
+        lengths = [speed["acceptance_length"] for speed in at["speeds"]]
+        assert lengths == sorted(lengths)
+        for speed, measured in ((at["speeds"][0], "baseline_tokens_per_s"), (at["speeds"][7], "tokens_per_s")):
+            assert speed["tokens_per_s"] == pytest.approx(served[measured][str(at["concurrency"])], abs=0.1)
+    table = (pipeline / "bench/acceptance.md").read_text()
+    assert table.splitlines()[2] in (pipeline / "export/README.md").read_text()
+    assert all(warning in table for warning in served["warnings"])
+
+
 def test_the_plot_is_there(pipeline: Path) -> None:
     assert (pipeline / "acceptance_by_position.png").read_bytes().startswith(b"\x89PNG")
 
@@ -61,8 +80,8 @@ def test_the_plot_is_there(pipeline: Path) -> None:
 def test_a_second_run_skips_everything_and_says_so(pipeline: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in pipeline.rglob("*.safetensors")}
     printed = run_script(pipeline)
-    # target; synth, dump twice each; verify; train; eval; export; bench
-    assert printed.count("skipped") == 10
+    # target; synth, dump twice each; verify; train; eval; export twice; bench
+    assert printed.count("skipped") == 11
     assert {path: path.stat().st_mtime_ns for path in pipeline.rglob("*.safetensors")} == before
 
 
@@ -188,6 +207,7 @@ def test_a_killed_benchmark_keeps_the_server_that_was_finished(pipeline: Path, t
     output = tmp_path / "bench"
     args = ["bench", "acceptance", "--recipe", RECIPE, *overrides(pipeline)]
     args += ["--conversations", pipeline / "synth/held_out", "--draft", pipeline / "export", "--output", output]
+    args += ["--draft-tokens", "7"]
     assert kill_when((output / "baseline.json").exists, *args) == -9
     finished = (output / "baseline.json").stat().st_mtime_ns
     assert "baseline.json is there already" in run(*args).stdout

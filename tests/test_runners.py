@@ -116,7 +116,8 @@ def test_captured_states_are_those_of_v1_with_one_rank(pipeline: Path, runner: R
 def test_the_draft_is_accepted_as_predicted_and_changes_no_greedy_reply(
     pipeline: Path, runner: Runner, trained: Trained, tmp_path: Path
 ) -> None:
-    few = ("--set", "bench.concurrency=[4]", "--set", "bench.num_prompts={4: 6}")
+    own = json.loads((trained.export / "draftline.json").read_text())["num_speculative_tokens"]
+    few = ("--set", "bench.concurrency=[4]", "--set", "bench.num_prompts={4: 6}", "--draft-tokens", own)
     places = ("--conversations", pipeline / "synth/held_out", "--draft", trained.export, "--output", tmp_path / "bench")
     # It compares vLLM's counters with the sums over the requests.
     printed = run("bench", "acceptance", *trained.args, *runner.args, *few, *places).stdout
@@ -164,7 +165,7 @@ def test_partial_sums_of_two_ranks_are_named_where_no_preflight_saw_them(
         refused = run("bench", "acceptance", *args, *places, "--output", tmp_path / "bench", check=False)
         assert refused.returncode == 2
         assert "the draft's input on tensor-parallel rank 1: found states" in refused.stderr
-        assert not (tmp_path / "bench/draft.json").exists()
+        assert not list((tmp_path / "bench").glob("draft-k*.json"))
     else:
         places = ("--conversations", pipeline / "synth/held_out", "--output", tmp_path / "store")
         run("dump", "run", *args, *places, "--no-preflight")

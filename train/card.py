@@ -3,14 +3,55 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
+from common.files import read_json
 from contracts.draft import DESCRIPTOR_FILE, Descriptor, DraftConfig
+from contracts.run import read_run
+from contracts.speeds import Speeds, explain_speeds
 from recipe.recipe import Recipe
 
 
-def make_card(config: DraftConfig, recipe: Recipe, descriptor: Descriptor, figures: dict[str, Any] | None) -> str:
-    """Return the card's text: description, serving command, acceptance and training data of the draft.
+@dataclass(frozen=True)
+class Figures:
+    """What is known of a draft: the report of `train eval`, and the folder of `bench acceptance`; None if not given."""
+
+    evaluation: Path | None = None
+    served: Path | None = None
+
+    def read_evaluation(self) -> dict[str, Any] | None:
+        return read_json(self.evaluation, "a report of `train eval`") if self.evaluation else None
+
+    def read_speeds(self, draft: str) -> list[Speeds] | None:
+        """Read the speeds; `draft` is the fingerprint of the export. Raises UserError for another draft's or none."""
+        if self.served is None:
+            return None
+        if read_run(self.served, "bench acceptance")["inputs"]["draft"] != draft:
+            raise UserError(
+                self.served, found="figures of another draft", expected="this draft's", fix="Give the right folder."
+            )
+        speeds = read_json(self.served / "acceptance.json", "the output of `bench acceptance`").get("speeds")
+        if not speeds:
+            raise UserError(
+                self.served,
+                found="no speeds",
+                expected="those with the draft and without",
+                fix="Run `bench acceptance --conversations`.",
+            )
+        return [Speeds.model_validate(at) for at in speeds]
+
+
+def make_card(
+    config: DraftConfig,
+    recipe: Recipe,
+    descriptor: Descriptor,
+    figures: dict[str, Any] | None,
+    speeds: list[Speeds] | None = None,
+) -> str:
+    """Return the card's text: description, serving command, acceptance, speed and training data of the draft.
 
     `figures`: a report of `train eval`, or None.
     """
@@ -34,6 +75,10 @@ Hidden size {config.hidden_size}, {num_tokens} draft tokens per step; reads the 
 
 {_acceptance(figures, num_tokens)}
 
+## Speed
+
+{_speed(speeds)}
+
 ## Training
 
 | what | |
@@ -45,6 +90,15 @@ Hidden size {config.hidden_size}, {num_tokens} draft tokens per step; reads the 
 
 The whole recipe is in `{DESCRIPTOR_FILE}`.
 """
+
+
+def _speed(speeds: list[Speeds] | None) -> str:
+    if speeds is None:
+        return "Not measured: give `train export --served` the folder of `bench acceptance --conversations`."
+    return (
+        "Tokens/s by number of draft tokens (K) and requests in flight, on held-out conversations. They hold for the "
+        "machine and the server flags of this measurement: measure on yours.\n\n" + explain_speeds(speeds)
+    )
 
 
 def _acceptance(figures: dict[str, Any] | None, num_tokens: int) -> str:

@@ -102,6 +102,10 @@ def export(
     evaluation: Annotated[
         Path | None, typer.Option("--eval", help="Report of `train eval`, for the model card.")
     ] = None,
+    served: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `bench acceptance --conversations`: its speeds go on the model card."),
+    ] = None,
     layout: Annotated[
         str | None,
         typer.Option("--format", help="A layout of the method: native or speculators.", show_default="native"),
@@ -109,9 +113,10 @@ def export(
     set_: OverridesOption = None,
 ) -> None:
     """Write the folder that vLLM loads."""
+    from train.card import Figures
     from train.export import export as export_draft
 
-    export_draft(load_checked(recipe, set_), run, output, evaluation, layout)
+    export_draft(load_checked(recipe, set_), run, output, Figures(evaluation, served), layout)
 
 
 @app.command(

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
-from common.files import explain_unwritable, hash_file, read_json, write_json
+from common.files import explain_unwritable, hash_file, read_json, write_atomic, write_json
 from contracts.draft import DESCRIPTOR_FILE, Descriptor, DraftConfig, DraftRun
 from contracts.run import read_run
 from contracts.store import DTYPES
@@ -23,21 +23,26 @@ from drafts import METHODS
 from drafts.method import DraftMethod, ExportFacts
 from drafts.published import read_config
 from recipe.recipe import Recipe
+from serve.command import fingerprint_draft
 from target.target import Target
-from train.card import make_card
+from train.card import Figures, make_card
 from train.draft import served_config
+
+CARD_FILE = "README.md"
 
 
 def export(
-    recipe: Recipe, run_folder: Path, output: Path, evaluation: Path | None = None, layout: str | None = None
+    recipe: Recipe, run_folder: Path, output: Path, figures: Figures | None = None, layout: str | None = None
 ) -> None:
     """Write the draft of a run to `output`; keep an export that has the same descriptor.
 
-    `evaluation`: a report of `train eval`, for the model card. `layout`: one of the method's; default: its first.
+    `figures`: for the model card; speeds are also added to an existing export's card, since they are measured with it.
+    `layout`: one of the method's; default: its first.
 
-    Raises UserError if `output` holds something else, if YaRN's window is not the context length, or for an unknown
-    layout.
+    Raises UserError if `output` holds something else, if YaRN's window is not the context length, for an unknown
+    layout, or for speeds of another draft.
     """
+    figures = figures or Figures()
     read_run(run_folder, "train offline")
     run = DraftRun(run_folder)
     config = served_config(read_config(run), recipe)
@@ -46,20 +51,26 @@ def export(
     if layout not in method.layouts:
         raise UserError("--format", found=layout, expected=f"one of {', '.join(method.layouts)}", fix="Correct it.")
     weights = run.chosen_weights()
-    figures = read_json(evaluation, "a report of `train eval`") if evaluation else None
+    evaluated = figures.read_evaluation()
     descriptor = method.describe_trained(config).model_copy(
         update={
             "weights": f"{weights.parent.name}/{weights.name}",
             "sha256": hash_file(weights),
             "dtype": recipe.export.dtype,
             "layout": layout,
-            "evaluation": hash_file(evaluation) if evaluation else None,
+            "evaluation": hash_file(figures.evaluation) if figures.evaluation else None,
             "recipe": recipe.redacted(),
         }
     )
     if output.exists():
         _refuse_changes(output, descriptor)
-        print(f"export: {output} is finished, skipped")
+        speeds = figures.read_speeds(fingerprint_draft(recipe, output))
+        card = make_card(config, recipe, descriptor, evaluated, speeds)
+        if speeds is None or card == (output / CARD_FILE).read_text(encoding="utf-8"):
+            print(f"export: {output} is finished, skipped")
+        else:
+            write_atomic(output / CARD_FILE, card)
+            print(f"export: speeds of {figures.served} -> {output / CARD_FILE}")
         return
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -67,7 +78,9 @@ def export(
         temporary.mkdir(parents=True)
     _write_weights(method, config, layout, weights, recipe, temporary)
     write_json(temporary / DESCRIPTOR_FILE, descriptor.model_dump(mode="json"))
-    (temporary / "README.md").write_text(make_card(config, recipe, descriptor, figures), encoding="utf-8")
+    speeds = figures.read_speeds(fingerprint_draft(recipe, temporary))
+    card = make_card(config, recipe, descriptor, evaluated, speeds)
+    (temporary / CARD_FILE).write_text(card, encoding="utf-8")
     temporary.rename(output)
     print(f"export: {weights.parent.name} -> {output}")
 

@@ -12,8 +12,8 @@ import yaml
 from conftest import ROOT, command, run, run_here
 from written import write_store
 
-from bench.acceptance import parse_draft_tokens
 from bench.acceptance_report import make_tables, summarize
+from bench.draft_tokens import parse_draft_tokens
 from bench.requests import Answer, Turn, answers_to_json
 from common.errors import UserError
 from contracts.acceptance import Acceptance

@@ -9,9 +9,9 @@ import pytest
 
 from bench.acceptance import check_counters
 from bench.differences import compare_replies, find_overruns
-from bench.replay import compare, kept_steps
+from bench.replay import compare
 from bench.report import make_table
-from bench.requests import Answer, Turn, answers_to_json, read_turns
+from bench.requests import Answer, Turn, answers_to_json, kept_steps, read_turns
 from common.errors import IncompleteError
 from contracts.acceptance import Acceptance
 from contracts.conversation import Conversation, Sample
@@ -91,7 +91,7 @@ def test_a_reply_ends_at_its_stop_token_and_nowhere_else(token_ids: list[int], f
 
 def test_counters_that_are_not_the_sum_of_the_requests_are_an_error() -> None:
     turns, baseline, drafted = make_results({"num_drafts": 3.0, "num_accepted_tokens": 1.0})
-    with pytest.raises(IncompleteError, match="found 3 steps"):
+    with pytest.raises(IncompleteError, match=r"found 3 steps.*delete draft-k3\.json"):
         compare(turns, baseline, drafted, num_draft_tokens=3)
     counted = Acceptance.from_steps([2, 0], 3)
     good = {"num_drafts": 2.0, "num_accepted_tokens": 2.0, "accepted_at_0": 1.0, "accepted_at_1": 1.0}

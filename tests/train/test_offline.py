@@ -19,10 +19,12 @@ from written import write_store
 import train.log
 from common.errors import UserError
 from contracts.draft import DraftRun
+from contracts.speeds import Speed, Speeds
 from contracts.store import Store
 from recipe.load import load_recipe
 from recipe.mask import mask_token_of
 from recipe.train import TrainSection
+from serve.command import fingerprint_draft
 from target.target import Target
 from train.data import Samples
 from train.schedule import learning_rate
@@ -286,6 +288,47 @@ def test_an_export_holds_what_vllm_reads_and_neither_embedding_nor_head(
     card = (tmp_path / "evaluated/README.md").read_text()
     assert f"acceptance length {json.loads(evaluation.read_text())['acceptance_length']:.3f}" in card
     assert json.loads((tmp_path / "export/draftline.json").read_text())["sha256"] in card
+    assert "Not measured: give `train export --served`" in card
+
+
+def test_the_card_gets_the_speeds_of_its_own_draft_and_keeps_them(
+    recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    store = write_store(tmp_path / "store", Target.read(target_folder))
+    run_here("train", "offline", "--recipe", recipe_path, "--store", store, "--output", tmp_path / "draft")
+    export = ["train", "export", "--recipe", recipe_path, "--run", tmp_path / "draft", "--output", tmp_path / "export"]
+    run_here(*export)
+    shared = {"acceptance_length": 1.2, "step_ms": 10.0}
+    speeds = [
+        Speed(draft_tokens=0, measured=True, tokens_per_s=121.0, speed_up=1.0, interval=(1.0, 1.0), **shared),
+        Speed(draft_tokens=3, measured=True, tokens_per_s=50.0, speed_up=0.41, interval=(0.4, 0.42), **shared),
+    ]
+    at = Speeds(concurrency=8, conversations=9, recommended=0, speeds=speeds)
+    for name, draft in (
+        ("bench", fingerprint_draft(load_recipe(recipe_path), tmp_path / "export")),
+        ("other", "f" * 64),
+    ):
+        state = {"stage": "bench acceptance", "complete": True, "inputs": {"draft": draft}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(state))
+        (tmp_path / name / "acceptance.json").write_text(json.dumps({"speeds": [at.model_dump(mode="json")]}))
+    result = run_here(*export, "--served", tmp_path / "other", check=False)
+    assert result.returncode == 2
+    assert "found figures of another draft" in result.stderr
+    assert "speeds of" in run_here(*export, "--served", tmp_path / "bench").stdout
+    card = (tmp_path / "export/README.md").read_text()
+    assert "| 8 | 121.0 | 50.0 | no draft |  |" in card
+    assert (
+        "With K = 3 this draft slows the target down at concurrency 8: 50.0 against 121.0 tokens/s "
+        "(speed-up 0.40 to 0.42). Serve the target without a draft." in card
+    )
+    assert "is finished, skipped" in run_here(*export).stdout  # without --served it stays
+    assert "is finished, skipped" in run_here(*export, "--served", tmp_path / "bench").stdout
+    assert (tmp_path / "export/README.md").read_text() == card
+    run_here(*export[:-1], tmp_path / "anew", "--served", tmp_path / "bench")
+    assert (tmp_path / "anew/README.md").read_text() == card
+    (tmp_path / "bench/acceptance.json").write_text("{}")  # of `bench acceptance --prompts`
+    assert "found no speeds" in run_here(*export, "--served", tmp_path / "bench", check=False).stderr
 
 
 @pytest.mark.parametrize(
