@@ -57,17 +57,24 @@ class Speeds(BaseModel):
 
 def make_speed_table(found: Sequence[Speeds]) -> str:
     """Format the speeds (tokens/s) as Markdown, a line per concurrency; `~` marks what was predicted."""
-    numbers = [speed.draft_tokens for speed in found[0].speeds]
-    titles = ["no draft" if k == 0 else f"K = {k}" for k in numbers]
     lines = [
-        f"| concurrency | {' | '.join(titles)} | recommended | speed-up [95%] |",
-        f"|---:|{'---:|' * len(titles)}---|---|",
+        f"| concurrency | {_titles(found)} | recommended | speed-up [95%] |",
+        f"|---:|{'---:|' * len(found[0].speeds)}---|---|",
     ]
     for at in found:
         figures = [f"{'' if speed.measured else '~'}{speed.tokens_per_s:.1f}" for speed in at.speeds]
         choice = f"K = {at.recommended}" if at.recommended else "no draft"
         gain = f"{at.best.speed_up:.2f}x{_in_brackets(at.best)}" if at.recommended else ""
         lines.append(f"| {at.concurrency} | {' | '.join(figures)} | {choice} | {gain} |")
+    return "\n".join(lines)
+
+
+def make_step_table(found: Sequence[Speeds]) -> str:
+    """Format milliseconds and accepted tokens of a step as Markdown, a line per concurrency."""
+    lines = [f"| step: ms / tokens | {_titles(found)} |", f"|---:|{'---:|' * len(found[0].speeds)}"]
+    for at in found:
+        figures = [f"{speed.step_ms:.1f} / {speed.acceptance_length:.2f}" for speed in at.speeds]
+        lines.append(f"| {at.concurrency} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
@@ -89,8 +96,8 @@ def warn_of_slow_draft(found: Sequence[Speeds]) -> list[str]:
 
 
 def explain_speeds(found: Sequence[Speeds]) -> str:
-    """Return table, warnings and notes as Markdown."""
-    parts = [make_speed_table(found), *warn_of_slow_draft(found)]
+    """Return tables, warnings and notes as Markdown."""
+    parts = [make_speed_table(found), *warn_of_slow_draft(found), make_step_table(found)]
     if any(not speed.measured for at in found for speed in at.speeds):
         parts.append(
             "`~`: predicted from the measured numbers of draft tokens on either side. "
@@ -99,6 +106,10 @@ def explain_speeds(found: Sequence[Speeds]) -> str:
     elif found[0].speeds[1].draft_tokens > 1:
         parts.append("Smaller K are not predicted: measure a smaller one, too (`bench acceptance --draft-tokens`).")
     return "\n\n".join(parts)
+
+
+def _titles(found: Sequence[Speeds]) -> str:
+    return " | ".join(f"K = {speed.draft_tokens}" if speed.draft_tokens else "no draft" for speed in found[0].speeds)
 
 
 def _in_brackets(speed: Speed, name: str = "") -> str:

@@ -54,6 +54,7 @@ def test_measured_speeds_are_tokens_by_seconds_and_a_k_between_is_predicted_from
     assert at.recommended == 3
     assert (at.best.speed_up, at.best.interval) == (2.0, (2.0, 2.0))
     assert "| 1 | 10.0 | 15.9 | ~19.0 | 20.0 | K = 3 | 2.00x [2.00, 2.00] |" in make_speed_table([at])
+    assert "| 1 | 100.0 / 1.00 | 105.0 / 1.67 | 115.0 / 2.18 | 125.0 / 2.50 |" in explain_speeds([at])
 
 
 def test_step_time_at_a_concurrency_is_that_of_the_whole_batch() -> None:
