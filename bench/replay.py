@@ -36,7 +36,7 @@ from common.files import hash_file, read_json, write_atomic, write_json
 from contracts.acceptance import Acceptance
 from contracts.conversation import CONVERSATIONS_FILE, check_written_by, read_conversations
 from contracts.run import Run
-from contracts.speeds import Speeds, explain_speeds, warn_of_slow_draft
+from contracts.speeds import Speeds, explain_speeds, warn_of_noise, warn_of_slow_draft
 from recipe.recipe import Recipe
 from serve.command import MODEL_NAME, Serving, build_command, fingerprint_draft, speculation_of
 from serve.flags import speculative_overrides
@@ -141,7 +141,7 @@ def make_report(
             for k, report in reports.items()
         },
         "speeds": [at.model_dump(mode="json") for at in speeds],
-        "warnings": warn_of_slow_draft(speeds),
+        "warnings": [*warn_of_slow_draft(speeds), *warn_of_noise(speeds)],
     }
 
 

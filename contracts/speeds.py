@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
+
+MAX_FALL = 0.1
+"""Of the time of a step from one K to the next larger one, which does more work; less may come from kernels."""
 
 
 class Speed(BaseModel):
@@ -63,9 +67,8 @@ def make_speed_table(found: Sequence[Speeds]) -> str:
     ]
     for at in found:
         figures = [f"{'' if speed.measured else '~'}{speed.tokens_per_s:.1f}" for speed in at.speeds]
-        choice = f"K = {at.recommended}" if at.recommended else "no draft"
         gain = f"{at.best.speed_up:.2f}x{_in_brackets(at.best)}" if at.recommended else ""
-        lines.append(f"| {at.concurrency} | {' | '.join(figures)} | {choice} | {gain} |")
+        lines.append(f"| {at.concurrency} | {' | '.join(figures)} | {_name(at.best)} | {gain} |")
     return "\n".join(lines)
 
 
@@ -95,9 +98,24 @@ def warn_of_slow_draft(found: Sequence[Speeds]) -> list[str]:
     return lines
 
 
+def warn_of_noise(found: Sequence[Speeds]) -> list[str]:
+    """Return a sentence for each two measured K of which the larger has clearly shorter steps.
+
+    Intervals do not show that a machine was slower during a whole load.
+    """
+    return [
+        f"The measurement at concurrency {at.concurrency} is not sound: a step took {less.step_ms:.1f} ms with "
+        f"{_name(less)}, and {more.step_ms:.1f} ms with {_name(more)}, which does more work. Something else used the "
+        f"machine: measure again, in an empty folder."
+        for at in found
+        for less, more in itertools.pairwise(speed for speed in at.speeds if speed.measured)
+        if more.step_ms < (1 - MAX_FALL) * less.step_ms
+    ]
+
+
 def explain_speeds(found: Sequence[Speeds]) -> str:
     """Return tables, warnings and notes as Markdown."""
-    parts = [make_speed_table(found), *warn_of_slow_draft(found), make_step_table(found)]
+    parts = [make_speed_table(found), *warn_of_slow_draft(found), *warn_of_noise(found), make_step_table(found)]
     if any(not speed.measured for at in found for speed in at.speeds):
         parts.append(
             "`~`: predicted from the measured numbers of draft tokens on either side. "
@@ -109,7 +127,11 @@ def explain_speeds(found: Sequence[Speeds]) -> str:
 
 
 def _titles(found: Sequence[Speeds]) -> str:
-    return " | ".join(f"K = {speed.draft_tokens}" if speed.draft_tokens else "no draft" for speed in found[0].speeds)
+    return " | ".join(map(_name, found[0].speeds))
+
+
+def _name(speed: Speed) -> str:
+    return f"K = {speed.draft_tokens}" if speed.draft_tokens else "no draft"
 
 
 def _in_brackets(speed: Speed, name: str = "") -> str:

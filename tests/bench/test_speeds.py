@@ -13,7 +13,7 @@ from bench.replay import make_report, write_report
 from bench.report import make_table
 from bench.requests import Answer, Turn, answers_to_json
 from bench.speeds import find_speeds, recommend
-from contracts.speeds import Speed, Speeds, explain_speeds, make_speed_table, warn_of_slow_draft
+from contracts.speeds import Speed, Speeds, explain_speeds, make_speed_table, warn_of_noise, warn_of_slow_draft
 
 TOKENS = 11  # of each reply: one of the prefill and ten of steps
 
@@ -113,6 +113,17 @@ def test_noise_of_the_replies_makes_the_interval() -> None:
     assert at.recommended == 0
 
 
+def test_a_step_that_takes_less_time_with_more_draft_tokens_is_called_unsound() -> None:
+    busy = make_run([1, 1, 1, 1, 0, 0], c1=1.98)  # 150 ms a step, against 125 with K = 3
+    (warning,) = warn_of_noise(find_speeds({0: BASE, 1: busy, 3: THREE}))
+    assert "at concurrency 1 is not sound: a step took 150.0 ms with K = 1, and 125.0 ms with K = 3" in warning
+    assert warning in explain_speeds(find_speeds({0: BASE, 1: busy, 3: THREE}))
+    turns = [Turn(f"{name}-0-1", "on", "x", [0], list(range(TOKENS))) for name in "ab"]
+    assert warning in make_report(turns, BASE, {1: busy, 3: THREE})["warnings"]
+    assert warn_of_noise(find_speeds({0: BASE, 1: ONE, 3: THREE})) == []
+    assert warn_of_noise(find_speeds({0: BASE, 1: make_run([1, 1, 1, 1, 0, 0], c1=1.8), 3: THREE})) == []  # 136 ms
+
+
 def make_speeds(concurrency: int, recommended: int, *speeds: float, interval: tuple[float, float] | None) -> Speeds:
     """Speeds without a draft, at K = 2 (predicted) and at K = 7, with the interval of all gains."""
     return Speeds(
@@ -149,7 +160,7 @@ def test_the_report_the_summary_and_the_page_name_a_slow_draft(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     turns = [Turn(f"{name}-0-1", "on", "x", [0], list(range(TOKENS))) for name in "ab"]
-    slow = {k: make_run(steps, c1=1.0, c8=4.4) for k, steps in ((1, [0] * 10), (3, [3, 2, 1, 0]))}
+    slow = {1: make_run([0] * 10, c1=2.42, c8=4.4), 3: make_run([3, 2, 1, 0], c1=1.1, c8=4.4)}
     report = make_report(turns, make_run([], c1=2.2, c8=2.2), slow)
     (warning,) = report["warnings"]
     assert warning == (
@@ -162,7 +173,7 @@ def test_the_report_the_summary_and_the_page_name_a_slow_draft(
     write_report(report, tmp_path)
     written = json.loads((tmp_path / "acceptance.json").read_text())
     assert written["warnings"] == [warning]
-    assert [at["recommended"] for at in written["speeds"]] == [1, 0]
+    assert [at["recommended"] for at in written["speeds"]] == [3, 0]
     assert warning in (tmp_path / "acceptance.md").read_text()
     assert warning in capsys.readouterr().out
     evaluated = {"acceptance_length": 2.5, "per_position": [0.75, 0.5, 0.25], "by_mode": {}}
