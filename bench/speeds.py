@@ -9,7 +9,7 @@ at the next smaller one (measured / cut) and goes to 1 linearly. It has to be me
 other tokens, and a draft that proposes a block at once (DFlash) may propose others in a smaller block.
 
 Intervals are bootstrap intervals: conversations are resampled, the same for all numbers of draft tokens. The smallest
-K is recommended whose speed is not measurably below the best.
+K is recommended that the best one does not measurably exceed by 2%.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from contracts.speeds import Speed, Speeds
 
 Array = NDArray[np.float64]
 QUANTILES = (0.025, 0.975)
+MARGIN = 0.02
+"""Gain that counts as none: predictions are no better, and intervals do not show their error."""
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,13 @@ def predict(loads: Mapping[int, Load], weights: Array) -> Prediction:
 
 
 def recommend(numbers: Sequence[int], speeds: Array, drawn: Array) -> int:
-    """Return the smallest number of draft tokens whose speed is not measurably below the best.
+    """Return the smallest number of draft tokens that the fastest one does not measurably exceed by `MARGIN`.
 
     Never one that is slower than no draft, `numbers[0]`. Shapes: speeds (N,), drawn (B, N): the resampled speeds.
     """
     best = int(speeds.argmax())
     for i, number in enumerate(numbers[:best]):
-        is_tie = np.quantile(drawn[:, best] / drawn[:, i], QUANTILES[0]) <= 1.0
+        is_tie = np.quantile(drawn[:, best] / drawn[:, i], QUANTILES[0]) <= 1.0 + MARGIN
         if is_tie and (i == 0 or speeds[i] > speeds[0]):
             return number
     return numbers[best]
