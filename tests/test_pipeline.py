@@ -73,6 +73,25 @@ def test_the_speeds_at_one_and_seven_draft_tokens_predict_those_between_and_are_
     assert all(warning in table for warning in served["warnings"])
 
 
+def test_other_draft_tokens_in_the_same_folder_measure_only_what_is_missing(pipeline: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(pipeline / "bench", tmp_path / "bench")
+    args = ["bench", "acceptance", "--recipe", RECIPE, *overrides(pipeline), "--output", output]
+    args += ["--conversations", pipeline / "synth/held_out", "--draft", pipeline / "export"]
+    printed = run_here(*args, "--draft-tokens", "7").stdout
+    assert "draft-k7.json is there already" in printed
+    assert "Smaller K are not predicted" in printed
+    assert set(json.loads((output / "acceptance.json").read_text())["by_draft_tokens"]) == {"7"}
+    assert "draft-k1.json is there already" in run_here(*args).stdout
+    assert (output / "acceptance.md").read_text() == (pipeline / "bench/acceptance.md").read_text()
+    assert "is finished, skipped" in run_here(*args).stdout
+    refused = run_here(*args, "--draft-tokens", "8", check=False)
+    assert refused.returncode == 2
+    assert "from 1 to 7" in refused.stderr
+    refused = run_here(*args, "--endpoint", "http://localhost:1/v1", check=False)
+    assert refused.returncode == 2
+    assert "need --prompts" in refused.stderr
+
+
 def test_the_plot_is_there(pipeline: Path) -> None:
     assert (pipeline / "acceptance_by_position.png").read_bytes().startswith(b"\x89PNG")
 
