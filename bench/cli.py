@@ -1,10 +1,10 @@
-"""`bench`: measure a served draft's acceptance, speed and agreement with the trainer."""
+"""`bench`: measure a served draft's acceptance, speed, accuracy and agreement with the trainer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bench.plan import Point
     from recipe.recipe import Recipe
 
-app = make_app("Measure a served draft: acceptance, speed, agreement with the trainer.")
+app = make_app("Measure a served draft: acceptance, speed, accuracy, agreement with the trainer.")
 
 DraftOption = Annotated[Path, typer.Option(help="Folder of the exported draft (`train export`).")]
 StoreOption = Annotated[Path, typer.Option(help="A store of greedy conversations (`dump run`).")]
@@ -29,8 +29,8 @@ class RecipeOptions:
     recipe: RecipeOption
     set_: OverridesOption = None
 
-    def load(self) -> Recipe:
-        return load_checked(self.recipe, self.set_)
+    def load(self, flags: dict[str, Any] | None = None) -> Recipe:
+        return load_checked(self.recipe, self.set_, flags)
 
     @property
     def args(self) -> list[str]:
@@ -57,6 +57,12 @@ class PointOptions:
         from bench.plan import plan_points
 
         return plan_points(recipe, self.layout or [], self.scenario or [], self.concurrency or [])
+
+    def plan_evaluated(self, recipe: Recipe) -> list[Point]:
+        """List the points that are evaluated. Raises UserError if the filters leave none."""
+        from bench.plan import evaluated_points
+
+        return evaluated_points(recipe, self.layout or [], self.scenario or [], self.concurrency or [])
 
 
 @app.command(
@@ -153,6 +159,41 @@ def lossless(
 
     load = Load(conversations, requests, concurrency or [1, 8, 32], max_num_batched_tokens, tolerance)
     check(Check(options.load(), draft, load, output))
+
+
+@app.command(
+    epilog="Example: bench accuracy -r recipe.yaml --draft runs/export --output runs/accuracy --tasks gsm8k,my_task "
+    "--include-path my_tasks --limit 200"
+)
+@expand_options
+def accuracy(
+    options: RecipeOptions,
+    points: PointOptions,
+    draft: DraftOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the answers and the report.")],
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-eval, or of --include-path, comma-separated.", show_default="the recipe's"),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with task files (YAML) of your own.", show_default="the recipe's")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")] = None,
+) -> None:
+    """Compare the answers to lm-eval's tasks with and without the draft, greedy and sampled, question by question.
+
+    The servers are those of the points that `bench plan` marks as evaluated; without such points, one with the recipe's
+    own flags.
+    """
+    from bench.accuracy import Evaluation, measure
+
+    flags = {
+        "bench.accuracy.tasks": None if tasks is None else [name for name in tasks.split(",") if name],
+        "bench.accuracy.include_path": None if include_path is None else str(include_path),
+        "bench.accuracy.limit": limit,
+    }
+    loaded = options.load(flags)
+    measure(Evaluation(loaded, draft, output, points.plan_evaluated(loaded)))
 
 
 @app.command(

@@ -134,8 +134,31 @@ def plan_points(
     return chosen
 
 
+def evaluated_points(
+    recipe: Recipe,
+    layouts: Collection[str] = (),
+    scenarios: Collection[str] = (),
+    concurrencies: Collection[int] = (),
+) -> list[Point]:
+    """List the points at which `bench accuracy` asks its questions; none for a recipe without such points.
+
+    Raises UserError if the filters leave none.
+    """
+    filters = (layouts, scenarios, concurrencies)
+    points = plan_points(recipe, *filters) if recipe.bench.sweep.scenarios or any(filters) else []
+    found = [point for point in points if point.is_evaluated]
+    if any(filters) and not found:
+        raise UserError(
+            "the filters",
+            found="no point that is evaluated",
+            expected="one that `bench plan` marks as evaluated",
+            fix="Omit them: a recipe without such points is evaluated on its own flags.",
+        )
+    return found
+
+
 def mark_evaluated(points: Iterable[Point]) -> list[Point]:
-    """Return the points, with those marked that also run an accuracy evaluation.
+    """Return the points, with those marked at which `bench accuracy` evaluates the target.
 
     InferenceMAX's rule for a node: among the 8k1k points from concurrency 16 on, separately with and without
     data-parallel attention, those at the highest and at the (upper) median of the distinct concurrencies.
@@ -177,8 +200,8 @@ def show_plan(points: Sequence[Point], num_draft_tokens: int, form: str) -> str:
     servers = {(point.scenario, point.layout) for point in points}
     evaluated = sum(point.is_evaluated for point in points)
     lines.append(
-        f"{len(points)} points on {len(servers)} servers, {evaluated} of them evaluated; with {num_draft_tokens} draft "
-        f"tokens and without a draft: {2 * len(points)} points on {2 * len(servers)} servers"
+        f"{len(points)} points on {len(servers)} servers, {evaluated} of them evaluated (`bench accuracy`); with "
+        f"{num_draft_tokens} draft tokens and without a draft: {2 * len(points)} points on {2 * len(servers)} servers"
     )
     return "\n".join(lines)
 

@@ -1,6 +1,8 @@
-"""The recipe's `bench` section: concurrencies, and the search space of serving sweeps."""
+"""The recipe's `bench` section: concurrencies, the search space of serving sweeps, and the accuracy tasks."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -55,7 +57,41 @@ class SweepSection(Section):
     seed: int = 0
 
 
+OF_TARGET = "of sampled answers; default: the target's generation_config"
+
+
+class AccuracySection(Section):
+    """Tasks of lm-eval, and how their questions are asked. Tasks and repeats may be added to a finished output."""
+
+    tasks: list[str] = operational(
+        default=["gsm8k"], min_length=1, description="tasks or groups of lm-eval, or those of include_path"
+    )
+    include_path: Path | None = operational(
+        default=None, description="folder with task files (YAML); its files must stay as they are"
+    )
+    limit: int | None = Field(default=None, gt=0, description="only the first questions of each task")
+    num_fewshot: int | None = Field(default=None, ge=0, description="default: the task's own")
+    repeats: int = operational(default=4, ge=0, description="sampled answers per question; 0: greedy answers only")
+    temperature: float | None = Field(default=None, gt=0, description=f"{OF_TARGET}, else 1")
+    top_p: float | None = Field(default=None, gt=0, le=1, description=OF_TARGET)
+    top_k: int | None = Field(default=None, ge=-1, description=f"{OF_TARGET}; -1: off")
+    max_tokens: int | None = Field(
+        default=None, gt=0, description="most tokens of an answer; default: synth.max_tokens"
+    )
+    thinking_mode: str | None = Field(
+        default=None, description='default: the first of synth.thinking_modes; "": no mode is sent'
+    )
+    seed: int = Field(default=0, description="each request's seed follows from this and its prompt")
+    concurrency: int | None = operational(
+        default=None, gt=0, description="requests in flight; default: the highest of bench.concurrency"
+    )
+    confidence: float = operational(
+        default=0.99, ge=0.5, lt=1, description="with which a run without a real difference passes"
+    )
+
+
 class BenchSection(Section):
     concurrency: list[PositiveInt] = Field(default=[1, 8], min_length=1, description="requests in flight")
     num_prompts: dict[int, PositiveInt] = Field(default={}, description="by concurrency: only the first n prompts")
     sweep: SweepSection = operational(default=SweepSection(), description="for `bench plan` and `bench sweep`")
+    accuracy: AccuracySection = operational(default=AccuracySection(), description="for `bench accuracy`")

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import kill_when, read_lines, run, run_here
+from accuracy_task import write_task
+from conftest import ROOT, kill_when, read_lines, run, run_here
 from tiny_pipeline import RECIPE, overrides, run_script
 from transformers import AutoTokenizer
 
@@ -205,6 +206,81 @@ def test_a_killed_dump_resumes_without_loss(pipeline: Path, tmp_path: Path) -> N
             assert torch.equal(a.input_ids, b.input_ids)
             assert torch.equal(a.loss_mask, b.loss_mask)
             torch.testing.assert_close(a.aux_hidden_states, b.aux_hidden_states, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def accuracy(pipeline: Path) -> tuple[list[object], Path]:
+    """`bench accuracy` at a plan's one evaluated point, and its output.
+
+    The questions are those that the target answered before; every fourth has another answer as the right one.
+    """
+    rows = []
+    records = [*read_conversations(pipeline / "synth/train"), *read_conversations(pipeline / "synth/held_out")]
+    for record in records:
+        if record.thinking_mode == "disabled" and record.finish_reason == "stop" and len(record.messages) == 3:
+            system, question, reply = (message["content"] for message in record.messages)
+            answer = reply if len(rows) % 4 else "another answer"
+            rows.append({"system": system, "question": question, "answer": answer})
+    folder, output = write_task(pipeline / "tasks", "explain", rows), pipeline / "accuracy"
+    keys = {"thinking_mode": "disabled", "repeats": 2, "temperature": 0.3}
+    words = [word for key, value in keys.items() for word in ("--set", f"bench.accuracy.{key}={value}")]
+    space = "[{isl: 8192, osl: 1024, search_space: [{conc_start: 8, conc_end: 16}]}]"
+    words += ["--set", f"bench.sweep.scenarios={space}"]
+    args = ["bench", "accuracy", "--recipe", RECIPE, *overrides(pipeline), *words, "--draft", pipeline / "export"]
+    args += ["--tasks", "explain", "--include-path", folder]
+    run(*args, "--output", output)
+    return args, output
+
+
+def test_answers_to_an_evaluation_are_as_right_with_the_draft_as_without(accuracy: tuple[list[object], Path]) -> None:
+    report = json.loads((accuracy[1] / "accuracy.json").read_text())
+    rows = {(row["answers"], row["metric"]): row for row in report["rows"]}
+    greedy, sampled = rows["greedy", "exact_match,none"], rows["sampled", "same_name,none"]
+    share_wrong = len(range(0, greedy["questions"], 4)) / greedy["questions"]
+    assert greedy["base"] == greedy["draft"] == pytest.approx(1 - share_wrong)
+    assert greedy["difference"] == greedy["by_chance"] == 0.0
+    of_greedy, of_sampled = report["replies"]
+    assert of_greedy["identical"] == of_greedy["replies"] == greedy["questions"] >= report["min_questions"]
+    assert of_greedy["acceptance_length"] > 1.5
+    assert (sampled["repeats"], of_sampled["replies"]) == (2, 2 * greedy["questions"])
+    assert of_sampled["identical"] < of_sampled["replies"]  # drawn anew
+    assert 0 < sampled["base"] < 1 - share_wrong
+    assert abs(sampled["difference"]) <= sampled["by_chance"] > 0
+    passes = {path.name: json.loads(path.read_text()) for path in (accuracy[1] / "answers/8k1k-tp1-c16-base").iterdir()}
+    one, other = ([q["replies"] for q in passes[f"explain-sampled{n}.json"]["tasks"]["explain"]] for n in (0, 1))
+    assert one != other
+    assert (accuracy[1] / "accuracy.md").read_text().count("| 8k1k-tp1-c16 | explain |") == 6
+
+
+def test_a_finished_evaluation_is_not_asked_again_and_another_setting_is_refused_by_name(
+    accuracy: tuple[list[object], Path],
+) -> None:
+    args, output = accuracy
+    before = {path: path.stat().st_mtime_ns for path in (output / "answers").rglob("*.json")}
+    run(*args, "--output", output)
+    assert {path: path.stat().st_mtime_ns for path in (output / "answers").rglob("*.json")} == before
+    refused = run(*args, "--output", output, "--limit", 3, check=False)
+    assert refused.returncode == 2
+    assert f"{output} (settings.limit): found 3, expected None as when this output was begun" in refused.stderr
+
+
+def test_a_draft_that_changes_the_answers_fails_with_task_and_size_and_the_other_side_is_kept(
+    accuracy: tuple[list[object], Path], tmp_path: Path
+) -> None:
+    output = shutil.copytree(accuracy[1], tmp_path / "out")
+    shutil.rmtree(output / "answers/8k1k-tp1-c16-draft")
+    (output / "servers/8k1k-tp1-base.log").unlink()
+    env = {"PYTHONPATH": ROOT / "tests/seeded_defects", "SEEDED_DEFECT": "lossy draft"}
+    words = [word for key, value in env.items() for word in ("--set", f"serve.env.{key}={value}")]
+    failed = run(*accuracy[0], *words, "--set", "bench.accuracy.repeats=0", "--output", output, check=False)
+    assert failed.returncode == 1
+    assert not (output / "servers/8k1k-tp1-base.log").exists()
+    row = json.loads((output / "accuracy.json").read_text())["rows"][0]
+    assert row["difference"] < -0.3
+    assert "error: 8k1k-tp1-c16, task explain, exact_match,none, greedy answers: found " in failed.stderr
+    assert (
+        f"a difference of {row['difference']:+.4f} over {row['questions']} questions, expected at most" in failed.stderr
+    )
 
 
 @pytest.mark.long

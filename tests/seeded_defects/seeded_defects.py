@@ -108,6 +108,24 @@ def change_arguments(**changes: Any) -> None:
     EngineArgs.create_engine_config = create_engine_config
 
 
+def accept_every_draft_token() -> None:
+    """Accept what the draft proposes, whatever the target says: a server without a draft has no defect."""
+    import torch
+    from vllm.v1.sample import rejection_sampler
+
+    def accept(
+        draft_token_ids: Any, num_draft_tokens: list[int], max_spec_len: int, *others: Any, **options: Any
+    ) -> Any:
+        bonus_token_ids = others[3]
+        tokens = torch.full((len(num_draft_tokens), max_spec_len + 1), -1, dtype=torch.int32)
+        parts = draft_token_ids.split(num_draft_tokens)
+        for row, part, bonus in zip(tokens, parts, bonus_token_ids[:, 0], strict=True):
+            row[: len(part)], row[len(part)] = part, bonus
+        return tokens
+
+    rejection_sampler.rejection_sample = accept
+
+
 DEFECTS = {
     "shifted layers": shift_layers,
     "normed final state": norm_final_state,
@@ -115,4 +133,5 @@ DEFECTS = {
     "fp8 KV cache": quantize_kv_cache,
     "another checkpoint": serve_other_checkpoint,
     "short prefix": shorten_by_prefix_cache,
+    "lossy draft": accept_every_draft_token,
 }
