@@ -77,8 +77,8 @@ class Target:
         return cls(path, {**outer, **inner, "architectures": outer.get("architectures")})
 
     def get(self, key: str) -> int:
-        """Return an integer of the config. Raises UserError if it is missing."""
-        value = self.config.get(key)
+        """Return an integer of the config, or the default of its type. Raises UserError if there is none."""
+        value = self.config[key] if key in self.config else self._defaults.get(key)
         if not isinstance(value, int):
             raise UserError(
                 self.path / "config.json", found=f"{key} = {value!r}", expected="an integer", fix="Check the target."
@@ -103,8 +103,21 @@ class Target:
 
     @property
     def rope_theta(self) -> float:
-        parameters = self.config.get("rope_parameters") or {}
-        return float(parameters.get("rope_theta", self.config.get("rope_theta", 10000.0)))
+        """Base of the rotary frequencies; that of the full attention where the layers' types have their own (Gemma 3)."""
+        for config in (self.config, self._defaults):
+            parameters = config.get("rope_parameters") or {}
+            found = parameters.get("full_attention", parameters).get("rope_theta", config.get("rope_theta"))
+            if found is not None:
+                return float(found)
+        return 10000.0
+
+    @cached_property
+    def _defaults(self) -> dict[str, Any]:
+        """The config of a model of this type that says nothing: checkpoints leave out what is equal (Gemma 3)."""
+        from transformers import CONFIG_MAPPING
+
+        kind = self.config.get("model_type")
+        return dict(CONFIG_MAPPING[kind]().get_text_config().to_dict()) if kind in CONFIG_MAPPING else {}
 
     @cached_property
     def is_tied(self) -> bool:

@@ -55,6 +55,29 @@ def test_a_nested_text_config_and_a_prefix_are_found(tmp_path: Path) -> None:
     assert read_head(target).embedding.shape == (16, 4)
 
 
+def test_what_a_checkpoint_leaves_out_is_the_default_of_its_type(tmp_path: Path) -> None:
+    """The config of Gemma 3 with a vision part, as Google published it: the text part says only what differs."""
+    said = {"model_type": "gemma3_text", "hidden_size": 4, "num_hidden_layers": 6, "sliding_window": 1024}
+    target = write_target(tmp_path, {"model_type": "gemma3", "text_config": said}, prefix="language_model.")
+    assert (target.vocab_size, target.rope_theta, target.is_tied) == (262208, 1_000_000.0, True)
+    with pytest.raises(UserError, match="found vocab_size = None"):
+        write_target(tmp_path / "other", {"model_type": "other"}).get("vocab_size")
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"rope_theta": 500000.0}, 500000.0),
+        ({"rope_parameters": {"rope_theta": 150000.0}, "rope_theta": 1.0}, 150000.0),
+        ({"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}, "full_attention": {"rope_theta": 1e6}}}, 1e6),
+        ({"model_type": "minimax_m3_vl_text"}, 5e6),
+        ({}, 10000.0),
+    ],
+)
+def test_the_ropes_base_is_that_of_full_attention(tmp_path: Path, config: dict[str, object], expected: float) -> None:
+    assert write_target(tmp_path, config).rope_theta == expected
+
+
 def test_a_gemma_norm_multiplies_by_one_plus_the_weight(tmp_path: Path) -> None:
     plain = read_head(write_target(tmp_path / "a", {"hidden_size": 4}))
     gemma = read_head(write_target(tmp_path / "b", {"hidden_size": 4, "use_gemma_norm": True}))
