@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dump.capture import Staged, Staging, discard, staged_path
 from recipe.recipe import Recipe
+from serve.captures import check_captures
 from serve.engine import engine_env
 from serve.extraction import extraction_args, identify_engine
 from serve.releases import check_release
@@ -30,7 +31,10 @@ class VllmOffline:
     is_reference = False
 
     def __init__(self, recipe: Recipe, target: Target, layer_ids: Sequence[int], staging: Staging) -> None:
-        """Load the target. Raises UserError if the installed vLLM does not work (see `check_release`)."""
+        """Load the target.
+
+        Raises UserError if the installed vLLM does not work (`check_release`) or cannot hand out the target's states.
+        """
         check_release()
         # The engine logs to this process's terminal, so show only its errors.
         quiet = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
@@ -39,6 +43,7 @@ class VllmOffline:
         from vllm import LLM, SamplingParams
 
         args = extraction_args(recipe, target, layer_ids, staging.folder)
+        check_captures(target, args)
         self._folder = staging.folder
         self.settings = identify_engine(recipe, args)
         self._llm = LLM(model=str(target.path), use_tqdm_on_load=False, **args)

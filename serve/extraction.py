@@ -20,7 +20,8 @@ from serve.engine import engine_env, engine_name, is_cpu_engine
 from target.layers import to_vllm_layer_ids
 from target.target import Target
 
-JSON_ARGS = ("speculative_config", "kv_transfer_config")
+JSON_ARGS = ("speculative_config", "kv_transfer_config", "hf_overrides")
+NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def longest_sample(recipe: Recipe, target: Target) -> int:
@@ -43,6 +44,8 @@ def extraction_args(recipe: Recipe, target: Target, layer_ids: Sequence[int], st
     if is_cpu_engine():
         name, module = "CPUHiddenStatesConnector", "serve.vllm_cpu.hidden_states_connector"
     layers = {"eagle_aux_hidden_state_layer_ids": to_vllm_layer_ids(layer_ids, target.num_layers)}
+    if args.get("model_impl") == "transformers":
+        args |= {"model_impl": "auto", "hf_overrides": {"architectures": [_transformers_class(target)]}}
     return {
         "max_model_len": longest_sample(recipe, target) + 1,
         "enable_prefix_caching": False,  # states of cached tokens are not computed
@@ -59,6 +62,15 @@ def extraction_args(recipe: Recipe, target: Target, layer_ids: Sequence[int], st
         },
         **args,
     }
+
+
+def _transformers_class(target: Target) -> str:
+    """Return vLLM's class that runs a text model with the code of transformers.
+
+    With `model_impl: transformers` vLLM looks for its own extraction module in transformers, too, and does not start.
+    """
+    has_experts = any(target.config.get(key) for key in NUM_EXPERTS_KEYS)
+    return f"Transformers{'MoE' if has_experts else ''}ForCausalLM"
 
 
 def identify_engine(recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:

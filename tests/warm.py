@@ -54,6 +54,8 @@ def main(answers: str) -> None:
     with os.fdopen(int(answers), "w") as file:
         for line in sys.stdin:
             result = run_here(*json.loads(line), check=False)
+            if transfer := sys.modules.get("vllm.distributed.kv_transfer.kv_transfer_state"):
+                transfer.ensure_kv_transfer_shutdown()  # or the next engine would find this one's connector
             file.write(json.dumps(vars(result)) + "\n")
             file.flush()
 
