@@ -81,9 +81,10 @@ class DraftMethod(ABC):
 
     `layouts`: values of `train export --format`, the default first. `uses_mask_token`: the target needs a token that
     never occurs in text. `autoregressive`: each draft token is an input of the next one, so one that differs between
-    trainer and engine changes all after it. `adjustable`: fields of the config that no weight depends on, which a warm
-    start may change. `optional_tensors`: those that a warm start may initialize anew. `renamed`: keys of `train` in
-    older recipes, mapped to their name in this method's section.
+    trainer and engine changes all after it. `normalizes_embeddings`: a factor of all embeddings changes nothing.
+    `adjustable`: fields of the config that no weight depends on, which a warm start may change. `optional_tensors`:
+    those that a warm start may initialize anew. `renamed`: keys of `train` in older recipes, mapped to their name in
+    this method's section.
     """
 
     name: str
@@ -92,6 +93,7 @@ class DraftMethod(ABC):
     layouts: tuple[str, ...] = (NATIVE,)
     uses_mask_token: bool = False
     autoregressive: bool = False
+    normalizes_embeddings: bool = False
     adjustable: tuple[str, ...] = ()
     optional_tensors: tuple[str, ...] = ()
     renamed: Mapping[str, str] = MappingProxyType({})

@@ -1,10 +1,12 @@
-"""Check that vLLM's model of a target hands out the hidden states of its layers, which `dump` and all drafts read.
+"""Check that vLLM's model of a target gives a draft, or a dump, what it reads: hidden states and plain embeddings.
 
-vLLM looks at that after it has loaded the weights, and then raises an error in the engine's process.
+vLLM looks for the states after it has loaded the weights, and then raises an error in the engine's process. Embeddings
+that are scaled raise none: the draft only proposes worse tokens.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,42 +17,67 @@ from drafts import METHODS
 from serve.engine import engine_name
 from target.target import Target
 
-MODEL_IMPL, HF_OVERRIDES = "model-impl", "hf-overrides"
-SPECULATIVE_CONFIG = "speculative-config"
+MODEL_IMPL, HF_OVERRIDES, SPECULATIVE_CONFIG = "model-impl", "hf-overrides", "speculative-config"
+EXTRACTION = "extract_hidden_states"
+NORMALIZING = [name for name, method in METHODS.items() if method.normalizes_embeddings]
 
 
-def check_captures(target: Target, args: Mapping[str, Any]) -> None:
-    """Raise UserError if vLLM cannot load its model of the target, or the model hands out no states.
+def check_captures(target: Target, args: Mapping[str, Any], method: str = EXTRACTION) -> None:
+    """Raise UserError if vLLM cannot load its model of the target, or the model does not give what `method` reads.
 
-    `args`: the engine's arguments, with dashes or underscores. It imports vLLM and the model's module; call it in a
-    process that starts an engine. Models that vLLM does not have run with the code of transformers, as all do with
-    `model-impl: transformers`; these hand out states.
+    `args`: the engine's arguments, with dashes or underscores. `method`: EXTRACTION or a draft method. Models that vLLM
+    does not have run with the code of transformers, as all do with `model-impl: transformers`; these hand out states.
+    It imports vLLM and the model's module: call it in a process that starts an engine.
     """
     from vllm.model_executor.models.interfaces import supports_eagle3
     from vllm.model_executor.models.registry import ModelRegistry
 
     chosen = {key.replace("_", "-"): value for key, value in args.items()}
-    registered = ModelRegistry.models.get(target.architecture)
-    if registered is None or chosen.get(MODEL_IMPL) == "transformers" or HF_OVERRIDES in chosen:
-        return
+    architecture = _architecture(target, chosen)
+    registered = ModelRegistry.models.get(architecture)
     where = f"{target.path} in {' '.join(engine_name())}"
+    if registered is None or chosen.get(MODEL_IMPL) == "transformers":
+        if method in METHODS and not METHODS[method].normalizes_embeddings and _scales_embeddings(target):
+            raise UserError(
+                where,
+                found=f"embeddings of {target.architecture} that the code of transformers scales",
+                expected="plain ones: the draft shares them and was trained without the factor",
+                fix=f"Use a draft that normalizes them ({', '.join(NORMALIZING)}).",
+            )
+        return
     try:
         model = registered.load_model_cls()
     except ImportError as error:
         raise UserError(
             where,
-            found=f"no model for {target.architecture}: {error}",
+            found=f"no model for {architecture}: {error}",
             expected="one that this build of vLLM can import",
             fix="Capture with dump.backend=hf; serve it with a build of vLLM that has what is missing.",
         ) from None
     if not supports_eagle3(model):
         raise UserError(
             where,
-            found=f"a {target.architecture} that hands out no hidden states of its layers",
+            found=f"a {architecture} that hands out no hidden states of its layers",
             expected="one that does, for the dump and for drafts",
             fix="Set serve.args.model-impl to transformers, which does, or capture with dump.backend=hf "
             "(docs/families.md).",
         )
+
+
+def _architecture(target: Target, args: Mapping[str, Any]) -> str:
+    """Return the architecture that vLLM is told to load."""
+    overrides = args.get(HF_OVERRIDES) or {}
+    overrides = json.loads(overrides) if isinstance(overrides, str) else overrides
+    return next(iter(overrides.get("architectures") or [target.architecture]))
+
+
+def _scales_embeddings(target: Target) -> bool:
+    """Whether the embedding of the model in transformers multiplies its rows by a factor, as Gemma's does."""
+    import transformers
+
+    model = getattr(transformers, target.architecture, None)
+    names = vars(importlib.import_module(model.__module__)) if model is not None else ()
+    return any(name.endswith("ScaledWordEmbedding") for name in names)
 
 
 def check_server(words: Sequence[str]) -> None:
@@ -61,9 +88,9 @@ def check_server(words: Sequence[str]) -> None:
     if list(words[:1]) != ["serve"] or f"--{SPECULATIVE_CONFIG}" not in words:
         return
     method = json.loads(_value(words, SPECULATIVE_CONFIG)).get("method")
-    if method == "extract_hidden_states" or method in METHODS:
+    if method == EXTRACTION or method in METHODS:
         args = {flag: _value(words, flag) for flag in (MODEL_IMPL, HF_OVERRIDES) if f"--{flag}" in words}
-        check_captures(Target.read(Path(words[1])), args)
+        check_captures(Target.read(Path(words[1])), args, method)
 
 
 def _value(words: Sequence[str], flag: str) -> str:

@@ -108,7 +108,7 @@ def trace_engine(
     from vllm import LLM, SamplingParams
 
     args = trace_args(recipe, speculative)
-    check_captures(target, args)
+    check_captures(target, args, method)
     llm = LLM(model=str(target.path), **args)
     parameters = SamplingParams(max_tokens=reply_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
     traces = []

@@ -45,9 +45,8 @@ class Family:
     """A transformers model class, what is peculiar to it, and what its config has beside the sizes below.
 
     `settings`: recipe keys that it needs; `in_dump` and `in_parity`: those with vLLM. `refused`: "" if vLLM's CPU build
-    runs it, else the reason that the commands print. `apart`: "" if the engine computes a DFlash draft as the trainer
-    does, else the stage of `bench parity` that shows the difference, and why. `rope_theta`: the base, if the config
-    leaves it out.
+    runs it, else the reason that the commands print; `no_dflash` likewise, of DFlash drafts. `rope_theta`: the base, if
+    the config leaves it out.
     """
 
     model: str
@@ -58,7 +57,7 @@ class Family:
     in_dump: tuple[str, ...] = ()
     in_parity: tuple[str, ...] = ()
     refused: str = ""
-    apart: tuple[str, str] = ("", "")
+    no_dflash: str = ""
     rope_theta: float = 10000.0
 
 
@@ -84,7 +83,7 @@ FAMILIES = {
         "Gemma3Text", "Gemma 3",
         "embeddings times sqrt(H), norms with 1 + w, sliding windows with their own rope, capped logits, tied head",
         GEMMA3, **FROM_TRANSFORMERS,
-        apart=("mask embedding", "it shares an embedding that scales its outputs"),
+        no_dflash="embeddings of Gemma3ForCausalLM that the code of transformers scales",
     ),
     "gemma3_vision": Family(
         "Gemma3", "Gemma 3 with vision", "the same without the cap, nested beside a vision part",
@@ -219,8 +218,8 @@ def replace_table(page: str) -> str:
     rows = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for family in FAMILIES.values():
         dump, parity = "yes" + _with(family.in_dump), "DFlash, EAGLE3" + _with(family.in_parity)
-        if family.apart[0]:
-            parity = f"EAGLE3{_with(family.in_parity)}; no DFlash: {family.apart[1]}"
+        if family.no_dflash:
+            parity = f"EAGLE3{_with(family.in_parity)}; no DFlash: {family.no_dflash}"
         if family.refused:
             dump, parity = f"no: {family.refused}", "no"
         rows.append("| " + " | ".join([family.name, family.peculiar, "yes", "yes", dump, parity]) + " |")

@@ -79,6 +79,7 @@ class Eagle3Method(DraftMethod):
     config = Eagle3Config
     layouts = (NATIVE, SPECULATORS)
     autoregressive = True
+    normalizes_embeddings = True
     adjustable = ("num_speculative_tokens", "ttt_length")
     optional_tensors = ("lm_head.weight", "d2t", "t2d")
     renamed = MappingProxyType({"block_size": "num_speculative_tokens (block_size - 1)"})
