@@ -7,6 +7,7 @@ from pkgutil import resolve_name
 from dump.capture import CaptureBackend, Staging
 from dump.gpus import divide_gpus
 from recipe.recipe import Recipe
+from serve.flags import normalize
 from target.target import Target
 
 BACKENDS = {
@@ -14,7 +15,7 @@ BACKENDS = {
     "server": "dump.server:Servers",
     "hf": "dump.hf:Transformers",
 }
-SEVERAL_ENGINES = "dump.vllm_engines:VllmEngines"
+OWN_PROCESSES = "dump.vllm_engines:VllmEngines"
 """Classes that implement `dump.capture.CaptureBackend`; imported when needed, since each imports an engine."""
 
 
@@ -23,6 +24,16 @@ def make_backend(recipe: Recipe, target: Target, layer_ids: list[int], staging: 
 
     Raises UserError for more engines than the GPUs allow; see also the backends.
     """
-    name = SEVERAL_ENGINES if len(divide_gpus(recipe)) > 1 else BACKENDS[recipe.dump.backend]
+    name = OWN_PROCESSES if _needs_own_process(recipe) else BACKENDS[recipe.dump.backend]
     backend: CaptureBackend = resolve_name(name)(recipe, target, layer_ids, staging)
     return backend
+
+
+def _needs_own_process(recipe: Recipe) -> bool:
+    """Whether engines run in processes of their own: several do, and one that runs the code of transformers.
+
+    vLLM changes the classes of transformers then, and the preflight could not compare with them.
+    """
+    args = normalize({**recipe.serve.args, **recipe.dump.args})
+    runs_transformers = recipe.dump.backend == "vllm" and args.get("model-impl") == "transformers"
+    return runs_transformers or len(divide_gpus(recipe)) > 1

@@ -31,7 +31,7 @@ METHODS = ("dflash", "eagle3")
 IN_VLLM = [name for name, family in FAMILIES.items() if not family.refused]
 REFUSED = [name for name, family in FAMILIES.items() if family.refused]
 QUICK = ("gemma4", "gpt_oss")
-"""Families whose part with vLLM is no long test: all peculiarities that have changed a draft's inputs so far."""
+"""Families whose tests with vLLM are not long ones: scaled embeddings, a cap, sinks, windows, experts."""
 
 
 @dataclass(frozen=True)
