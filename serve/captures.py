@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from drafts import METHODS
-from serve.engine import engine_name
+from serve.engine import engine_name, is_cpu_engine
 from target.target import Target
 
 MODEL_IMPL, HF_OVERRIDES, SPECULATIVE_CONFIG = "model-impl", "hf-overrides", "speculative-config"
+MLA_DISABLE = "VLLM_MLA_DISABLE"
 EXTRACTION = "extract_hidden_states"
 NORMALIZING = [name for name, method in METHODS.items() if method.normalizes_embeddings]
 
@@ -27,7 +29,7 @@ def check_captures(target: Target, args: Mapping[str, Any], method: str = EXTRAC
 
     `args`: the engine's arguments, with dashes or underscores. `method`: EXTRACTION or a draft method. Models that vLLM
     does not have run with the code of transformers, as all do with `model-impl: transformers`; these hand out states.
-    It imports vLLM and the model's module: call it in a process that starts an engine.
+    It imports vLLM and the model's module: call it in a process that starts an engine, with the engine's environment.
     """
     from vllm.model_executor.models.interfaces import supports_eagle3
     from vllm.model_executor.models.registry import ModelRegistry
@@ -61,6 +63,14 @@ def check_captures(target: Target, args: Mapping[str, Any], method: str = EXTRAC
             expected="one that does, for the dump and for drafts",
             fix="Set serve.args.model-impl to transformers, which does, or capture with dump.backend=hf "
             "(docs/families.md).",
+        )
+    latent = target.config.get("kv_lora_rank") and os.environ.get(MLA_DISABLE, "0") == "0"
+    if latent and method in METHODS and is_cpu_engine():
+        raise UserError(
+            where,
+            found="latent attention, whose KV cache has no block size in common with the draft's on CPUs",
+            expected="attention with keys and values",
+            fix=f"Set serve.env.{MLA_DISABLE} to '1'.",
         )
 
 

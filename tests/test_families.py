@@ -181,6 +181,19 @@ def test_a_model_that_hands_out_no_states_is_refused_with_a_way_out(engine: Warm
         assert "Traceback" not in answer.stderr
 
 
+@pytest.mark.parametrize("made", ["deepseek_v3"], indirect=True)
+def test_latent_attention_with_a_draft_is_refused_on_cpus_with_a_way_out(
+    engine: Warm, made: Made, tmp_path: Path
+) -> None:
+    args, trained = made.train("dflash")
+    words = ["--run", trained, "--draft", trained / "export", "--store", made.folder / "store"]
+    off = ["--set", "serve.env.VLLM_MLA_DISABLE='0'"]
+    answer = engine.run("bench", "parity", *args, *off, *words, "--output", tmp_path, check=False)
+    assert answer.returncode == 2
+    assert "found latent attention" in answer.stderr
+    assert "Set serve.env.VLLM_MLA_DISABLE to '1'" in answer.stderr
+
+
 def test_the_page_has_a_row_for_each_family() -> None:
     page = (ROOT / "docs/families.md").read_text()
     assert families.replace_table(page) == page, "run `python tests/families.py`"
