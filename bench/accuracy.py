@@ -31,7 +31,7 @@ from serve.flags import Sizes
 from serve.server import find_port, run_server
 from serve.settings import measured_settings
 from target.target import Target, find_folder
-from target.thinking import template_arguments
+from target.thinking import template_arguments, thinking_tags_of
 
 if TYPE_CHECKING:
     from bench.questions import Asking
@@ -108,7 +108,7 @@ class Evaluation:
         return Asking(
             body=self.bodies["greedy" if is_greedy else "sampled"],
             seed=None if is_greedy else f"{self.recipe.bench.accuracy.seed}/{name}",
-            thinking_tags=self.recipe.target.thinking_tags,
+            thinking_tags=thinking_tags_of(self.recipe.target, self.target),
             concurrency=load.concurrency,
             title=f"{load.name}, {'with the draft' if side == 'draft' else 'no draft'}, {task}, {name}",
         )

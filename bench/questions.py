@@ -43,7 +43,7 @@ class Asking:
 
     body: Mapping[str, Any]
     seed: str | None
-    thinking_tags: tuple[str, str]
+    thinking_tags: tuple[str, str] | None
     concurrency: int
     title: str
 
@@ -220,22 +220,23 @@ class ServedModel(LM):
             ) from None
         choice = answer["choices"][0]
         message = choice["message"]
-        opening, closing = self._asking.thinking_tags
         thoughts = message.get("reasoning") or message.get("reasoning_content")
-        before = f"{opening}{thoughts}{closing}" if thoughts else ""
+        opening, closing = self._asking.thinking_tags or ("", "")
+        before = f"{opening}{thoughts}{closing}" if thoughts and closing else ""
         return Reply(before + (message.get("content") or ""), choice["finish_reason"] == "length")
 
 
-def find_answer(text: str, thinking_tags: tuple[str, str], until: str | Sequence[str] | None) -> str:
+def find_answer(text: str, thinking_tags: tuple[str, str] | None, until: str | Sequence[str] | None) -> str:
     """Return what is scored of a reply: the text after its thoughts, up to the first of the task's stop strings.
 
     Thoughts that were opened and never closed hold no answer.
     """
-    opening, closing = thinking_tags
-    if closing in text:
-        text = text.rpartition(closing)[2].lstrip()
-    elif text.lstrip().startswith(opening):
-        return ""
+    if thinking_tags is not None:
+        opening, closing = thinking_tags
+        if closing in text:
+            text = text.rpartition(closing)[2].lstrip()
+        elif text.lstrip().startswith(opening):
+            return ""
     for stop in [until] if isinstance(until, str) else until or []:
         if stop:
             text = text.partition(stop)[0]

@@ -134,6 +134,10 @@ def test_what_is_scored_follows_the_thoughts_and_ends_at_the_tasks_stop_string(r
     assert find_answer(reply, TAGS, ["\n\n", ""]) == answer
 
 
+def test_all_of_a_reply_is_scored_if_the_target_has_no_thinking_tags() -> None:
+    assert find_answer("<b>4</b>\n\nQ: more", None, ["\n\n"]) == "<b>4</b>"
+
+
 def ask(folder: Path, server: scripted.Server, **changes: Any) -> dict[str, Any]:
     """The questions of folder's task `echo`, asked of a scripted server."""
     section = AccuracySection(tasks=["echo"], include_path=folder, **changes)
