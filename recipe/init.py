@@ -275,7 +275,8 @@ class Writer:
             if sampling.get(name) not in (None, neutral):
                 values[name] = (sampling[name], source)
         share = 3 if modes else 2  # reasoning makes long replies
-        values["max_tokens"] = (self._length * share // 4, f"of one reply: {share} quarters of target.max_model_len")
+        words = "three quarters" if modes else "half"
+        values["max_tokens"] = (self._length * share // 4, f"of one reply: {words} of target.max_model_len")
         return values
 
     def _dump(self) -> Values:
