@@ -69,7 +69,10 @@ def test_every_turn_decodes_to_its_text_and_has_the_servers_rendering_as_context
     run("synth", "generate", *args, "--prompts", prompts, "--output", output, "--thinking-modes", mode)
     printed = run("synth", "verify", output, *args).stdout
     counts = json.loads((output / "verified.json").read_text())
-    assert counts["conversations"] == 80
+    # A random target generates rows at times that no token has; such conversations are filtered.
+    filtered = [line["reason"] for line in read_lines(output / "ledger.jsonl") if line["status"] == "filtered"]
+    assert all("a row that no token of the tokenizer has" in reason for reason in filtered)
+    assert counts["conversations"] + len(filtered) == 80
     assert counts["turns"] == counts["text_equal"] == counts["context_equal"] > 120  # most have both turns
     assert f"{counts['turns']} turns" in printed
     assert {record.thinking_mode for record in read_conversations(output)} == {mode}
