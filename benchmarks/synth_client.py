@@ -34,7 +34,7 @@ from serve.server import find_port
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = 256
 MAX_TOKENS = 128
-CONFIG = {"model_type": "qwen3", "hidden_size": 8, "num_hidden_layers": 4, "vocab_size": 8}
+CONFIG: dict[str, Any] = {"model_type": "qwen3", "hidden_size": 8, "num_hidden_layers": 4, "vocab_size": 2048}
 LAYERS = {
     "typed": "client.chat.completions.create(**ASK, extra_body=IDS)",
     "low-level": "client.post('/chat/completions', body={**ASK, **IDS}, cast_to=httpx2.Response)",
@@ -119,7 +119,8 @@ def write_recipe(folder: Path) -> None:
     target.mkdir()
     (target / "config.json").write_text(json.dumps(CONFIG))
     (target / "chat_template.jinja").write_text("{{ messages }}")
-    Tokenizer(WordLevel({"a": 0}, "a")).save(str(target / "tokenizer.json"))
+    words = {f"word{number}": number for number in range(CONFIG["vocab_size"])}
+    Tokenizer(WordLevel(words, "word0")).save(str(target / "tokenizer.json"))
     save_file({"weight": np.zeros(8, np.float32)}, target / "model.safetensors")
     (folder / "recipe.yaml").write_text(
         f"target: {{path: {target}, num_aux_layers: 1}}\n"

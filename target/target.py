@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -104,12 +105,10 @@ class Target:
     @property
     def rope_theta(self) -> float:
         """Base of the rotary frequencies; that of full attention where types of layers have their own (Gemma 3)."""
-        for config in (self.config, self._defaults):
-            parameters = config.get("rope_parameters") or {}
-            found = parameters.get("full_attention", parameters).get("rope_theta", config.get("rope_theta"))
-            if found is not None:
-                return float(found)
-        return 10000.0
+        found = _find_rope_theta(self.config)
+        if found is None:  # the defaults import torch
+            found = _find_rope_theta(self._defaults)
+        return 10000.0 if found is None else float(found)
 
     @cached_property
     def _defaults(self) -> dict[str, Any]:
@@ -199,6 +198,12 @@ class Target:
     def template_checksum(self) -> str:
         """sha256 of the chat template's text."""
         return hash_bytes(self.chat_template.encode())
+
+
+def _find_rope_theta(config: Mapping[str, Any]) -> float | None:
+    parameters = config.get("rope_parameters") or {}
+    found: float | None = parameters.get("full_attention", parameters).get("rope_theta", config.get("rope_theta"))
+    return found
 
 
 def is_hub_name(path: Path) -> bool:
