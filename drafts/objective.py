@@ -208,15 +208,14 @@ def make_teacher(
     """Return the target's distribution for each slot, from states `(T, H)` before the final norm.
 
     Slots next to each other mostly share rows, since blocks and chains overlap: a chunk computes each row once.
-    `known (n,)`: the only tokens of the draft; their probabilities are renormalized to sum to 1.
+    `known (n,)`: the only tokens of the draft; the distribution is the target's given that it chooses one of them.
     """
+    if known is not None:  # renormalized probabilities are the softmax of these logits alone
+        head = head.of_tokens(known)
 
     def teacher(part: slice) -> torch.Tensor:
         low, high = int(needed.on_host[part].min()), int(needed.on_host[part].max()) + 1
         q = head.logits(hidden_states[needed.rows[low:high]]).softmax(-1)
-        if known is not None:
-            q = q[:, known]
-            q = q / q.sum(-1, keepdim=True).clamp_min(1e-20)
         return q.index_select(0, needed.index[part] - low)
 
     return teacher

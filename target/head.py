@@ -49,6 +49,10 @@ class TargetHead:
         bias = None if self.norm_bias is None else self.norm_bias.to(device)
         return replace(self, embedding=embedding, lm_head=lm_head, norm=self.norm.to(device), norm_bias=bias)
 
+    def of_tokens(self, tokens: torch.Tensor) -> TargetHead:
+        """Return a head whose logits are those of `tokens (n,)` alone."""
+        return replace(self, lm_head=self.lm_head.index_select(0, tokens))
+
     def normalize(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the final norm to `(..., H)`, in fp32."""
         shape = (hidden.shape[-1],)
