@@ -38,6 +38,9 @@ class TrainSection(Section):
         default=2, gt=0, description="samples per optimizer step, over all processes and accumulated batches"
     )
     gradient_accumulation_steps: int = Field(default=1, gt=0, description="batches per optimizer step")
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon: for the hidden matrices, with AdamW for norms and lm_head"
+    )
     learning_rate: float = Field(default=1.2e-3, gt=0)
     lr_schedule: Literal["cosine", "linear", "wsd"] = Field(
         default="cosine", description="after the warm-up; wsd: constant, then linear over the last fifth"
@@ -51,6 +54,9 @@ class TrainSection(Section):
         default=0.0, ge=0, lt=0.5, description="share of conversations held out to choose the best checkpoint"
     )
     yarn: bool = Field(default=True, description="train with the rope scaling that export writes")
+    bf16: bool | None = Field(
+        default=None, description="products in bf16, weights in fp32; default: on GPUs. CPUs need avx512_bf16 or AMX"
+    )
     init_from: Path | None = operational(
         default=None, description="start from a run, a checkpoint or a published draft's folder; default: at random"
     )

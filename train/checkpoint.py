@@ -16,6 +16,7 @@ import os
 import pickle
 import shutil
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         processes.wait()
-        weights, moments = processes.read_state(training.model, training.optimizer)
+        weights, moments = processes.read_state(training.model, training.optimizers)
         state = {"model": processes.share_of(weights), "moments": processes.share_of(moments["state"])}
         alone = processes.world == 1
         written = async_save(state, checkpoint_id=temporary / STATE, process_group=processes.writers, no_dist=alone)
@@ -120,7 +121,9 @@ class Checkpoints:
                 shutil.rmtree(run.step_folder(old))
 
 
-def load_checkpoint(run: DraftRun, processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(
+    run: DraftRun, processes: Processes, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> int:
     """Load the last checkpoint, if any, into all processes; return the step to resume from.
 
     Deletes what a killed run left of an unfinished one. Raises UserError for a checkpoint of an earlier version, which
@@ -140,7 +143,7 @@ def load_checkpoint(run: DraftRun, processes: Processes, model: nn.Module, optim
             expected=f"{STATE}/, as this version writes it",
             fix="Finish the run with the version that began it, or choose another --output.",
         )
-    weights, moments = processes.read_state(model, optimizer)
+    weights, moments = processes.read_state(model, optimizers)
     _refuse_code(folder / STATE)
     load(
         {"model": weights, "moments": moments["state"]},
@@ -148,7 +151,7 @@ def load_checkpoint(run: DraftRun, processes: Processes, model: nn.Module, optim
         process_group=processes.writers,
         no_dist=processes.world == 1,
     )
-    processes.write_state(model, optimizer, weights, moments)
+    processes.write_state(model, optimizers, weights, moments)
     if processes.is_first:
         print(f"train: going on from step {steps[-1]}")
     return int(read_json(folder / "position.json", "a checkpoint's position")["step"])

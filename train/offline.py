@@ -43,6 +43,7 @@ from train.draft import make_config
 from train.evaluate import FEW, acceptance_of, refuse_layers
 from train.footprint import measure_step
 from train.log import LOG_EVERY, Log, cut_metrics
+from train.optimizer import make_optimizers
 from train.plan import Machine, refuse_unfit, work_of
 from train.processes import Processes, start_processes
 from train.schedule import learning_rate
@@ -65,7 +66,7 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path, *, force: bo
     if section.init_from is not None:
         start = open_start(section.init_from, recipe, target)
         config = start_config(start, config, section)
-    with start_processes() as processes:
+    with start_processes(section.bf16) as processes:
         section.check_processes(processes.world)
         on_gpu = processes.device.type == "cuda"
         samples = Samples(store, section, config.max_position_embeddings, on_gpu=on_gpu)
@@ -157,7 +158,7 @@ class Training:
     head: TargetHead
     draft: Draft
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     at_start: Acceptance | None = None
 
 
@@ -177,17 +178,15 @@ def _prepare(job: Job, head: TargetHead, processes: Processes) -> Training:
     lines = _initialize(job, draft, head)
     if processes.is_first:
         print("".join(f"train: {line}\n" for line in lines), end="")
-    head = head.to(processes.device)
+    head = head.to(processes.device, processes.dtype)
     draft.to(processes.device)
     if section.compile or (section.compile is None and processes.device.type == "cuda"):
         draft.compile_layers()
     # Before FSDP2 wraps the draft: a wrapped layer may not be called before the whole model.
     at_start = None if job.start is None or run.steps() else _evaluate_start(job, job.start, draft, head, processes)
     model = processes.wrap(draft, section)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=section.learning_rate, betas=(0.9, 0.95), weight_decay=section.weight_decay, fused=True
-    )
-    return Training(recipe, section, config, run, processes, samples, head, draft, model, optimizer, at_start)
+    optimizers = make_optimizers(model, section)
+    return Training(recipe, section, config, run, processes, samples, head, draft, model, optimizers, at_start)
 
 
 def _initialize(job: Job, draft: Draft, head: TargetHead) -> list[str]:
@@ -208,7 +207,7 @@ def _train(training: Training, run: Run | None) -> dict[str, Any]:
     """Run the loop from the last checkpoint to the last step; return the summary."""
     section, processes = training.section, training.processes
     num_parameters = sum(p.numel() for p in training.draft.parameters())
-    first_step = load_checkpoint(training.run, processes, training.model, training.optimizer)
+    first_step = load_checkpoint(training.run, processes, training.model, training.optimizers)
     loss = cut_metrics(training.run.metrics_path, first_step) if processes.is_first else math.nan
     best_length = training.run.best_length()
     batches = read_ahead(training.samples, first_step, processes, training.draft.plan)
@@ -250,11 +249,12 @@ def _step(
 
     Returns StepLoss counts, supervised slots of all processes, gradient norm.
     """
-    section, processes, optimizer = training.section, training.processes, training.optimizer
+    section, processes, optimizers = training.section, training.processes, training.optimizers
     num_batches = section.gradient_accumulation_steps
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(section, step)
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(section, step)
+        optimizer.zero_grad()
     counts, num_slots = None, 0.0
     for number in range(num_batches):
         log.start("data")
@@ -272,7 +272,8 @@ def _step(
         del planned, result  # before the next copy begins: a GPU then holds two batches, not three
     log.start("optimizer")
     norm = processes.whole(nn.utils.clip_grad_norm_(training.model.parameters(), section.max_grad_norm))
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     assert counts is not None
     return counts, num_slots, norm
 

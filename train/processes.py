@@ -36,7 +36,8 @@ class Processes:
     """This process's rank, the number of processes and the device; a single process is rank 0 of 1.
 
     `control`: a gloo group for values on the CPU; None where gloo is the default group's backend. `writers`: a gloo
-    group of the threads that write checkpoints, whose messages must not mix with those of the steps.
+    group of the threads that write checkpoints, whose messages must not mix with those of the steps. `bf16`: whether
+    products are computed in bf16; None: on GPUs.
     """
 
     rank: int
@@ -44,6 +45,13 @@ class Processes:
     device: torch.device
     control: Any = None
     writers: Any = None
+    bf16: bool | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of products; weights are in fp32."""
+        bf16 = self.device.type == "cuda" if self.bf16 is None else self.bf16
+        return torch.bfloat16 if bf16 else torch.float32
 
     @property
     def is_first(self) -> bool:
@@ -79,8 +87,8 @@ class Processes:
         return float(shared)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context for products in bf16 on GPUs."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        """Return the context of forward passes."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
     @contextmanager
     def accumulate(self, model: nn.Module, *, is_last: bool) -> Iterator[None]:
@@ -114,23 +122,29 @@ class Processes:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.world,))
-        on_gpu = self.device.type == "cuda"
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
+        bf16 = self.dtype == torch.bfloat16
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
         for layer in model.layers_to_shard():
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)  # in place
         return model
 
-    def read_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the states of both by names of parameters, sharded under FSDP2; every process must call it."""
-        return get_model_state_dict(model), get_optimizer_state_dict(model, optimizer)
+    def read_state(
+        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the states of model and optimizers by names of parameters, sharded under FSDP2; every process must call it."""
+        return get_model_state_dict(model), get_optimizer_state_dict(model, list(optimizers))
 
     def write_state(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], moments: dict[str, Any]
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        weights: dict[str, Any],
+        moments: dict[str, Any],
     ) -> None:
         """Set states of the form that `read_state` returns."""
         set_model_state_dict(model, weights)
-        set_optimizer_state_dict(model, optimizer, moments)
+        set_optimizer_state_dict(model, list(optimizers), moments)
 
     def share_of(self, entries: dict[str, Any]) -> dict[str, Any]:
         """Return this process's share of a state that all processes have; sharded tensors are shares already.
@@ -146,20 +160,23 @@ def _is_sharded(value: Any) -> bool:
 
 
 @contextmanager
-def start_processes() -> Iterator[Processes]:
-    """Join torchrun's process group, if there is one: nccl with one process per GPU, gloo on CPUs."""
+def start_processes(bf16: bool | None = None) -> Iterator[Processes]:
+    """Join torchrun's process group, if there is one: nccl with one process per GPU, gloo on CPUs.
+
+    `bf16`: whether products are computed in bf16; None: on GPUs.
+    """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if world == 1:
-        yield Processes(0, 1, device)
+        yield Processes(0, 1, device, bf16=bf16)
         return
     on_gpu = device.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
     try:
         control = dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else None
-        yield Processes(rank, world, device, control, dist.new_group(backend="gloo", timeout=TIMEOUT))
+        yield Processes(rank, world, device, control, dist.new_group(backend="gloo", timeout=TIMEOUT), bf16)
     finally:
         dist.destroy_process_group()

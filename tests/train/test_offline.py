@@ -169,7 +169,7 @@ def test_a_run_goes_on_with_another_number_of_processes(recipe_path: Path, targe
     store = write_store(tmp_path / "store", Target.read(target_folder))
     sets = (
         "num_steps=30", "checkpoint_every=10", "keep_checkpoints=9", "num_threads=1", "parallel=fsdp2",
-        "global_batch_size=8",
+        "global_batch_size=8", "optimizer=muon",  # with AdamW for the norms, so both are sharded anew
     )  # fmt: skip
     args = ["offline", "--recipe", recipe_path, "--store", store, *(w for s in sets for w in ("--set", f"train.{s}"))]
     torchrun = ["torchrun", "--standalone", "--nproc-per-node=2", "--module", "train.cli"]
@@ -198,6 +198,22 @@ def test_every_objective_learns(recipe_path: Path, target_folder: Path, tmp_path
     run_here("train", "offline", "--recipe", recipe_path, "--store", store, "--output", tmp_path / "draft", *sets)
     losses = [line["loss"] for line in read_lines(tmp_path / "draft/metrics.jsonl")]
     assert losses[-1] < losses[0]
+
+
+def test_products_in_bf16_follow_the_loss_of_fp32_and_the_weights_stay_in_fp32(
+    recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    store = write_store(tmp_path / "store", Target.read(target_folder))
+    args = ["--recipe", recipe_path, "--store", store, "--set", "train.num_steps=30"]
+    args += ["--set", "train.draft.objective=distill"]
+    for name in ("false", "true"):
+        run_here("train", "offline", *args, "--set", f"train.bf16={name}", "--output", tmp_path / name)
+    fp32, bf16 = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("false", "true"))
+    for a, b in zip(fp32, bf16, strict=True):
+        assert a["loss"] != b["loss"]
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.01)
+    weights = load_file(DraftRun(tmp_path / "true").chosen_weights())
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
 def test_schedules_start_with_the_warm_up_and_end_near_zero() -> None:
