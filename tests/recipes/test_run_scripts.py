@@ -96,3 +96,28 @@ def test_qwens_script_gives_each_gpu_at_most_four_samples_and_at_least_one(tmp_p
         assert train.batch_size >= gpus
         if name != "smoke.yaml":
             assert math.ceil(train.batch_size / gpus) <= 4
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_smollms_script_gives_every_command_flags_that_it_has(tmp_path: Path, public: bool) -> None:
+    log, stubs = make_stubs(tmp_path)
+    (stubs / "python").symlink_to(stubs / "train")
+    run = tmp_path / "run"
+    environment = {**os.environ, "DRAFTLINE_BIN": str(stubs), **({"PUBLIC_PROMPTS": str(tmp_path)} if public else {})}
+    script = ROOT / "recipes/SmolLM2-135M/run.sh"
+    subprocess.run([script, run, "--set", "train.seed=1"], check=True, env=environment)
+    called = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = []
+    for name, *args in called:
+        if name == "python":
+            steps.append(Path(args[2] if args[0] == "-m" else args[0]).stem)
+            continue
+        command: Any = typer.main.get_command(APPS[name])
+        command.commands[args[0]].make_context(args[0], args[1:])
+        steps.append(f"{name} {args[0]}")
+        assert "train.seed=1" in args
+    splits = 2 + public
+    assert steps == [
+        "download", "convert_gguf", "make_prompts", *["synth generate"] * splits, *["dump run"] * splits, "dump verify",
+        "train offline", "train eval", "train export", *["train eval", "bench acceptance"] * (splits - 1), "train export",
+    ]  # fmt: skip

