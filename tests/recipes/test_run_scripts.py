@@ -119,5 +119,6 @@ def test_smollms_script_gives_every_command_flags_that_it_has(tmp_path: Path, pu
     splits = 2 + public
     assert steps == [
         "download", "convert_gguf", "make_prompts", *["synth generate"] * splits, *["dump run"] * splits, "dump verify",
-        "train offline", "train eval", "train export", *["train eval", "bench acceptance"] * (splits - 1), "train export",
+        "train offline", "train eval", "train export", *["train eval", "bench acceptance"] * (splits - 1),
+        "train export",
     ]  # fmt: skip
