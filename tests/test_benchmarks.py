@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+
+from recipe.load import load_recipe
 
 
 def run_benchmark(name: str, *args: str, **environment: str) -> str:
@@ -202,3 +204,98 @@ def test_drafts_that_were_measured_on_other_replies_are_not_compared(change: dic
         module.check_replies(report, {**report, "steps": 50, "accepted": 90})  # other acceptance, the same replies
     else:
         assert told in one_line(lambda: module.check_replies(report, {**report, **change}))
+
+
+def test_an_eagle3_peer_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    module = load("served_peer")
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    (ours / "config.json").write_text(json.dumps({"rope_theta": 1e4}))
+    (ours / "draftline.json").touch()
+    name = "self_attn.q_proj.weight"
+    own = {"lm_head.weight": torch.zeros(3, 2), "d2t": torch.tensor([0, 4, 4]), "t2d": torch.zeros(9, dtype=torch.bool)}
+    save_file({f"midlayer.{name}": torch.zeros(2, 4), **own}, ours / "model.safetensors")
+    theirs = {f"layers.0.{name}": torch.ones(2, 4), **own, "embed_tokens.weight": torch.zeros(9, 2)}
+    save_file(theirs, tmp_path / "theirs.safetensors")
+    module.export_peer(tmp_path / "theirs.safetensors", ours, tmp_path / "export")
+    written = load_file(tmp_path / "export/model.safetensors")
+    assert set(written) == {f"midlayer.{name}", *own}
+    assert written[f"midlayer.{name}"].equal(torch.ones(2, 4))
+    save_file({**theirs, "d2t": torch.tensor([0, 4, 5])}, tmp_path / "theirs.safetensors")
+    export = lambda: module.export_peer(tmp_path / "theirs.safetensors", ours, tmp_path / "export")  # noqa: E731
+    assert "other vocabularies" in one_line(export)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, None),
+        ({"train.draft.slot_weights": "dpace"}, None),
+        ({"train.lr_schedule": "wsd"}, "train.lr_schedule: found wsd, expected cosine or linear"),
+        ({"train.max_grad_norm": 0.5}, "found 0.5, expected 1.0"),
+        ({"train.max_samples": 5}, "found 5, expected none"),
+        ({"train.held_out_fraction": 0.1}, "found 0.1, expected 0"),
+        ({"train.draft.objective": "distill"}, "--peer-weights fixed-exp-decay"),
+    ],
+)
+def test_a_recipe_that_the_peer_has_no_option_for_is_refused(
+    change: dict[str, Any], told: str | None, recipe_path: Path
+) -> None:
+    module = load("served_peer")
+    section = load_recipe(recipe_path, [f"{key}={value}" for key, value in change.items()]).training()
+    if "train.draft.objective" in change:
+        module.refuse_untrainable(section, "fixed-exp-decay")
+    if told is None:
+        module.refuse_untrainable(section, "dpace")
+    else:
+        assert told in one_line(lambda: module.refuse_untrainable(section, "dpace"))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"steps": 30}, None),  # a reply of few tokens: drafts may share it out otherwise
+        ({"inputs": {"store": "b"}}, "other stores"),
+        ({"samples": 2}, "(samples): ours 1, theirs 2"),
+        ({"walks": [{"sample": "b", "accepted": [[1]]}]}, "other samples"),
+    ],
+)
+def test_drafts_that_were_predicted_on_other_samples_are_not_compared(change: dict[str, Any], told: str | None) -> None:
+    module = load("served_peer")
+    walks = [{"sample": "a", "accepted": [[0, 2], [3]]}]
+    report: dict[str, Any] = {"steps": 40, "accepted": 9, "acceptance_length": 2.0, "samples": 1, "num_draft_tokens": 3}
+    report |= {"walks": walks, "inputs": {"store": "a"}}
+    compare = lambda: module.compare(report, {**report, **change}, "peer", "sample")  # noqa: E731
+    if told is None:
+        compare()
+    else:
+        assert told in one_line(compare)
+
+
+CHUNKS = """
+import importlib.util, sys, torch
+spec = importlib.util.spec_from_file_location("peer", "benchmarks/speculators_cpu.py")
+peer = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(peer)
+peer.CHUNK_ELEMENTS = 3 * 50  # three rows, so that the last chunk has one
+plain = lambda x, y: -(y.softmax(-1) * x.log_softmax(-1)).sum(-1)
+torch.manual_seed(0)
+logits, targets = torch.randn(1, 10, 50, requires_grad=True), torch.randn(1, 10, 50)
+found = []
+for loss in (plain, peer.in_chunks(plain)):
+    kept = []
+    keep = lambda tensor: kept.append(tensor.untyped_storage().data_ptr()) or tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = loss(logits, targets)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (logits, targets)}
+    found.append((value.detach(), torch.autograd.grad(value.square().sum(), logits)[0], set(kept) - own))
+assert found[0][0].equal(found[1][0]) and found[0][1].equal(found[1][1])
+print(len(found[0][2]) > 0, len(found[1][2]))
+"""
+
+
+def test_the_peers_losses_are_the_same_in_chunks_and_keep_no_copies_of_the_logits() -> None:
+    command = [sys.executable, "-c", CHUNKS]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.split() == ["True", "0"]
