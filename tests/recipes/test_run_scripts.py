@@ -80,6 +80,8 @@ def test_the_script_gives_every_command_flags_that_it_has(
         "recipe check", "synth generate", "synth stats", "dump plan", "dump run", "dump verify", "bench gate",
         "train offline", "train eval", "train export", "bench acceptance", "serve command",
     ]  # fmt: skip
+    assert called[-2][:2] == ["train", "export"]  # once more, for the card
+    assert "--served" in called[-2]
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 3, 5, 8])
