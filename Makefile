@@ -1,5 +1,5 @@
 # make demo       the whole pipeline on this machine, no GPU needed (about 12 minutes on 2 cores, then cached)
-# make demo-real  the same for a real pretrained model of 135M parameters (about 90 minutes on 2 cores, then cached)
+# make demo-real  the same for a real pretrained model of 135M parameters
 # make test       the tests that this machine can run (at most 20 minutes on 2 cores)
 # make test-long  the tests that take many minutes each, marked `long`
 # make test-vllm VERSION=0.31.0

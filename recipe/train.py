@@ -55,7 +55,8 @@ class TrainSection(Section):
     )
     yarn: bool = Field(default=True, description="train with the rope scaling that export writes")
     bf16: bool | None = Field(
-        default=None, description="products in bf16, weights in fp32; default: on GPUs. CPUs need avx512_bf16 or AMX"
+        default=None,
+        description="products in bf16, weights in fp32; default: on GPUs. CPUs gain with avx512_bf16 or AMX",
     )
     init_from: Path | None = operational(
         default=None, description="start from a run, a checkpoint or a published draft's folder; default: at random"
