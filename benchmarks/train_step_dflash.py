@@ -36,7 +36,7 @@ def build_ours(ctx: dict[str, Any]) -> tuple[torch.nn.Module, Callable[[], torch
     """Return our model and its loss on `ctx["batch"]`. Draws speculators' anchors unless `there` is false."""
     from drafts.dflash.config import DFlashConfig, DFlashSection
     from drafts.dflash.model import DFlash
-    from drafts.objective import teacher_argmax
+    from drafts.teacher import teacher_argmax
 
     there = ctx.get("there", True)
     if there:

@@ -30,7 +30,7 @@ def build_ours(ctx: dict[str, Any]) -> tuple[torch.nn.Module, Callable[[], torch
     """Return our model and its loss on `ctx["batch"]`."""
     from drafts.eagle3.config import Eagle3Config, Eagle3Section
     from drafts.eagle3.model import Eagle3
-    from drafts.objective import TeacherRows, teacher_argmax
+    from drafts.teacher import TeacherRows, teacher_argmax
 
     dims, state = ctx["dims"], ctx["state"]
     assert dims.prompt >= dims.ttt_length, "each step must have as many slots"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,12 +29,18 @@ MAX_GRAPHS = 64
 """Graphs that torch.compile may make of one layer: its default, 8, is too few for EAGLE3's steps."""
 
 
-class Plan(Protocol):
+class Plan(ABC):
     """What a draft has planned for a batch."""
 
     @property
+    @abstractmethod
     def num_slots(self) -> int:
-        """Supervised slots: the loss is a mean over them."""
+        """Supervised slots."""
+
+    @property
+    def normalizer(self) -> float:
+        """The number by which a step's loss is divided, summed over its batches: supervised slots, or their weight."""
+        return self.num_slots
 
 
 class Draft(nn.Module, ABC):

@@ -9,9 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from common.section import Section
 from contracts.draft import Descriptor, DraftConfig
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
     from drafts.draft import Draft
 
+ObjectiveName = Literal["tokens", "distill", "reverse_kl", "tv", "nla", "lk_hybrid", "top_k_kl"]
+"""A term of the training objective; drafts/loss_terms.py computes them."""
+
+TOKENS: ObjectiveName = "tokens"
 NATIVE = "native"
 SPECULATORS = "speculators"
 
@@ -32,9 +36,25 @@ class DraftSection(Section):
     """The recipe's `train.draft`: keys of the draft itself. Each method has its own."""
 
     method: str
-    objective: Literal["tokens", "distill"] = Field(
-        default="tokens", description="cross-entropy on the generated tokens, or on the target's own distribution"
+    objective: ObjectiveName | dict[ObjectiveName, Annotated[float, Field(gt=0)]] = Field(
+        default=TOKENS,
+        description="tokens: cross-entropy on the generated tokens; distill: on the target's own distribution; others, "
+        "and weighted sums of several: docs/draft-methods.md",
     )
+    objective_top_k: int = Field(default=10, gt=0, description="top_k_kl: the target's most likely tokens")
+    lk_eta: float = Field(default=3.0, gt=0, description="lk_hybrid: eta of the share exp(-eta * a) of KL")
+
+    @field_validator("objective")
+    @classmethod
+    def _has_terms(cls, value: Any) -> Any:
+        if value == {}:
+            raise ValueError(f"no term; known: {', '.join(get_args(ObjectiveName))}")
+        return value
+
+    @property
+    def objective_weights(self) -> dict[ObjectiveName, float]:
+        """The terms of the objective and their weights."""
+        return self.objective if isinstance(self.objective, dict) else {self.objective: 1.0}
 
     @property
     def num_draft_tokens(self) -> int:
@@ -44,7 +64,7 @@ class DraftSection(Section):
     @property
     def needs_final_states(self) -> bool:
         """Whether training reads the target's final states, from which its distribution is computed."""
-        return self.objective == "distill"
+        return set(self.objective_weights) != {TOKENS}
 
     def to_save_memory(self) -> dict[str, Any]:
         """Return other values of the section's keys with which a step takes less memory; empty: none."""

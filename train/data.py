@@ -191,11 +191,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class Planned:
-    """A batch and the draft's plan for it. `step_slots`: supervised slots of all batches of its step."""
+    """A batch and the draft's plan for it. `normalizer`: that of all batches of its step."""
 
     batch: Batch
     plan: Any
-    step_slots: int = 0
+    normalizer: float = 0.0
 
     @property
     def num_bytes(self) -> int:
@@ -230,9 +230,9 @@ def read_ahead(
 def _count_slots(batches: Iterator[Planned], accumulated: int) -> Iterator[Planned]:
     """Yield batches with the slots of their step, by which each batch's loss is divided."""
     while micro := list(islice(batches, accumulated)):
-        slots = sum(planned.plan.num_slots for planned in micro)
+        normalizer = sum(planned.plan.normalizer for planned in micro)
         while micro:  # a batch is freed once it is used
-            yield replace(micro.pop(0), step_slots=slots)
+            yield replace(micro.pop(0), normalizer=normalizer)
 
 
 def _read_in_threads(

@@ -32,7 +32,7 @@ def make_config(recipe: Recipe, target: Target, manifest: Manifest) -> DraftConf
             expected=f"layers {recipe.target.aux_layers} as in the recipe",
             fix="Correct target.aux_layers, or dump again.",
         )
-    if section.draft.objective == "distill" and manifest.final_state != "pre-norm":
+    if section.draft.needs_final_states and manifest.final_state != "pre-norm":
         raise UserError(
             manifest.target,
             found=f"final states that are {manifest.final_state}",

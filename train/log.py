@@ -78,9 +78,9 @@ class Log:
             self._metrics.flush()
             self._show("held_out_acceptance", length, step)
 
-    def write(self, step: int, counts: torch.Tensor, num_slots: float, norm: torch.Tensor) -> float:
+    def write(self, step: int, counts: torch.Tensor, normalizer: float, norm: torch.Tensor) -> float:
         """Write a line of metrics from `StepLoss.counts()` summed over the step; return the loss."""
-        loss = float(counts[0]) / num_slots
+        loss = float(counts[0]) / normalizer
         if not self._processes.is_first:
             return loss
         width = (len(counts) - 4) // 2

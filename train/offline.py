@@ -115,7 +115,7 @@ def _refuse_unfit(recipe: Recipe, target: Target, config: DraftConfig, samples: 
 
 def _settings(section: TrainSection, config: DraftConfig, target: Target) -> dict[str, Any]:
     """Return the settings that change the weights; with `distill`, the final norm is one of them."""
-    norm = {"final_norm": target.final_norm} if section.draft.objective == "distill" else {}
+    norm = {"final_norm": target.final_norm} if section.draft.needs_final_states else {}
     return {"train": section.settings(), "draft": config.model_dump(mode="json"), **norm}
 
 
@@ -216,12 +216,12 @@ def _train(training: Training, run: Run | None) -> dict[str, Any]:
         if training.at_start is not None and training.samples.held_out:
             log.note_start(training.at_start.acceptance_length)
         for step in range(first_step, section.num_steps):
-            counts, num_slots, norm = _step(training, batches, step, log)
+            counts, normalizer, norm = _step(training, batches, step, log)
             log.start("rest")
             log.count()
             last, improved = step + 1 == section.num_steps, False
             if (step + 1) % LOG_EVERY == 0 or last:
-                loss = log.write(step, processes.sum(counts), num_slots, norm)
+                loss = log.write(step, processes.sum(counts), normalizer, norm)
             if _is_due(section, step, last) and training.samples.held_out:
                 # Ranks may round differently, so all use the first one's length.
                 length = processes.from_first(held_out_length(training))
@@ -247,7 +247,7 @@ def _step(
 ) -> tuple[torch.Tensor, float, torch.Tensor]:
     """Run one optimizer step over the next accumulated batches; nothing in it waits for the device.
 
-    Returns StepLoss counts, supervised slots of all processes, gradient norm.
+    Returns StepLoss counts, the normalizer of the loss over all processes, gradient norm.
     """
     section, processes, optimizers = training.section, training.processes, training.optimizers
     num_batches = section.gradient_accumulation_steps
@@ -255,18 +255,18 @@ def _step(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(section, step)
         optimizer.zero_grad()
-    counts, num_slots = None, 0.0
+    counts, normalizer = None, 0.0
     for number in range(num_batches):
         log.start("data")
         planned = next(batches)
         log.start("forward")
         if number == 0:
-            num_slots = float(processes.sum(torch.tensor(float(planned.step_slots))))
+            normalizer = float(processes.sum(torch.tensor(float(planned.normalizer), dtype=torch.float64)))
         with processes.autocast(), processes.accumulate(training.model, is_last=number + 1 == num_batches):
             result = training.model(planned.batch, planned.plan, training.head)
             log.start("backward")
-            # Gradients are averaged over processes, the loss is one mean over all slots.
-            (result.loss_sum * (processes.world / num_slots)).backward()
+            # Gradients are averaged over processes, the loss is one mean over the slots of all.
+            (result.loss_sum * (processes.world / normalizer)).backward()
         counts = result.counts() if counts is None else counts + result.counts()
         log.count_tokens(len(planned.batch.token_ids))
         del planned, result  # before the next copy begins: a GPU then holds two batches, not three
@@ -275,7 +275,7 @@ def _step(
     for optimizer in optimizers:
         optimizer.step()
     assert counts is not None
-    return counts, num_slots, norm
+    return counts, normalizer, norm
 
 
 def _is_due(section: TrainSection, step: int, last: bool) -> bool:

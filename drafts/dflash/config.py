@@ -12,16 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pydantic import Field
 
 from contracts.draft import Descriptor, DraftConfig
+from drafts.block_config import BlockConfig, BlockSection
 from drafts.export import describe_transformer, native_config, speculators_config
-from drafts.method import (
-    NATIVE,
-    SPECULATORS,
-    DraftMethod,
-    DraftSection,
-    ExportFacts,
-    TransformerConfig,
-    TransformerSection,
-)
+from drafts.method import NATIVE, SPECULATORS, DraftMethod, DraftSection, ExportFacts
 from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
 from drafts.reading import DraftFolder, LayerIds, Published, read_transformer, vllm_ids, zero_based
 from target.target import Target
@@ -32,24 +25,16 @@ if TYPE_CHECKING:
     from drafts.dflash.model import DFlash
 
 
-class DFlashSection(TransformerSection):
+class DFlashSection(BlockSection):
     method: Literal["dflash"] = "dflash"
     block_size: int = Field(default=8, ge=2, description="the anchor and the draft tokens: 8 drafts 7 tokens")
-    num_layers: int = Field(default=5, gt=0)
-    num_anchors: int = Field(default=512, gt=0, description="most blocks drawn per sample and step")
-    slot_weights: Literal["decay", "dpace"] = Field(default="dpace", description="D-PACE, or static decay by slot")
-    dpace_smoothing: float = Field(default=0.5, ge=0, le=1, description="D-PACE: a of q~ = (1-a)*q + a")
-    loss_decay: float = Field(default=4.0, gt=0, description="decay: gamma; slot k weighs exp(-(k-1)/gamma)")
 
     @property
     def num_draft_tokens(self) -> int:
         return self.block_size - 1
 
-    def to_save_memory(self) -> dict[str, Any]:
-        return {"num_anchors": max(1, self.num_anchors // 2)}
 
-
-class DFlashConfig(TransformerConfig):
+class DFlashConfig(BlockConfig):
     """`block_size` includes the anchor."""
 
     method: Literal["dflash"] = "dflash"

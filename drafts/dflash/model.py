@@ -1,270 +1,39 @@
-"""The DFlash draft: block diffusion over the target's captured features, in plain torch.
+"""The DFlash draft: a block draft of the fill-in layout, in which slot k predicts the token at p+k.
 
-A block starts at an anchor, a known token, and fills the slots after it with the mask token. All slots are predicted at
-once. The context before the anchor is the target's captured hidden states: their concatenation is projected once (`fc`,
-`hidden_norm`) and injected into every draft layer as keys and values.
-
-Source: DFlash as z-lab publishes it and vLLM serves it (vllm/model_executor/models/qwen3_dflash.py). Parameter names
-are those of the exported checkpoint. Layout of one block, block_size B, anchor at position p:
-    queries [token p, mask x (B-1)] at positions p..p+B-1; slot k predicts the token at p+k;
-    keys: context strictly before p, and the whole own block in both directions.
-
-Shapes: T tokens of the packed documents, A anchors, B block size, H hidden size, n captured layers, D head size.
+Source: DFlash as z-lab publishes it and vLLM serves it (vllm/model_executor/models/qwen3_dflash.py).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
-from torch import nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from common.errors import UserError
 from contracts.store import StoredSample
-from drafts.attention import KeyValues, Layout, attend, lay_out
 from drafts.batch import Batch
-from drafts.dflash.config import DFlashConfig, DFlashSection
-from drafts.draft import Draft, as_input
-from drafts.layers import GatedMLP, RMSNorm
+from drafts.block import BlockDraft, Blocks
+from drafts.loss_terms import Objective
 from drafts.moving import to_device
-from drafts.objective import (
-    StepLoss,
-    TeacherRows,
-    Weights,
-    dpace_weights,
-    fused_cross_entropy,
-    greedy_tokens,
-    make_teacher,
-    slot_weights,
-)
-from drafts.places import anchor_places
-from drafts.rope import Rope, Tables, rotate
+from drafts.objective import LossOptions, StepLoss, fused_loss, greedy_tokens
+from drafts.teacher import make_teacher
 from target.head import TargetHead, logits_of
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """The blocks of a batch, planned on the CPU once per step.
-
-    Shapes: positions (A,) of the anchors in their documents; context_positions (T,); labels (A, B-1), the tokens that
-    the slots after the anchor must predict; valid (A, B-1), whether the target generated them, in the same run of
-    generated tokens; slots (N,), flat indices of the valid ones. `ends[a]`: number of valid slots up to block a.
-    `teacher`: the states that they learn from, if they do.
-    """
-
-    positions: torch.Tensor
-    context_positions: torch.Tensor
-    labels: torch.Tensor
-    valid: torch.Tensor
-    slots: torch.Tensor
-    ends: list[int]
-    layout: Layout
-    teacher: TeacherRows | None = None
-
-    @property
-    def num_slots(self) -> int:
-        """Supervised slots."""
-        return len(self.slots)
-
-
-@dataclass(frozen=True)
-class Places:
-    """What every layer needs of a batch's blocks: rotary tables, and the attention's layout."""
-
-    query_rope: Tables
-    context_rope: Tables
-    layout: Layout
-
-
-class Attention(nn.Module):
-    """Block queries over context keys and the block's own."""
-
-    def __init__(self, config: DFlashConfig) -> None:
-        super().__init__()
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        hidden, size = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(hidden, self.heads * size, bias=False)
-        self.k_proj = nn.Linear(hidden, self.kv_heads * size, bias=False)
-        self.v_proj = nn.Linear(hidden, self.kv_heads * size, bias=False)
-        self.o_proj = nn.Linear(self.heads * size, hidden, bias=False)
-        self.q_norm = RMSNorm(size, eps=config.rms_norm_eps)
-        self.k_norm = RMSNorm(size, eps=config.rms_norm_eps)
-
-    def forward(self, x: torch.Tensor, context: torch.Tensor, places: Places, skip: int) -> torch.Tensor:
-        """Return the outputs from slot `skip` on; x (A, B, H), context (T, H) -> (A, B - skip, H)."""
-        query_rope = tuple(table[:, skip:] for table in places.query_rope)
-        query = rotate(self.q_norm(self._split(self.q_proj(x[:, skip:]), self.heads)), query_rope)  # type: ignore[arg-type]
-        block_key = rotate(self.k_norm(self._split(self.k_proj(x), self.kv_heads)), places.query_rope)
-        context_key = rotate(self.k_norm(self._split(self.k_proj(context), self.kv_heads)), places.context_rope)
-        block_value, context_value = (self._split(self.v_proj(y), self.kv_heads) for y in (x, context))
-        pairs = KeyValues(context_key, context_value, block_key, block_value)
-        output = attend(query, pairs, places.layout)
-        projected: torch.Tensor = self.o_proj(output.flatten(2))
-        return projected
-
-    @staticmethod
-    def _split(x: torch.Tensor, heads: int) -> torch.Tensor:
-        return x.unflatten(-1, (heads, -1))
-
-
-class Layer(nn.Module):
-    """One pre-norm draft layer: attention and a gated MLP."""
-
-    def __init__(self, config: DFlashConfig) -> None:
-        super().__init__()
-        hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = Attention(config)
-        self.mlp = GatedMLP(hidden, config.intermediate_size)
-        self.input_layernorm = RMSNorm(hidden, eps=eps)
-        self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
-
-    def forward(self, x: torch.Tensor, context: torch.Tensor, places: Places, skip: int) -> torch.Tensor:
-        x = x[:, skip:] + self.self_attn(self.input_layernorm(x), context, places, skip)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class DFlash(Draft):
-    """The draft without embedding and lm_head, which are the target's. `section` says how it is trained."""
-
-    config: DFlashConfig
-
-    def __init__(
-        self, config: DFlashConfig, section: DFlashSection | None = None, *, gradient_checkpointing: bool = False
-    ) -> None:
-        super().__init__()
-        assert config.mask_token_id is not None
-        self.config, self.section, self.gradient_checkpointing = config, section, gradient_checkpointing
-        hidden = config.hidden_size
-        self.fc = nn.Linear(len(config.layer_ids) * hidden, hidden, bias=False)
-        self.hidden_norm = RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.rope = Rope(config)
-
-    def layers_to_compile(self) -> list[nn.Module]:
-        return list(self.layers)
-
-    def layers_to_shard(self) -> list[nn.Module]:
-        return list(self.layers)
-
-    def plan(self, batch: Batch) -> Blocks:
-        """Draw a training batch's anchors from the positions of each document that serving can draft from.
-
-        Raises UserError, with the sample's id, for a document that has none.
-        """
-        assert self.section is not None
-        anchors = []
-        masks = batch.loss_mask.split(batch.lengths)
-        for sample_id, seed, mask in zip(batch.sample_ids, batch.seeds, masks, strict=True):
-            places = anchor_places(mask)
-            if not len(places):
-                raise UserError(
-                    f"sample {sample_id}",
-                    found="no place for an anchor",
-                    expected="two generated tokens in a row",
-                    fix="Dump again: `dump run` leaves such samples out.",
-                )
-            generator = torch.Generator().manual_seed(seed)
-            chosen = torch.randperm(len(places), generator=generator)[: self.section.num_anchors]
-            anchors.append(places[chosen].sort().values)
-        return self.lay_out(batch.token_ids, batch.loss_mask, batch.lengths, anchors)
-
-    def lay_out(
-        self, token_ids: torch.Tensor, loss_mask: torch.Tensor, lengths: Sequence[int], anchors: Sequence[torch.Tensor]
-    ) -> Blocks:
-        """Return the blocks at `anchors[i]`, ascending positions in document i of the pack.
-
-        A block's labels end with its run of generated tokens: the next tokens are another turn's prompt. Documents need
-        no explicit boundary, as each begins with its prompt.
-        """
-        width = self.config.block_size
-        layout = lay_out(lengths, anchors, width, self.fc.weight.device, (width, width - 1))
-        places = layout.anchor_rows[:, None] + torch.arange(1, width)
-        inside = places < len(token_ids)
-        places = places.clamp(max=len(token_ids) - 1)
-        valid = (loss_mask[places] & inside).long().cumprod(dim=1).bool()
-        distills = self.section is not None and self.section.needs_final_states
-        return Blocks(
-            positions=torch.cat(list(anchors)),
-            context_positions=torch.cat([torch.arange(length) for length in lengths]),
-            labels=token_ids[places],
-            valid=valid,
-            slots=valid.view(-1).nonzero()[:, 0],
-            ends=valid.sum(1).cumsum(0).tolist(),
-            layout=layout,
-            teacher=TeacherRows.of_slots(places[valid] - 1) if distills else None,
-        )
-
-    def hidden(
-        self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, blocks: Blocks, embedding: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the states of all slots but the anchor's, after the final norm.
-
-        lm_head turns them into the draft's logits. Shapes: token_ids (T,), aux_hidden_states (T, n*H), embedding (V, H)
-        -> (A, B-1, H).
-        """
-        width, anchor_rows = self.config.block_size, blocks.layout.anchor_rows
-        offsets = torch.arange(width, device=anchor_rows.device)
-        blocks.layout.make_masks()
-        places = Places(
-            query_rope=self.rope.at(blocks.positions[:, None] + offsets),
-            context_rope=self.rope.at(blocks.context_positions),
-            layout=blocks.layout,
-        )
-        context = self.hidden_norm(self.fc(as_input(aux_hidden_states, self.fc.weight)))
-        slots = torch.full((len(anchor_rows), width), self.config.mask_token_id or 0, device=token_ids.device)
-        slots[:, 0] = token_ids[anchor_rows]
-        x = functional.embedding(slots, embedding)
-        save_memory = self.training and self.gradient_checkpointing
-        for number, layer in enumerate(self.layers):
-            skip = int(number == len(self.layers) - 1)  # the last layer's anchor output is not used
-            x = (
-                checkpoint(layer, x, context, places, skip, use_reentrant=False)
-                if save_memory
-                else layer(x, context, places, skip)
-            )
-        hidden: torch.Tensor = self.norm(x)
-        return hidden
+class DFlash(BlockDraft):
+    """The draft without embedding and lm_head, which are the target's."""
 
     def forward(self, batch: Batch, blocks: Blocks, head: TargetHead) -> StepLoss:
         """Return the training loss of a batch with planned blocks."""
         assert self.section is not None
         hidden = self.hidden(batch.token_ids, batch.aux_hidden_states, blocks, head.embedding)
-        weights, bounds = self._weights(blocks)
+        weights, bounds = self.block_weights(blocks)
         teacher = None if blocks.teacher is None else make_teacher(head, batch.hidden_states, blocks.teacher)
-        loss_sum, hits, _ = fused_cross_entropy(
+        found = fused_loss(
             hidden.flatten(0, 1).index_select(0, blocks.slots),
             head.lm_head,
             blocks.labels.view(-1)[blocks.slots],
             weights,
-            teacher,
-            bounds,
+            LossOptions(Objective.of(self.section), teacher, bounds),
         )
-        return StepLoss.of_blocks(loss_sum, hits, blocks.slots, blocks.valid)
-
-    def _weights(self, blocks: Blocks) -> tuple[Weights, list[int] | None]:
-        """Return the slots' weights, and the rows where a chunk of the loss may end; None for any row."""
-        section, width = self.section, self.config.block_size - 1
-        assert section is not None
-        if section.slot_weights == "decay":
-            by_slot = slot_weights(self.config.block_size, section.loss_decay, blocks.slots.device)
-            return by_slot[blocks.slots % width], None
-        ends = [0, *blocks.ends]
-
-        def of_rows(rows: slice, losses: torch.Tensor) -> torch.Tensor:
-            low, high = bisect_left(ends, rows.start), bisect_left(ends, rows.stop)
-            part, inside = blocks.valid[low:high], blocks.slots[rows] - low * width
-            dense = losses.new_zeros(part.numel()).index_copy(0, inside, losses).view(part.shape)
-            return dpace_weights(dense, part, section.dpace_smoothing).view(-1)[inside]
-
-        return of_rows, blocks.ends
-
-    def plan_drafting(self, token_ids: torch.Tensor, loss_mask: torch.Tensor, places: torch.Tensor) -> Blocks:
-        return self.lay_out(token_ids, loss_mask, [len(token_ids)], [places])
+        return StepLoss.of_blocks(found.total, found.hits, blocks.slots, blocks.valid)
 
     def draft_planned(
         self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, plan: Blocks, head: TargetHead

@@ -26,14 +26,16 @@ from common.errors import UserError
 from contracts.store import StoredSample
 from drafts.attention import KeyValues, Layout, attend, lay_out
 from drafts.batch import Batch
-from drafts.draft import Draft, as_input
+from drafts.draft import Draft, Plan, as_input
 from drafts.eagle3.config import Eagle3Config, Eagle3Section
 from drafts.eagle3.vocabulary import choose_vocabulary
 from drafts.layers import GatedMLP, RMSNorm
+from drafts.loss_terms import Objective
 from drafts.moving import to_device
-from drafts.objective import StepLoss, TeacherRows, fused_cross_entropy, greedy_tokens, make_teacher
+from drafts.objective import LossOptions, StepLoss, fused_loss, greedy_tokens
 from drafts.places import anchor_places
 from drafts.rope import Rope, Tables, rotate
+from drafts.teacher import TeacherRows, make_teacher
 from target.head import TargetHead, logits_of
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -41,7 +43,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Chains:
+class Chains(Plan):
     """The chains of one batch, and the attention layout of each of their steps; planned on the CPU.
 
     Shapes: places (N,) rows of the last known tokens in the pack; positions (N,) of step 0, in the document; labels and
@@ -60,7 +62,6 @@ class Chains:
 
     @property
     def num_slots(self) -> int:
-        """Supervised slots."""
         return len(self.slots)
 
 
@@ -260,14 +261,14 @@ class Eagle3(Draft):
         if chains.teacher is not None:
             known = None if self.lm_head is None else self.known_ids()
             teacher = make_teacher(head, batch.hidden_states, chains.teacher, known)
-        loss_sum, hits, _ = fused_cross_entropy(
+        found = fused_loss(
             normed.flatten(0, 1).index_select(0, slots),
             self._lm_head(head),
             chains.labels.view(-1)[slots],
             weights.float(),
-            teacher,
+            LossOptions(Objective.of(self.section), teacher),
         )
-        return StepLoss.of_blocks(loss_sum, hits, slots, chains.valid)
+        return StepLoss.of_blocks(found.total, found.hits, slots, chains.valid)
 
     def _unroll(
         self,

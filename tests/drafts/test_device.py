@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from drafts import METHODS
 from drafts.batch import Batch
+from drafts.chunks import DEVICE_CHUNK_ROWS
 from drafts.draft import Draft
 from drafts.moving import tensors_of, to_device
-from drafts.objective import DEVICE_CHUNK_ROWS
 from target.head import TargetHead
 
 META = torch.device("meta")

@@ -26,9 +26,9 @@ from contracts.draft import Descriptor, DraftConfig, DraftRun
 from contracts.store import Store, StoredSample
 from drafts import METHODS
 from drafts.batch import Batch
-from drafts.draft import Draft
+from drafts.draft import Draft, Plan
 from drafts.method import DraftMethod, DraftSection, ExportFacts
-from drafts.objective import StepLoss, fused_cross_entropy
+from drafts.objective import StepLoss, fused_loss
 from drafts.places import anchor_places
 from recipe.load import load_recipe
 from serve.command import fingerprint_draft, speculation_of
@@ -55,7 +55,7 @@ class HeadsConfig(DraftConfig):
 
 
 @dataclass
-class Places:
+class Places(Plan):
     rows: torch.Tensor
     labels: torch.Tensor
     valid: torch.Tensor
@@ -88,8 +88,8 @@ class Heads(Draft):
     def forward(self, batch: Batch, plan: Places, head: TargetHead) -> StepLoss:
         hidden, valid = self.hidden(batch.token_ids, batch.aux_hidden_states, plan.rows, head), plan.valid
         weights = torch.ones(plan.num_slots)
-        loss_sum, hits, _ = fused_cross_entropy(hidden[valid], head.lm_head, plan.labels[valid], weights)
-        return StepLoss.of_blocks(loss_sum, hits, valid.view(-1).nonzero()[:, 0], valid)
+        found = fused_loss(hidden[valid], head.lm_head, plan.labels[valid], weights)
+        return StepLoss.of_blocks(found.total, found.hits, valid.view(-1).nonzero()[:, 0], valid)
 
     def logits(self, sample: StoredSample, head: TargetHead, rows: torch.Tensor) -> torch.Tensor:
         ids, aux = sample.input_ids.long(), sample.aux_hidden_states.float()

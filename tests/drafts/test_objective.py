@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from drafts.block_config import BlockSection
+from drafts.chunks import chunks
 from drafts.layers import RMSNorm, gated
-from drafts.objective import (
-    TeacherRows,
-    chunks,
-    dpace_weights,
-    fused_cross_entropy,
-    greedy_tokens,
-    make_teacher,
-    slot_weights,
-    teacher_argmax,
-)
+from drafts.loss_terms import TERMS, Objective
+from drafts.method import ObjectiveName, TransformerSection
+from drafts.objective import Bias, LossOptions, fused_loss, greedy_tokens
 from drafts.rope import rotate
+from drafts.slot_weights import dpace_weights, e2e_tv_weights, slot_decay
+from drafts.teacher import TeacherRows, make_teacher, teacher_argmax
 from target.head import TargetHead
 
 ROWS, WIDTH, VOCABULARY = 150, 12, 40
+DISTILL = Objective({"distill": 1.0})
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("drafts.objective.CHUNK_ELEMENTS", 0)
-    monkeypatch.setattr("drafts.objective.MIN_CHUNK_ROWS", 32)
+    monkeypatch.setattr("drafts.chunks.CHUNK_ELEMENTS", 0)
+    monkeypatch.setattr("drafts.chunks.MIN_CHUNK_ROWS", 32)
 
 
 def make_rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -48,7 +48,7 @@ def check(ours: torch.Tensor, reference: torch.Tensor, inputs: tuple[torch.Tenso
 
 def test_chunked_cross_entropy_has_the_plain_ones_value_and_gradients() -> None:
     hidden, lm_head, labels, weights = make_rows()
-    loss, hits, losses = fused_cross_entropy(hidden, lm_head, labels, weights)
+    loss, hits, losses, _ = fused_loss(hidden, lm_head, labels, weights)
     each = functional.cross_entropy(hidden @ lm_head.T, labels, reduction="none")
     check(loss, (each * weights).sum(), (hidden, lm_head))
     torch.testing.assert_close(losses, each.detach())
@@ -59,9 +59,8 @@ def test_distillation_is_cross_entropy_with_the_targets_own_distribution() -> No
     hidden, lm_head, labels, weights = make_rows()
     target = TargetHead(lm_head.detach(), torch.randn(VOCABULARY, WIDTH), torch.rand(WIDTH), "gemma", 1e-6)
     states, places = torch.randn(30, WIDTH), torch.arange(ROWS) % 30
-    loss, _, _ = fused_cross_entropy(
-        hidden, lm_head, labels, weights, make_teacher(target, states, TeacherRows.of_slots(places))
-    )
+    teacher = make_teacher(target, states, TeacherRows.of_slots(places))
+    loss = fused_loss(hidden, lm_head, labels, weights, LossOptions(DISTILL, teacher)).total
     q = target.logits(states[places]).softmax(-1)
     each = -(q * (hidden @ lm_head.T).log_softmax(-1)).sum(-1)
     check(loss, (each * weights).sum(), (hidden, lm_head))
@@ -81,11 +80,84 @@ def test_weights_that_follow_from_losses_see_whole_blocks() -> None:
         seen.append(part)
         return losses * 0 + 2.0
 
-    loss, _, _ = fused_cross_entropy(hidden[:rows], lm_head, labels[:rows], weigh, bounds=ends.tolist())
+    loss = fused_loss(hidden[:rows], lm_head, labels[:rows], weigh, LossOptions(bounds=ends.tolist())).total
     each = functional.cross_entropy(hidden[:rows] @ lm_head.T, labels[:rows], reduction="none")
     check(loss, 2 * each.sum(), (hidden, lm_head))
     assert len(seen) > 1
     assert [part.start for part in seen] == [0, *(part.stop for part in seen[:-1])]
+
+
+def overlap(d: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return torch.minimum(d, t).sum(-1)
+
+
+def lk(d: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    share = torch.exp(-2.0 * overlap(d, t).detach())
+    return share * (t * (t.log() - d.log())).sum(-1) + (1 - share) * (1 - overlap(d, t))
+
+
+def of_largest(d: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    kept = t >= t.sort(-1, descending=True).values[:, 6:7]
+    return (kept * t * (t.log() - d.log())).sum(-1)
+
+
+DIRECT: dict[ObjectiveName, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "tokens": lambda d, t, own: -own.log(),
+    "distill": lambda d, t, own: -(t * d.log()).sum(-1),
+    "reverse_kl": lambda d, t, own: (d * (d.log() - t.log())).sum(-1),
+    "tv": lambda d, t, own: 0.5 * (d - t).abs().sum(-1),
+    "nla": lambda d, t, own: -overlap(d, t).log(),
+    "lk_hybrid": lambda d, t, own: lk(d, t),
+    "top_k_kl": lambda d, t, own: of_largest(d, t),
+}
+
+
+def test_every_term_has_a_direct_computation() -> None:
+    assert set(TERMS) == set(DIRECT) == set(get_args(ObjectiveName))
+
+
+@pytest.mark.parametrize("terms", [*({name: 1.0} for name in DIRECT), {"tokens": 0.1, "tv": 1.8}], ids=str)
+def test_values_and_gradients_are_those_of_the_direct_computation(terms: dict[ObjectiveName, float]) -> None:
+    hidden, lm_head, labels, weights = make_rows()
+    states, factor = torch.randn(ROWS, 3, requires_grad=True), torch.randn(VOCABULARY, 3, requires_grad=True)
+    target = TargetHead(lm_head.detach(), 0.3 * torch.randn(VOCABULARY, WIDTH), torch.rand(WIDTH), "rms", 1e-6)
+    known, places = torch.randn(30, WIDTH), torch.arange(ROWS) % 30
+    teacher = make_teacher(target, known, TeacherRows.of_slots(places))
+    options = LossOptions(Objective(terms, top_k=7, lk_eta=2.0), teacher, wants_accepted=True)
+    found = fused_loss(hidden, lm_head, labels, weights, options, Bias(states, factor))
+    t = target.logits(known[places]).softmax(-1)
+    d = (hidden @ lm_head.T + states @ factor.T).softmax(-1)
+    own = d.gather(1, labels[:, None])[:, 0]
+    each = sum(weight * DIRECT[name](d, t, own) for name, weight in terms.items())
+    assert isinstance(each, torch.Tensor)
+    torch.testing.assert_close(found.losses, each.detach())
+    torch.testing.assert_close(found.accepted, overlap(d, t).detach())
+    check(found.total, (each * weights).sum(), (hidden, lm_head, states, factor))
+    fast = fused_loss(hidden, lm_head, labels, weights, options._replace(wants_accepted=False), Bias(states, factor))
+    torch.testing.assert_close(fast.total, found.total)
+
+
+def test_the_surrogate_of_end_to_end_total_variation_has_its_gradient() -> None:
+    distances = torch.rand(6, 4, requires_grad=True)
+    valid = torch.tensor([4, 4, 3, 2, 1, 4])[:, None] > torch.arange(4)
+    weights = e2e_tv_weights(distances.detach(), valid)
+    reached = torch.stack([(1 - distances[:, : k + 1]).prod(1) * valid[:, k] for k in range(4)], 1).sum(1)
+    exact = (1 - reached / valid.sum(1)).sum()
+    (gradient,) = torch.autograd.grad(exact, distances)
+    torch.testing.assert_close(weights, gradient)
+
+
+def test_a_mix_of_terms_is_checked() -> None:
+    dims = {"num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 1, "method": "x"}
+    section = TransformerSection(**dims, objective={"tokens": 0.1, "tv": 1.8})
+    assert section.needs_final_states
+    assert not TransformerSection(**dims, objective={"tokens": 2.0}).needs_final_states
+    assert BlockSection(**dims, objective="tv", slot_weights="e2e_tv").slot_weights == "e2e_tv"
+    with pytest.raises(ValidationError, match="slot_weights e2e_tv needs objective tv"):
+        BlockSection(**dims, objective={"tokens": 0.1, "tv": 1.8}, slot_weights="e2e_tv")
+    for wrong in ("hinge", {"hinge": 1.0}, {"tv": -1.0}, {}):
+        with pytest.raises(ValidationError):
+            TransformerSection(**dims, objective=wrong)
 
 
 def test_chunks_cover_all_rows_once() -> None:
@@ -112,7 +184,7 @@ def test_dpace_weights_are_those_of_their_definition() -> None:
 
 
 def test_slot_weights_decay_from_one() -> None:
-    torch.testing.assert_close(slot_weights(4, 4.0), torch.exp(torch.tensor([0.0, -0.25, -0.5])))
+    torch.testing.assert_close(slot_decay(3, 4.0), torch.exp(torch.tensor([0.0, -0.25, -0.5])))
 
 
 def test_written_out_gradients_are_torchs_own() -> None:

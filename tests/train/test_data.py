@@ -165,17 +165,17 @@ def test_a_step_that_writes_beside_a_checkpoint_does_not_change_it(
     assert all(torch.equal(found[name], saved[0][name]) for name in found)
 
 
-def test_batches_of_a_step_come_one_by_one_with_the_slots_of_all(recipe_path: Path, store: Store) -> None:
+def test_batches_of_a_step_come_one_by_one_with_the_normalizer_of_all(recipe_path: Path, store: Store) -> None:
     sets = ["train.gradient_accumulation_steps=2", "train.global_batch_size=4", "train.num_steps=2"]
     recipe = load_recipe(recipe_path, sets)
     samples = Samples(store, recipe.training(), 256)
 
     @dataclass
-    class Plan:
-        num_slots: int
+    class Weighed:
+        normalizer: float
 
-    batches = read_ahead(samples, 0, Processes(0, 1, torch.device("cpu")), lambda batch: Plan(len(batch.token_ids)))
-    found = [(planned.plan.num_slots, planned.step_slots) for planned in batches]
+    batches = read_ahead(samples, 0, Processes(0, 1, torch.device("cpu")), lambda batch: Weighed(len(batch.token_ids)))
+    found = [(planned.plan.normalizer, planned.normalizer) for planned in batches]
     assert len(found) == 4
     for first, second in zip(found[::2], found[1::2], strict=True):
         assert first[1] == second[1] == first[0] + second[0]

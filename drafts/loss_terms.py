@@ -1,0 +1,152 @@
+"""The terms of training objectives: functions of a draft's distribution, the target's, and the generated token.
+
+With d the draft's distribution and t the target's at a slot, a = sum_v min(d_v, t_v) is the probability that the
+slot's draft token is accepted if it is drawn from d; total variation is 1 - a. A term returns each row's loss and its
+gradient by the draft's logits. Names are those of the recipe's `train.draft.objective`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from drafts.method import TOKENS, DraftSection, ObjectiveName
+
+SMALLEST = 1e-5
+"""Acceptance probabilities are not taken to be smaller in a logarithm or a divisor."""
+
+RowsResult = tuple[torch.Tensor, torch.Tensor]
+"""Losses (n,) and their gradients by the logits (n, V)."""
+
+
+@dataclass
+class Rows:
+    """One chunk of slots. Shapes: log_d and t (n, V), labels (n,). `top_k`, `lk_eta`: of the terms that have them."""
+
+    log_d: torch.Tensor
+    t: torch.Tensor | None
+    labels: torch.Tensor
+    top_k: int = 0
+    lk_eta: float = 0.0
+
+    @cached_property
+    def d(self) -> torch.Tensor:
+        """The draft's probabilities."""
+        return self.log_d.exp()
+
+    @property
+    def teacher(self) -> torch.Tensor:
+        """The target's probabilities."""
+        assert self.t is not None
+        return self.t
+
+    @cached_property
+    def accepted(self) -> torch.Tensor:
+        """The probability that each slot's draft token is accepted, (n,)."""
+        return torch.minimum(self.d, self.teacher).sum(-1)
+
+    @cached_property
+    def distance_gradient(self) -> torch.Tensor:
+        """The gradient of total variation by the logits: d * (s - <d, s>) with s = sign(d - t) / 2."""
+        slope = torch.sub(self.d, self.teacher).sign_().mul_(0.5)
+        mean = torch.linalg.vecdot(self.d, slope).unsqueeze(-1)
+        return slope.sub_(mean).mul_(self.d)
+
+
+def cross_entropy(rows: Rows) -> RowsResult:
+    """-log d(generated token)."""
+    place = rows.labels[:, None]
+    gradient = rows.d.clone()
+    gradient.scatter_add_(1, place, gradient.new_full((len(gradient), 1), -1.0))
+    return -rows.log_d.gather(1, place)[:, 0], gradient
+
+
+def distillation(rows: Rows) -> RowsResult:
+    """-sum_v t log d: the forward KL divergence up to a constant."""
+    return -(rows.teacher * rows.log_d).sum(-1), rows.d - rows.teacher
+
+
+def reverse_kl(rows: Rows) -> RowsResult:
+    """sum_v d (log d - log t)."""
+    ratio = rows.log_d - rows.teacher.clamp(min=torch.finfo(rows.log_d.dtype).tiny).log()
+    losses = (rows.d * ratio).sum(-1)
+    return losses, ratio.sub_(losses[:, None]).mul_(rows.d)
+
+
+def total_variation(rows: Rows) -> RowsResult:
+    """0.5 * sum_v |d - t| = 1 - a."""
+    return 1.0 - rows.accepted, rows.distance_gradient
+
+
+def negative_log_acceptance(rows: Rows) -> RowsResult:
+    """-log a (LK-alpha of arXiv 2602.23881)."""
+    accepted = rows.accepted.clamp(min=SMALLEST)
+    return -accepted.log(), rows.distance_gradient / accepted[:, None]
+
+
+def lk_hybrid(rows: Rows) -> RowsResult:
+    """l * KL(t || d) + (1 - l) * TV with l = exp(-eta * a), a constant for the gradient (arXiv 2602.23881)."""
+    share = torch.exp(-rows.lk_eta * rows.accepted)
+    logs = rows.teacher.clamp(min=torch.finfo(rows.log_d.dtype).tiny).log().sub_(rows.log_d)
+    divergence = (rows.teacher * logs).sum(-1)
+    losses = share * divergence + (1.0 - share) * (1.0 - rows.accepted)
+    gradient = torch.sub(rows.d, rows.teacher).mul_(share[:, None])
+    return losses, gradient.add_(rows.distance_gradient * (1.0 - share)[:, None])
+
+
+def top_k_kl(rows: Rows) -> RowsResult:
+    """sum over the target's k most likely tokens of t (log t - log d), without renormalizing either."""
+    t, places = rows.teacher.topk(min(rows.top_k, rows.teacher.shape[-1]), dim=-1)
+    losses = (t * (t.clamp(min=torch.finfo(t.dtype).tiny).log() - rows.log_d.gather(1, places))).sum(-1)
+    gradient = rows.d * t.sum(-1, keepdim=True)
+    return losses, gradient.scatter_add_(1, places, -t)
+
+
+TERMS: Mapping[ObjectiveName, Callable[[Rows], RowsResult]] = {
+    TOKENS: cross_entropy,
+    "distill": distillation,
+    "reverse_kl": reverse_kl,
+    "tv": total_variation,
+    "nla": negative_log_acceptance,
+    "lk_hybrid": lk_hybrid,
+    "top_k_kl": top_k_kl,
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum of terms. `top_k`, `lk_eta`: see `top_k_kl` and `lk_hybrid`."""
+
+    weights: Mapping[ObjectiveName, float] = field(default_factory=lambda: {TOKENS: 1.0})
+    top_k: int = 10
+    lk_eta: float = 3.0
+
+    @classmethod
+    def of(cls, section: DraftSection) -> Objective:
+        """Return the objective of a recipe's `train.draft`."""
+        return cls(section.objective_weights, section.objective_top_k, section.lk_eta)
+
+    @property
+    def single_term(self) -> ObjectiveName | None:
+        """The only term, if its weight is 1."""
+        return next(iter(self.weights)) if list(self.weights.values()) == [1.0] else None
+
+    def compute(
+        self, log_d: torch.Tensor, t: torch.Tensor | None, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Return losses, acceptance probabilities (None without `t`) and the gradient by the logits.
+
+        Shapes: log_d and t (n, V), labels (n,) -> (n,), (n,), (n, V).
+        """
+        rows = Rows(log_d, t, labels, self.top_k, self.lk_eta)
+        (name, weight), *others = self.weights.items()
+        losses, gradient = TERMS[name](rows)
+        losses, gradient = losses * weight, gradient * weight
+        for name, weight in others:
+            more, slope = TERMS[name](rows)
+            losses.add_(more, alpha=weight)
+            gradient.add_(slope, alpha=weight)
+        return losses, None if t is None else rows.accepted, gradient
