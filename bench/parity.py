@@ -4,7 +4,8 @@ Reads:  a training run, its export, a store of greedy conversations.
 Writes: OUTPUT/trainer.safetensors (`train trace`), OUTPUT/parity.json (the differences by stage).
 
 Stages, each an input of the next: the captured layers; the target's greedy tokens (final norm and lm_head); the mask
-token and its embedding; the vocabulary map; the draft's logits, slot by slot.
+token and its embedding; the vocabulary map; the Markov bias after the anchor; the draft's logits, slot by slot; the
+confidence of the first draft token.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ CAUSES = {
     "teacher": "Final norm or lm_head differ from the engine's: run `dump verify` on the store.",
     "mask": "The engine fills its slots with another token, or its embedding differs.",
     "vocabulary": "The export's d2t is not the trained one: export again.",
+    "markov": "The engine's Markov factors, or the token that it takes as the one before the first slot, differ.",
+    "confidence": "The confidence head's weight or bias, or the states that it reads, differ.",
     "draft": "The inputs are equal: look at the draft's norms (rms_norm_eps), rope and weights.",
 }
 
@@ -109,7 +112,9 @@ def compare(
     found += [finding for a, b in pairs for finding in _teacher(a, b)]
     found += [finding for a, b in pairs for finding in _mask(a, b, limit)]
     found += [finding for a, b in pairs for finding in _vocabulary(a, b)]
-    return found + [finding for a, b in pairs for finding in _draft_logits(a, b, limit, autoregressive)]
+    found += [finding for a, b in pairs for finding in _of_first_slot("markov_bias", a, b, limit)]
+    found += [finding for a, b in pairs for finding in _draft_logits(a, b, limit, autoregressive)]
+    return found + [finding for a, b in pairs for finding in _of_first_slot("confidence", a, b, limit)]
 
 
 def worst_of(findings: Sequence[Finding]) -> list[Finding]:
@@ -173,8 +178,25 @@ def _vocabulary(ours: Trace, theirs: Trace) -> Iterator[Finding]:
     yield Finding("vocabulary map", ours.sample_id, apart, apart > 0, text)
 
 
+def _of_first_slot(name: str, ours: Trace, theirs: Trace, limit: float) -> Iterator[Finding]:
+    """Compare a tensor of all slots at the first one, whose token before is the anchor on both sides."""
+    if name not in ours.tensors or not _same_anchor(ours, theirs):
+        return
+    stage = name.replace("_", " ")
+    if name not in theirs.tensors:
+        yield Finding(stage, ours.sample_id, float("inf"), True, "the engine has none")
+        return
+    a, b = ours.tensors[name][0], theirs.tensors[name][0]
+    apart = float((a - b).abs().max() / a.abs().max().clamp(min=1e-12))
+    yield Finding(stage, ours.sample_id, apart, not apart <= limit, f"relative difference {apart:.2g}")
+
+
+def _same_anchor(ours: Trace, theirs: Trace) -> bool:
+    return int(theirs.tensors["teacher"][0]) == int(ours.tensors["token_ids"][ours.start])
+
+
 def _draft_logits(ours: Trace, theirs: Trace, limit: float, autoregressive: bool) -> Iterator[Finding]:
-    if int(theirs.tensors["teacher"][0]) != int(ours.tensors["token_ids"][ours.start]):
+    if not _same_anchor(ours, theirs):
         return  # the engine drafts after another token
     a, b = ours.tensors["draft_logits"], theirs.tensors["draft_logits"]
     for slot in range(len(a)):

@@ -7,7 +7,8 @@ imports no torch.
 from __future__ import annotations
 
 from drafts.dflash.config import DFlashMethod
+from drafts.dspark.config import DSparkMethod
 from drafts.eagle3.config import Eagle3Method
 from drafts.method import DraftMethod
 
-METHODS: dict[str, DraftMethod] = {method.name: method for method in (DFlashMethod(), Eagle3Method())}
+METHODS: dict[str, DraftMethod] = {method.name: method for method in (DFlashMethod(), DSparkMethod(), Eagle3Method())}

@@ -34,6 +34,7 @@ from drafts.places import anchor_places
 from drafts.rope import Rope, Tables, rotate
 from drafts.slot_weights import BlockWeights, make_block_weights, slot_decay
 from drafts.teacher import TeacherRows
+from target.head import TargetHead
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Blocks(Plan):
     Shapes: positions (A,) of the anchors in their documents; context_positions (T,); labels (A, K), the tokens after
     the anchor, which the slots must predict; valid (A, K), whether the target generated them, in the same run of
     generated tokens; slots (N,), flat indices of the valid ones. `ends[a]`: number of valid slots up to block a.
-    `teacher`: the states that they learn from, if they do.
+    `teacher`: the states that they learn from, if they do. `weight_sum`: what divides the loss in place of the slots'
+    number, if not None.
     """
 
     positions: torch.Tensor
@@ -54,10 +56,15 @@ class Blocks(Plan):
     ends: list[int]
     layout: Layout
     teacher: TeacherRows | None = None
+    weight_sum: float | None = None
 
     @property
     def num_slots(self) -> int:
         return len(self.slots)
+
+    @property
+    def normalizer(self) -> float:
+        return self.num_slots if self.weight_sum is None else self.weight_sum
 
 
 @dataclass(frozen=True)
@@ -171,24 +178,30 @@ class BlockDraft(Draft):
         A block's labels end with its run of generated tokens: the next tokens are another turn's prompt. Documents need
         no explicit boundary, as each begins with its prompt.
         """
-        width, skip = self.config.num_queries, not self.config.sample_from_anchor
+        width, skip = self.config.num_queries, not self.config.anchor_predicts
         queries = (width, width - skip) if skip else (width,)
         layout = lay_out(lengths, anchors, width, self.fc.weight.device, queries)
         places = layout.anchor_rows[:, None] + torch.arange(1, self.config.num_draft_tokens + 1)
         inside = places < len(token_ids)
         places = places.clamp(max=len(token_ids) - 1)
         valid = (loss_mask[places] & inside).long().cumprod(dim=1).bool()
+        slots = valid.view(-1).nonzero()[:, 0]
         learns_from_states = self.section is not None and self.section.needs_final_states
         return Blocks(
             positions=torch.cat(list(anchors)),
             context_positions=torch.cat([torch.arange(length) for length in lengths]),
             labels=token_ids[places],
             valid=valid,
-            slots=valid.view(-1).nonzero()[:, 0],
+            slots=slots,
             ends=valid.sum(1).cumsum(0).tolist(),
             layout=layout,
             teacher=TeacherRows.of_slots(places[valid] - 1) if learns_from_states else None,
+            weight_sum=None if self.section is None else self.weight_sum(slots),
         )
+
+    def weight_sum(self, slots: torch.Tensor) -> float | None:  # noqa: ARG002 (a method may need them)
+        """Return what divides the loss of the supervised `slots (N,)`; None for their number."""
+        return None
 
     def hidden(
         self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, blocks: Blocks, embedding: torch.Tensor
@@ -213,7 +226,7 @@ class BlockDraft(Draft):
         save_memory = self.training and self.gradient_checkpointing
         for number, layer in enumerate(self.layers):
             # In the fill-in layout, the last layer's output at the anchor is not used.
-            skip = int(number == len(self.layers) - 1 and not self.config.sample_from_anchor)
+            skip = int(number == len(self.layers) - 1 and not self.config.anchor_predicts)
             x = (
                 checkpoint(layer, x, context, places, skip, use_reentrant=False)
                 if save_memory
@@ -227,6 +240,11 @@ class BlockDraft(Draft):
         assert self.section is not None
         by_slot = slot_decay(self.config.num_draft_tokens, self.section.loss_decay, blocks.slots.device)
         return make_block_weights(self.section.slot_weights, by_slot, self.section.dpace_smoothing, blocks)
+
+    def mask_taps(self, head: TargetHead) -> dict[str, torch.Tensor]:
+        """Return the mask token and its embedding, for `bench parity`."""
+        mask = self.config.mask_token_id or 0
+        return {"mask_token": torch.tensor(mask), "mask_embedding": head.embedding[mask].float().cpu()}
 
     def plan_drafting(self, token_ids: torch.Tensor, loss_mask: torch.Tensor, places: torch.Tensor) -> Blocks:
         return self.lay_out(token_ids, loss_mask, [len(token_ids)], [places])

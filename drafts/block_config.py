@@ -34,11 +34,11 @@ class BlockConfig(TransformerConfig):
     """A draft whose block has K draft tokens; the anchor's own slot predicts the first of them, or nothing."""
 
     @property
-    def sample_from_anchor(self) -> bool:
+    def anchor_predicts(self) -> bool:
         """Whether the anchor's slot predicts: slot k then predicts token p+k+1, otherwise p+k."""
         return False
 
     @property
     def num_queries(self) -> int:
         """Slots of a block, the anchor's included."""
-        return self.num_draft_tokens + (not self.sample_from_anchor)
+        return self.num_draft_tokens + (not self.anchor_predicts)

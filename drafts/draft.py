@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -43,6 +43,13 @@ class Plan(ABC):
         return self.num_slots
 
 
+class Drafted(NamedTuple):
+    """Greedy draft tokens (N, K), and how likely each is accepted if those before it are, (N, K); None: unknown."""
+
+    tokens: torch.Tensor
+    confidence: torch.Tensor | None = None
+
+
 class Draft(nn.Module, ABC):
     """A draft without embedding and lm_head. K is `config.num_draft_tokens`."""
 
@@ -73,6 +80,10 @@ class Draft(nn.Module, ABC):
         for layer in self.layers_to_compile():
             layer.compile(dynamic=dynamic, backend=backend)
 
+    def heads(self) -> list[nn.Module]:
+        """Return the modules whose matrices are no hidden ones: embeddings and outputs, which Muon does not fit."""
+        return []
+
     def layers_to_shard(self) -> list[nn.Module]:
         """Return the layers that FSDP2 shards one by one; they must only be called through their forward."""
         return []
@@ -99,22 +110,27 @@ class Draft(nn.Module, ABC):
     @abstractmethod
     def draft_planned(
         self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, plan: Any, head: TargetHead
-    ) -> torch.Tensor:
-        """Return the greedy draft tokens `(N, K)` after the planned positions. Shapes: (T,) and (T, n*H)."""
+    ) -> Drafted:
+        """Draft greedily after the planned positions. Shapes: (T,) and (T, n*H)."""
 
     @torch.inference_mode()
-    def draft(self, sample: StoredSample, head: TargetHead) -> torch.Tensor:
-        """Return the greedy draft tokens after every position that serving can draft from.
+    def draft(self, sample: StoredSample, head: TargetHead) -> Drafted:
+        """Draft greedily after every position that serving can draft from.
 
-        Shapes: (T, K) on the CPU, -1 at all other positions.
+        Shapes: (T, K) on the CPU, the tokens -1 at all other positions.
         """
         device, ids = head.lm_head.device, sample.input_ids.long()
-        drafted = torch.full((sample.num_tokens, self.config.num_draft_tokens), -1)
+        tokens = torch.full((sample.num_tokens, self.config.num_draft_tokens), -1)
+        confidence = None
         token_ids, aux = to_device((ids, sample.aux_hidden_states), device)
         for places in self.places(sample.loss_mask).split(PLACES_AT_ONCE):
             plan = to_device(self.plan_drafting(ids, sample.loss_mask, places), device)
-            drafted[places] = self.draft_planned(token_ids, aux, plan, head).cpu()
-        return drafted
+            found = self.draft_planned(token_ids, aux, plan, head)
+            tokens[places] = found.tokens.cpu()
+            if found.confidence is not None:
+                confidence = tokens.new_zeros(tokens.shape, dtype=torch.float32) if confidence is None else confidence
+                confidence[places] = found.confidence.float().cpu()
+        return Drafted(tokens, confidence)
 
     @abstractmethod
     def taps(self, sample: StoredSample, head: TargetHead, start: int) -> dict[str, torch.Tensor]:

@@ -103,7 +103,9 @@ class DraftMethod(ABC):
     never occurs in text. `autoregressive`: each draft token is an input of the next one, so one that differs between
     trainer and engine changes all after it. `normalizes_embeddings`: a factor of all embeddings changes nothing.
     `adjustable`: fields of the config that no weight depends on, which a warm start may change. `optional_tensors`:
-    those that a warm start may initialize anew. `renamed`: keys of `train` in older recipes, mapped to their name in
+    those that a warm start may initialize anew. `starts_from`: other methods whose drafts a training may start from,
+    see `adapt`. `fp32_tensors`: prefixes of tensors that an export keeps in fp32. `engine_methods`: methods of vLLM's
+    draft model whose calls `engine_taps` needs. `renamed`: keys of `train` in older recipes, mapped to their name in
     this method's section.
     """
 
@@ -116,6 +118,9 @@ class DraftMethod(ABC):
     normalizes_embeddings: bool = False
     adjustable: tuple[str, ...] = ()
     optional_tensors: tuple[str, ...] = ()
+    starts_from: tuple[str, ...] = ()
+    fp32_tensors: tuple[str, ...] = ()
+    engine_methods: tuple[str, ...] = ()
     renamed: Mapping[str, str] = MappingProxyType({})
 
     def check(self, section: DraftSection, target: Target) -> None:  # noqa: B027 (most methods have no more rules)
@@ -165,6 +170,10 @@ class DraftMethod(ABC):
         }
         return Published(folder.path, zero_based("layer_ids", found.layer_ids), facts, dict(folder.tensors))
 
+    def adapt(self, method: str, draft: Published) -> Published:
+        """Return a draft of another method, one of `starts_from`, in this method's terms."""
+        raise NotImplementedError(method, draft)
+
     def describe_trained(self, config: DraftConfig) -> Descriptor:
         """Return the descriptor of a draft trained here, without the fields that its export adds."""
         return Descriptor(
@@ -191,8 +200,9 @@ class DraftMethod(ABC):
     def engine_taps(self, noted: Mapping[str, list[Tensor]], model: nn.Module) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the engine's tensors that `bench parity` compares in addition to layers and logits.
 
-        `noted`: the inputs of each call of vLLM's draft model since the trace began: slots (input ids) and embeddings
-        of the first call.
+        `noted`: slots (input ids) and embeddings of the first call of vLLM's draft model since the trace began;
+        draft_logits, if the engine computes them in one go; for each of `engine_methods`, the results of all its
+        calls, and as `<name>.input` their first arguments.
         """
         return {}
 

@@ -7,7 +7,7 @@ inputs and outputs of the draft model's methods.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,8 +32,8 @@ class TraceExtension:
     model_runner: Any
     rank: int
 
-    def start_trace(self) -> None:
-        """Record inputs and outputs of the draft model's methods from now on."""
+    def start_trace(self, method: str) -> None:
+        """Record inputs and outputs of the draft model's methods from now on. `method`: the draft's."""
         self.trace_noted: dict[str, list[torch.Tensor]] = {}
         if hasattr(self, "trace_draft"):
             return
@@ -60,19 +60,31 @@ class TraceExtension:
                 note("embeddings", model.embed_input_ids(input_ids))
             return forward(input_ids, *args, **kwargs)
 
+        def noting(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+            original = getattr(model, name)
+
+            def call(argument: torch.Tensor) -> torch.Tensor:
+                result: torch.Tensor = original(argument)
+                note(f"{name}.input", argument)
+                note(name, result)
+                return result
+
+            return call
+
         model.combine_hidden_states = combine_hidden_states
         model.compute_logits = compute_logits
         model.forward = forward_noting
+        for name in METHODS[method].engine_methods:
+            setattr(model, name, noting(name))
 
     def take_trace(self, start: int, num_draft_tokens: int, method: str, path: str) -> None:
         """Write one request's tensors since `start_trace` as safetensors; its prompt has `start` tokens."""
         noted = self.trace_noted
         if self.rank != 0:
             return
-        found = {
-            "layers": torch.cat(noted["layers"])[:start],
-            "draft_logits": torch.cat(noted["draft_logits"])[:num_draft_tokens],
-        }
+        found = {"layers": torch.cat(noted["layers"])[:start]}
+        if "draft_logits" in noted:
+            found["draft_logits"] = torch.cat(noted["draft_logits"])[:num_draft_tokens]
         found |= METHODS[method].engine_taps(noted, self.trace_draft)
         offsets = getattr(self.trace_draft, "draft_id_to_target_id", None)
         if offsets is not None:
@@ -115,7 +127,7 @@ def trace_engine(
     with TemporaryDirectory() as folder:
         path = str(Path(folder) / "trace.safetensors")
         for sample_id, start, token_ids in samples:
-            llm.collective_rpc("start_trace")
+            llm.collective_rpc("start_trace", args=(method,))
             (answer,) = llm.generate([{"prompt_token_ids": token_ids[:start]}], parameters, use_tqdm=False)
             llm.collective_rpc("take_trace", args=(start, int(speculative["num_speculative_tokens"]), method, path))
             found = load_file(path)

@@ -181,7 +181,7 @@ def _open_draft(recipe: Recipe, target: Target, manifest: Manifest, asked: Evalu
 
 def acceptance_of(draft: Draft, head: TargetHead, samples: Iterable[StoredSample]) -> Acceptance:
     """Return the predicted acceptance on some samples."""
-    steps = [a for sample in samples for reply in walk(sample, draft.draft(sample, head)) for a in reply]
+    steps = [a for sample in samples for reply in walk(sample, draft.draft(sample, head).tokens) for a in reply]
     return Acceptance.from_steps(steps, draft.config.num_draft_tokens)
 
 
@@ -276,7 +276,7 @@ def _compare(walked: list[Walked], shifted: Shifted, config: DraftConfig) -> dic
 
 
 def _walk(draft: Draft, head: TargetHead, sample: StoredSample, sample_id: str) -> Walked:
-    found = walk_sample(sample, draft.draft(sample, head))
+    found = walk_sample(sample, draft.draft(sample, head).tokens)
     groups = {
         "by_mode": sample.metadata.get("thinking_mode", ""),
         "by_category": sample.metadata.get("category", ""),

@@ -89,9 +89,9 @@ def _write_weights(
     method: DraftMethod, config: DraftConfig, layout: str, weights: Path, recipe: Recipe, folder: Path
 ) -> None:
     """Write config.json and model.safetensors."""
-    dtype = DTYPES[recipe.export.dtype]
+    dtype, kept = DTYPES[recipe.export.dtype], method.fp32_tensors
     tensors = {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        name: (tensor.to(dtype) if tensor.is_floating_point() and not name.startswith(kept) else tensor).contiguous()
         for name, tensor in load_file(weights).items()
     }
     target = Target.here(recipe.target)

@@ -64,7 +64,7 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path, *, force: bo
     store, manifest = open_states(recipe, store_folder, target)
     config, start = make_config(recipe, target, manifest), None
     if section.init_from is not None:
-        start = open_start(section.init_from, recipe, target)
+        start = open_start(section.init_from, recipe, target, to_train=True)
         config = start_config(start, config, section)
     with start_processes(section.bf16) as processes:
         section.check_processes(processes.world)
@@ -185,7 +185,7 @@ def _prepare(job: Job, head: TargetHead, processes: Processes) -> Training:
     # Before FSDP2 wraps the draft: a wrapped layer may not be called before the whole model.
     at_start = None if job.start is None or run.steps() else _evaluate_start(job, job.start, draft, head, processes)
     model = processes.wrap(draft, section)
-    optimizers = make_optimizers(model, section)
+    optimizers = make_optimizers(model, section, draft.heads())
     return Training(recipe, section, config, run, processes, samples, head, draft, model, optimizers, at_start)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from common.errors import UserError
 from contracts.draft import DraftConfig
+from drafts import METHODS
 from drafts.draft import Draft
 from drafts.method import DraftMethod
 from drafts.published import read_draft
@@ -45,10 +46,16 @@ class Start:
         return hash_weights(self.draft.path)
 
 
-def open_start(folder: Path, recipe: Recipe, target: Target) -> Start:
-    """Read a draft. Raises UserError if it is of another method than the recipe's or does not fit the target."""
+def open_start(folder: Path, recipe: Recipe, target: Target, *, to_train: bool = False) -> Start:
+    """Read a draft, or, `to_train`, one of another method whose weights the recipe's method can take over.
+
+    Raises UserError if it is of another method than the recipe's or does not fit the target.
+    """
     method, draft = read_draft(folder, target.num_layers)
     named = recipe.training().draft.method
+    if to_train and method.name in METHODS[named].starts_from:
+        draft = METHODS[named].adapt(method.name, draft)
+        method = METHODS[named]
     if named != method.name:
         raise UserError(
             "train.draft.method",

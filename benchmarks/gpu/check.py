@@ -272,7 +272,7 @@ def check_evaluation(work: Work) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     before, started = work.peak_gib(), time.perf_counter()
     with work.processes.autocast():
-        drafted = draft.draft(sample, head)
+        drafted = draft.draft(sample, head).tokens
     _wait(work)
     figures = {"seconds": round(time.perf_counter() - started, 3), "GiB": round(work.peak_gib() - before, 2)}
     assert drafted.shape == (tokens, 7)

@@ -108,6 +108,8 @@ class DFlashMethod(DraftMethod):
     def describe(self, config: Mapping[str, Any]) -> Descriptor | None:
         inner = config.get("dflash_config") or {}
         is_ours = config.get("architectures") == ["DFlashDraftModel"] or inner
+        if "markov_rank" in inner:  # ModelOpt's and SpecForge's DSpark drafts, whose architecture is DFlash's
+            return None
         if config.get("speculators_model_type") != self.name and not is_ours:
             return None
         block_size = config.get("block_size", inner.get("block_size"))

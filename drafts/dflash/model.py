@@ -10,6 +10,7 @@ import torch
 from contracts.store import StoredSample
 from drafts.batch import Batch
 from drafts.block import BlockDraft, Blocks
+from drafts.draft import Drafted
 from drafts.loss_terms import Objective
 from drafts.moving import to_device
 from drafts.objective import LossOptions, StepLoss, fused_loss, greedy_tokens
@@ -37,17 +38,13 @@ class DFlash(BlockDraft):
 
     def draft_planned(
         self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, plan: Blocks, head: TargetHead
-    ) -> torch.Tensor:
-        return greedy_tokens(self.hidden(token_ids, aux_hidden_states, plan, head.embedding), head.lm_head)
+    ) -> Drafted:
+        return Drafted(greedy_tokens(self.hidden(token_ids, aux_hidden_states, plan, head.embedding), head.lm_head))
 
     @torch.inference_mode()
     def taps(self, sample: StoredSample, head: TargetHead, start: int) -> dict[str, torch.Tensor]:
-        mask, device = self.config.mask_token_id or 0, head.lm_head.device
-        ids = sample.input_ids.long()
+        ids, device = sample.input_ids.long(), head.lm_head.device
         blocks = to_device(self.plan_drafting(ids, sample.loss_mask, torch.tensor([start])), device)
         hidden = self.hidden(ids.to(device), sample.aux_hidden_states.to(device), blocks, head.embedding)
-        return {
-            "mask_token": torch.tensor(mask),
-            "mask_embedding": head.embedding[mask].float().cpu(),
-            "draft_logits": logits_of(hidden[0].to(head.lm_head.dtype), head.lm_head).cpu(),
-        }
+        logits = logits_of(hidden[0].to(head.lm_head.dtype), head.lm_head).cpu()
+        return {**self.mask_taps(head), "draft_logits": logits}

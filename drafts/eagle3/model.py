@@ -26,7 +26,7 @@ from common.errors import UserError
 from contracts.store import StoredSample
 from drafts.attention import KeyValues, Layout, attend, lay_out
 from drafts.batch import Batch
-from drafts.draft import Draft, Plan, as_input
+from drafts.draft import Draft, Drafted, Plan, as_input
 from drafts.eagle3.config import Eagle3Config, Eagle3Section
 from drafts.eagle3.vocabulary import choose_vocabulary
 from drafts.layers import GatedMLP, RMSNorm
@@ -152,6 +152,9 @@ class Eagle3(Draft):
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
             self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
             self._t2d_of_version = (-1, self.t2d)
+
+    def heads(self) -> list[nn.Module]:
+        return [] if self.lm_head is None else [self.lm_head]
 
     def layers_to_compile(self) -> list[nn.Module]:
         return [self.midlayer]
@@ -303,11 +306,12 @@ class Eagle3(Draft):
 
     def draft_planned(
         self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, plan: Chains, head: TargetHead
-    ) -> torch.Tensor:
+    ) -> Drafted:
         lm_head = self._lm_head(head)
-        return self._unroll_greedily(
+        tokens = self._unroll_greedily(
             token_ids, aux_hidden_states, plan, head, lambda hidden: greedy_tokens(hidden, lm_head)
         )
+        return Drafted(tokens)
 
     @torch.inference_mode()
     def draft_logits(

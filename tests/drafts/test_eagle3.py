@@ -113,7 +113,7 @@ def test_drafting_is_the_chain_that_serving_grows_token_by_token(
 ) -> None:
     batch = make_batch([length])
     sample = StoredSample(batch.token_ids, batch.loss_mask, batch.hidden_states, batch.aux_hidden_states, {})
-    drafted = draft.draft(sample, head)
+    drafted = draft.draft(sample, head).tokens
     chains, logits = draft.draft_logits(sample, head, chain_places(batch.loss_mask))
     assert torch.equal(chains, drafted[5:-1])
     for place in range(5, length - 1, stride):
@@ -189,5 +189,5 @@ def test_a_reduced_vocabulary_maps_both_ways_and_unknown_tokens_end_a_chain(draf
     found.loss_sum.backward()
     assert small.lm_head.weight.grad is not None
     sample = StoredSample(batch.token_ids, batch.loss_mask, batch.hidden_states, batch.aux_hidden_states, {})
-    drafted = small.draft(sample, head)
+    drafted = small.draft(sample, head).tokens
     assert set(drafted[drafted >= 0].tolist()) <= set(kept.tolist())

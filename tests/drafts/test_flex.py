@@ -21,6 +21,7 @@ from drafts.flex import TILE, attend_flex, plan_flex, plan_tiles
 from target.head import TargetHead
 
 GPU = torch.device("cuda")  # only named: layouts are planned on the CPU
+ATTENDS = {"dflash": "drafts.block", "eagle3": "drafts.eagle3.model"}
 BLOCK = 8
 CASES = [
     ([40, 25], [torch.arange(1, 38, 2), torch.tensor([3, 7, 20])]),
@@ -129,7 +130,7 @@ def test_batches_of_other_lengths_compile_nothing_anew(
     draft = _make_draft(method)
     monkeypatch.setattr(moving, "is_on_gpu", lambda _: True)
     monkeypatch.setattr(
-        sys.modules[type(draft).__module__],
+        sys.modules[ATTENDS[method]],
         "lay_out",
         lambda lengths, anchors, size, _, queries: lay_out(lengths, anchors, size, GPU, queries),
     )
@@ -149,7 +150,7 @@ def test_with_gradients_too_the_layers_around_attention_compile_once(
     draft = _make_draft(method).requires_grad_(True)
     monkeypatch.setattr(moving, "is_on_gpu", lambda _: True)
     monkeypatch.setattr(
-        sys.modules[type(draft).__module__],
+        sys.modules[ATTENDS[method]],
         "attend",
         lambda query, pairs, _: query * pairs.block_key.mean() + pairs.context_value.mean(),
     )

@@ -26,7 +26,7 @@ from contracts.draft import Descriptor, DraftConfig, DraftRun
 from contracts.store import Store, StoredSample
 from drafts import METHODS
 from drafts.batch import Batch
-from drafts.draft import Draft, Plan
+from drafts.draft import Draft, Drafted, Plan
 from drafts.method import DraftMethod, DraftSection, ExportFacts
 from drafts.objective import StepLoss, fused_loss
 from drafts.places import anchor_places
@@ -100,9 +100,9 @@ class Heads(Draft):
 
     def draft_planned(
         self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, plan: torch.Tensor, head: TargetHead
-    ) -> torch.Tensor:
+    ) -> Drafted:
         hidden = self.hidden(token_ids, aux_hidden_states.float(), plan, head)
-        return functional.linear(hidden, head.lm_head).argmax(-1)
+        return Drafted(functional.linear(hidden, head.lm_head).argmax(-1))
 
     @torch.inference_mode()
     def taps(self, sample: StoredSample, head: TargetHead, start: int) -> dict[str, torch.Tensor]:
@@ -183,5 +183,5 @@ def test_a_method_defined_outside_the_project_goes_through_all_stages(
 def test_the_union_of_sections_knows_the_new_method_and_its_keys(args: list[object], recipe_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown key 'num_hads'.*Did you mean 'num_heads'"):
         load_recipe(recipe_path, ["train.draft.method=heads", "train.draft.num_hads=2"])
-    with pytest.raises(UserError, match="known methods: dflash, eagle3, heads"):
+    with pytest.raises(UserError, match="known methods: dflash, dspark, eagle3, heads"):
         load_recipe(recipe_path, ["train.draft.method=tails"])

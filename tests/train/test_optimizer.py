@@ -21,7 +21,7 @@ class Model(nn.Module):
 
 def test_muon_updates_the_hidden_matrices_and_adamw_norms_and_lm_head(recipe_path: Path) -> None:
     model = Model()
-    adamw, muon = make_optimizers(model, load_recipe(recipe_path, ["train.optimizer=muon"]).training())
+    adamw, muon = make_optimizers(model, load_recipe(recipe_path, ["train.optimizer=muon"]).training(), [model.lm_head])
     assert isinstance(adamw, torch.optim.AdamW)
     assert isinstance(muon, torch.optim.Muon)
     of_adamw, of_muon = ({id(p) for group in o.param_groups for p in group["params"]} for o in (adamw, muon))

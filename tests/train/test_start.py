@@ -14,6 +14,7 @@ from conftest import read_lines, run, run_here
 from safetensors.torch import load_file, save_file
 from written import write_store
 
+from common.errors import UserError
 from contracts.draft import DraftRun
 from contracts.store import Store
 from drafts.draft import Draft
@@ -32,8 +33,15 @@ SETS = {
 }
 STEPS = 160
 FAST = (f"num_steps={STEPS}", "learning_rate=0.01", "global_batch_size=10", f"checkpoint_every={STEPS - 1}")
+DSPARK = f"method: dspark, num_speculative_tokens: 3, num_layers: 1, num_anchors: 60, markov_rank: 16, {SIZES}"
+SETS["dspark"] = ["--set", f"train.draft={{{DSPARK}}}"]
+SETS["dspark fill-in"] = ["--set", f"train.draft={{{DSPARK}, sample_from_anchor: false}}"]
 SETS["eagle3 low"] = SETS["eagle3"]
-LAYERS = {"dflash": (1, 2), "eagle3": (1, 2, 3), "eagle3 reduced": (1, 2, 3), "eagle3 low": (0, 1, 2)}
+LAYERS = {
+    **dict.fromkeys(("dflash", "dspark", "dspark fill-in"), (1, 2)),
+    **dict.fromkeys(("eagle3", "eagle3 reduced"), (1, 2, 3)),
+    "eagle3 low": (0, 1, 2),
+}
 
 
 class Trained:
@@ -89,7 +97,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, recipe_path: Path, target_
 
 
 @pytest.mark.parametrize("layout", ["native", "speculators"])
-@pytest.mark.parametrize("kind", ["dflash", "eagle3", "eagle3 reduced"])
+@pytest.mark.parametrize("kind", ["dflash", "dspark", "dspark fill-in", "eagle3", "eagle3 reduced"])
 def test_an_export_in_each_layout_evaluates_and_starts_as_its_checkpoint(
     trained: Trained, kind: str, layout: str, tmp_path: Path
 ) -> None:
@@ -121,6 +129,53 @@ def test_the_first_step_of_a_warm_start_is_the_one_that_training_would_go_on_wit
     (first,) = read_lines(tmp_path / "warm/metrics.jsonl")
     assert first["loss"] == pytest.approx(going_on["loss"], abs=2e-5)
     assert first["accuracy"] == going_on["accuracy"]
+
+
+def test_dspark_starts_from_a_dflash_draft_of_its_layout(trained: Trained, tmp_path: Path) -> None:
+    store, export = trained.store("dflash"), trained.export("dflash")
+    args = ["--run", trained.run("dflash").folder, "--store", store]
+    trained.eval("dflash", tmp_path / "dflash.json", *args)
+    expected = json.loads((tmp_path / "dflash.json").read_text())["acceptance_length"]
+    for folder in (export, trained.run("dflash").folder):
+        printed = trained.start("dspark fill-in", folder, tmp_path / folder.name).stdout
+        assert "newly initialized                  4  confidence_head.proj.bias, confidence_head.proj.weight" in printed
+        # The Markov head begins near 0.
+        assert f"predicted acceptance length {expected:.2f}" in printed
+    refused = trained.start("dspark", export, tmp_path / "shifted", check=False).stderr
+    assert "train.draft.sample_from_anchor: found True, expected False, as in the draft" in refused
+    refused = trained.eval("dspark", tmp_path / "x.json", "--draft", export, "--store", store, check=False).stderr
+    assert "train.draft.method: found dspark, expected dflash" in refused
+
+
+def test_dspark_drafts_of_modelopt_are_read_and_others_are_refused_by_name(trained: Trained, tmp_path: Path) -> None:
+    def modelopt(config: dict[str, Any], tensors: dict[str, Any]) -> None:
+        inner = {"mask_token_id": config.pop("mask_token_id"), "target_layer_ids": config.pop("target_layer_ids")}
+        inner |= {"markov_rank": config.pop("markov_rank"), "markov_head_type": "vanilla"}
+        inner |= {"shift_label": config.pop("sample_from_anchor"), "use_confidence_head": True}
+        for key in ("enable_confidence_head", "confidence_head_with_markov", "is_causal"):
+            config.pop(key)
+        config |= {"architectures": ["DFlashDraftModel"], "dflash_config": inner}
+        for name in list(tensors):
+            new = name.replace("markov_head.", "").replace("confidence_head.proj", "confidence_proj")
+            tensors[new] = tensors.pop(name)
+
+    expected = load_file(trained.export("dspark") / "model.safetensors")
+    method, found = read_draft(trained.changed("dspark", tmp_path / "modelopt", modelopt), 6)
+    assert method.name == "dspark"
+    assert found.facts["sample_from_anchor"]
+    assert found.facts["num_speculative_tokens"] == 3
+    assert all(torch.equal(found.weights[name], tensor) for name, tensor in expected.items())
+
+    for key, value, told in (
+        ("markov_head_type", "gated", "found gated, expected vanilla"),
+        ("is_causal", True, "attention is full both ways"),
+        ("draft_vocab_size", 100, "the whole vocabulary"),
+        ("confidence_head_with_markov", False, "found False, expected true"),
+    ):
+        folder = tmp_path / key
+        trained.changed("dspark", folder, lambda config, _, new={key: value}: config.update(new))  # type: ignore[misc]
+        with pytest.raises(UserError, match=told):
+            read_draft(folder, 6)
 
 
 def test_a_warm_start_with_held_out_conversations_evaluates_on_them_and_resumes_from_its_checkpoint(

@@ -1,0 +1,1 @@
+"""DSpark: a block draft with a sequential Markov head and a confidence head."""
