@@ -170,6 +170,10 @@ class DraftMethod(ABC):
         }
         return Published(folder.path, zero_based("layer_ids", found.layer_ids), facts, dict(folder.tensors))
 
+    def calibrate(self, weights: Mapping[str, Tensor], scale: float, shift: float) -> dict[str, Tensor]:
+        """Return weights with a scale and a shift of the confidences' logits folded in."""
+        raise NotImplementedError(self.name, weights, scale, shift)
+
     def adapt(self, method: str, draft: Published) -> Published:
         """Return a draft of another method, one of `starts_from`, in this method's terms."""
         raise NotImplementedError(method, draft)

@@ -113,5 +113,21 @@ def _acceptance(figures: dict[str, Any] | None, num_tokens: int) -> str:
         f"Simulated on {figures['samples']} held-out samples: acceptance length {figures['acceptance_length']:.3f} "
         f"(95% interval {low:.3f} to {high:.3f}) at K = {num_tokens}; by position "
         f"{', '.join(f'{share:.3f}' for share in figures['per_position'])}.\n\n"
-        f"| thinking mode | acceptance length | steps |\n|---|---|---|\n{rows}"
+        f"| thinking mode | acceptance length | steps |\n|---|---|---|\n{rows}{_confidence(figures)}"
+    )
+
+
+def _confidence(figures: dict[str, Any]) -> str:
+    """Return the reliability of the confidences by position; "" if the draft has none."""
+    if "confidence" not in figures:
+        return ""
+    found = figures["confidence"]
+    rows = "\n".join(
+        f"| {at['position']} | {at['tried']} | {at['accepted']:.3f} | {at['calibrated']:.3f} |"
+        for at in found["by_position"]
+    )
+    return (
+        f"\n\nConfidence head, calibrated on the same samples: expected calibration error "
+        f"{found['calibrated_error']:.3f} ({found['calibration_error']:.3f} before).\n\n"
+        f"| draft token | tried | accepted | mean confidence |\n|---|---|---|---|\n{rows}"
     )

@@ -3,7 +3,7 @@
 Reads:  a training run's chosen checkpoint, with the rope of its export, or a published draft's folder; and a store of
         held-out conversations.
 Writes: OUTPUT (JSON): acceptance length with its bootstrap interval and per position; by thinking mode, category,
-        length and temperature.
+        length and temperature; the reliability of the draft's confidences, if it has some.
 
 The walk of one reply: the first token comes from the prefill and is the first anchor. Draft a block there, accept the
 prefix that agrees with the generated tokens, add the target's own next token, and continue from it. The last block ends
@@ -38,6 +38,7 @@ from recipe.recipe import Recipe
 from target.head import TargetHead, read_head
 from target.sampling import Context, probabilities_of
 from target.target import Target
+from train.confidence import Tried, summarize_confidence, tried_of
 from train.data import AnyStore, open_states
 from train.draft import load_served, served_config, suppose_config
 from train.footprint import measure_drafting
@@ -55,11 +56,12 @@ MANY = 64
 @dataclass
 class Walk:
     """Accepted draft tokens of each step, by reply; and each draft token that was tried, with the row of the state that
-    verifies it."""
+    verifies it and its slot in the block, from 0."""
 
     replies: list[list[int]] = field(default_factory=list)
     tried_rows: list[int] = field(default_factory=list)
     tried_tokens: list[int] = field(default_factory=list)
+    tried_slots: list[int] = field(default_factory=list)
 
     @property
     def steps(self) -> list[int]:
@@ -148,6 +150,11 @@ def _print(report: dict[str, Any], config: DraftConfig, output: Path) -> None:
         f"{report['expected_acceptance_length']:.3f}, at K = {config.num_draft_tokens} (simulated) over "
         f"{report['samples']} samples, {report['steps']} steps -> {output}"
     )
+    if confidence := report.get("confidence"):
+        print(
+            f"eval: confidences are off by {confidence['calibration_error']:.3f} on average, "
+            f"{confidence['calibrated_error']:.3f} after calibration (train export --eval folds it in)"
+        )
     for line in report.get("shifted_layers", []):
         low, high = line["gain"]
         verdict = "the folder's layer ids are off by one" if low > 0 else "no better"
@@ -225,12 +232,16 @@ def _check_store(folder: Path, manifest: Manifest, config: DraftConfig, target: 
 
 @dataclass(frozen=True)
 class Walked:
-    """One walked sample: accepted tokens by reply, their expectation, and the groups that it belongs to."""
+    """One walked sample: accepted tokens by reply, their expectation, and the groups that it belongs to.
+
+    `tried`: the draft tokens that were tried, if the draft has confidences.
+    """
 
     sample: str
     accepted: list[list[int]]
     expected: float
     groups: dict[str, str]
+    tried: Tried | None = None
 
     def acceptance(self, num_tokens: int) -> Acceptance:
         return Acceptance.from_steps([a for reply in self.accepted for a in reply], num_tokens)
@@ -276,14 +287,20 @@ def _compare(walked: list[Walked], shifted: Shifted, config: DraftConfig) -> dic
 
 
 def _walk(draft: Draft, head: TargetHead, sample: StoredSample, sample_id: str) -> Walked:
-    found = walk_sample(sample, draft.draft(sample, head).tokens)
+    drafted = draft.draft(sample, head)
+    found = walk_sample(sample, drafted.tokens)
     groups = {
         "by_mode": sample.metadata.get("thinking_mode", ""),
         "by_category": sample.metadata.get("category", ""),
         "by_length": length_bucket(sample.num_tokens),
         "by_temperature": sample.metadata.get("temperature", ""),
     }
-    return Walked(sample_id, found.replies, expected_acceptances(found, sample, head), groups)
+    expected, tried = expected_acceptances(found, sample, head), None
+    if drafted.confidence is not None:
+        pairs = zip(found.tried_rows, found.tried_tokens, strict=True)
+        accepted = [int(sample.input_ids[row + 1]) == token for row, token in pairs]
+        tried = tried_of(found.tried_rows, found.tried_slots, drafted.confidence, accepted)
+    return Walked(sample_id, found.replies, expected, groups, tried)
 
 
 def _report(walked: list[Walked], num_tokens: int) -> dict[str, Any]:
@@ -303,8 +320,15 @@ def _report(walked: list[Walked], num_tokens: int) -> dict[str, Any]:
             for name, by_key in groups.items()
         },
         "samples": len(walked),
+        **_confidence(walked),
         "walks": [{"sample": one.sample, "accepted": one.accepted} for one in walked],
     }
+
+
+def _confidence(walked: list[Walked]) -> dict[str, Any]:
+    """Return the report's part on confidences; empty if the draft has none."""
+    parts = [one.tried for one in walked if one.tried is not None]
+    return {"confidence": summarize_confidence(parts)} if parts else {}
 
 
 def _refuse_unfit(
@@ -351,6 +375,7 @@ def walk_sample(sample: StoredSample, drafted: torch.Tensor) -> Walk:
             while count < len(block) and place + 1 + count < end:
                 found.tried_rows.append(place + count)
                 found.tried_tokens.append(block[count])
+                found.tried_slots.append(count)
                 if block[count] != tokens[place + 1 + count]:
                     break
                 count += 1

@@ -9,6 +9,7 @@ Writes: OUTPUT/config.json and model.safetensors (without embedding and lm_head:
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def export(
     shutil.rmtree(temporary, ignore_errors=True)
     with explain_unwritable(output):
         temporary.mkdir(parents=True)
-    _write_weights(method, config, layout, weights, recipe, temporary)
+    source = _Source(weights, _calibration(evaluated, weights))
+    _write_weights(method, config, layout, source, recipe, temporary)
     write_json(temporary / DESCRIPTOR_FILE, descriptor.model_dump(mode="json"))
     speeds = figures.read_speeds(fingerprint_draft(recipe, temporary))
     card = make_card(config, recipe, descriptor, evaluated, speeds)
@@ -85,14 +87,40 @@ def export(
     print(f"export: {weights.parent.name} -> {output}")
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint's weights, and the scale and shift of its confidences; None if it has none or they are unknown."""
+
+    weights: Path
+    calibration: tuple[float, float] | None
+
+
+def _calibration(evaluated: dict[str, Any] | None, weights: Path) -> tuple[float, float] | None:
+    """Return the calibration that an evaluation found. Raises UserError if it is of other weights."""
+    found = (evaluated or {}).get("confidence")
+    if evaluated is None or found is None:
+        return None
+    if (evaluated.get("inputs") or {}).get("draft") != hash_file(weights):
+        raise UserError(
+            "--eval",
+            found="an evaluation of another checkpoint",
+            expected=f"one of {weights.parent.name}, whose confidences it calibrates",
+            fix="Run `train eval` on this run.",
+        )
+    return float(found["scale"]), float(found["shift"])
+
+
 def _write_weights(
-    method: DraftMethod, config: DraftConfig, layout: str, weights: Path, recipe: Recipe, folder: Path
+    method: DraftMethod, config: DraftConfig, layout: str, source: _Source, recipe: Recipe, folder: Path
 ) -> None:
     """Write config.json and model.safetensors."""
+    loaded = load_file(source.weights)
+    if source.calibration is not None:
+        loaded = method.calibrate(loaded, *source.calibration)
     dtype, kept = DTYPES[recipe.export.dtype], method.fp32_tensors
     tensors = {
         name: (tensor.to(dtype) if tensor.is_floating_point() and not name.startswith(kept) else tensor).contiguous()
-        for name, tensor in load_file(weights).items()
+        for name, tensor in loaded.items()
     }
     target = Target.here(recipe.target)
     facts = ExportFacts(

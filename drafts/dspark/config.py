@@ -188,6 +188,14 @@ class DSparkMethod(DraftMethod):
                 raise folder.refuse(key, "none", "one")
         return read_transformer(folder, _layer_ids(folder.config), _our_name, own)
 
+    def calibrate(self, weights: Mapping[str, Tensor], scale: float, shift: float) -> dict[str, Tensor]:
+        weight, bias = weights["confidence_head.proj.weight"], weights["confidence_head.proj.bias"]
+        return {
+            **weights,
+            "confidence_head.proj.weight": weight * scale,
+            "confidence_head.proj.bias": bias * scale + shift,
+        }
+
     def adapt(self, method: str, draft: Published) -> Published:
         assert method == "dflash"
         facts = {key: value for key, value in draft.facts.items() if key != "block_size"}
