@@ -7,7 +7,7 @@ exported checkpoint; embedding and lm_head are the target's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -113,19 +113,42 @@ class Draft(nn.Module, ABC):
     ) -> Drafted:
         """Draft greedily after the planned positions. Shapes: (T,) and (T, n*H)."""
 
+    @abstractmethod
+    def score_planned(
+        self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, plan: Any, head: TargetHead, temperature: float
+    ) -> torch.Tensor:
+        """Return the probability that the draft samples each generated token, given that it sampled those before it.
+
+        Shapes: (T,) and (T, n*H) -> (N, K); positions after a reply's end have any value.
+        """
+
+    @torch.inference_mode()
+    def score(self, sample: StoredSample, head: TargetHead, temperature: float) -> torch.Tensor:
+        """Return `score_planned` after every position that serving can draft from: (T, K) on the CPU, else 0."""
+        scores = torch.zeros((sample.num_tokens, self.config.num_draft_tokens))
+        for places, ids, aux, plan in self._by_places(sample, head.lm_head.device):
+            scores[places] = self.score_planned(ids, aux, plan, head, temperature).float().cpu()
+        return scores
+
+    def _by_places(
+        self, sample: StoredSample, device: torch.device
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]]:
+        """Yield positions that serving can draft from, with tokens, captured states and their plan on the device."""
+        ids = sample.input_ids.long()
+        token_ids, aux = to_device((ids, sample.aux_hidden_states), device)
+        for places in self.places(sample.loss_mask).split(PLACES_AT_ONCE):
+            yield places, token_ids, aux, to_device(self.plan_drafting(ids, sample.loss_mask, places), device)
+
     @torch.inference_mode()
     def draft(self, sample: StoredSample, head: TargetHead) -> Drafted:
         """Draft greedily after every position that serving can draft from.
 
         Shapes: (T, K) on the CPU, the tokens -1 at all other positions.
         """
-        device, ids = head.lm_head.device, sample.input_ids.long()
         tokens = torch.full((sample.num_tokens, self.config.num_draft_tokens), -1)
         confidence = None
-        token_ids, aux = to_device((ids, sample.aux_hidden_states), device)
-        for places in self.places(sample.loss_mask).split(PLACES_AT_ONCE):
-            plan = to_device(self.plan_drafting(ids, sample.loss_mask, places), device)
-            found = self.draft_planned(token_ids, aux, plan, head)
+        for places, ids, aux, plan in self._by_places(sample, head.lm_head.device):
+            found = self.draft_planned(ids, aux, plan, head)
             tokens[places] = found.tokens.cpu()
             if found.confidence is not None:
                 confidence = tokens.new_zeros(tokens.shape, dtype=torch.float32) if confidence is None else confidence

@@ -219,6 +219,24 @@ def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 @torch.no_grad()
+def label_log_probs(
+    hidden: torch.Tensor, lm_head: torch.Tensor, labels: torch.Tensor, temperature: float, bias: Bias | None = None
+) -> torch.Tensor:
+    """Return the draft's log-probability of each label at a temperature; never holds the logits of more than a chunk.
+
+    Shapes: hidden (..., H), lm_head (V, H), labels (...), bias of as many rows -> (...).
+    """
+    rows, flat = hidden.flatten(0, -2).to(lm_head.dtype), labels.flatten()[:, None]
+    found = []
+    for part in chunks(len(rows), lm_head.shape[0], device=rows.device):
+        logits = logits_of(rows[part], lm_head)
+        if bias is not None:
+            logits += logits_of(bias.states[part].to(bias.weight.dtype), bias.weight)
+        found.append(logits.div_(temperature).log_softmax(-1).gather(1, flat[part])[:, 0])
+    return torch.cat(found).view(labels.shape)
+
+
+@torch.no_grad()
 def greedy_tokens(hidden: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
     """Return the most likely token of each row; never holds the logits of more rows than a chunk.
 

@@ -11,14 +11,14 @@ at the reply's last token: tokens that a server verifies beyond it are discarded
 
 Sampled replies are walked the same way: rejection sampling accepts a greedily drafted token d with the target's
 probability q(d), which is also how often the reply has d there. The report also has the expected acceptance, which
-counts q(d) instead of 0 or 1 for each token that was tried: the same mean, with less noise.
+counts q(d) instead of 0 or 1 for each token that was tried: the same mean, with less noise. For drafts that are
+sampled, too, see train/sampled_drafts.py.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ from drafts.places import spans_of
 from drafts.published import read_config
 from recipe.recipe import Recipe
 from target.head import TargetHead, read_head
-from target.sampling import Context, probabilities_of
 from target.target import Target
 from train.confidence import Tried, summarize_confidence, tried_of
 from train.data import AnyStore, open_states
@@ -44,28 +43,14 @@ from train.draft import load_served, served_config, suppose_config
 from train.footprint import measure_drafting
 from train.plan import Machine, refuse_unfit, suppose_masks, work_of
 from train.processes import Processes, start_processes
+from train.sampled_drafts import Expected, expect_steps
 from train.start import Start, load_start, open_start, own_config
+from train.walk import expected_acceptances, ratios_of, temperature_of, walk, walk_sample
 
-ROWS_PER_CHUNK = 1024
 FEW = 8
 """Samples of an evaluation that only an error message needs."""
 MANY = 64
 """Samples that are walked again with shifted layers."""
-
-
-@dataclass
-class Walk:
-    """Accepted draft tokens of each step, by reply; and each draft token that was tried, with the row of the state that
-    verifies it and its slot in the block, from 0."""
-
-    replies: list[list[int]] = field(default_factory=list)
-    tried_rows: list[int] = field(default_factory=list)
-    tried_tokens: list[int] = field(default_factory=list)
-    tried_slots: list[int] = field(default_factory=list)
-
-    @property
-    def steps(self) -> list[int]:
-        return [accepted for reply in self.replies for accepted in reply]
 
 
 @dataclass(frozen=True)
@@ -150,6 +135,11 @@ def _print(report: dict[str, Any], config: DraftConfig, output: Path) -> None:
         f"{report['expected_acceptance_length']:.3f}, at K = {config.num_draft_tokens} (simulated) over "
         f"{report['samples']} samples, {report['steps']} steps -> {output}"
     )
+    if sampled := report.get("sampled_drafts"):
+        print(
+            f"eval: with draft_sample_method probabilistic: {sampled['acceptance_length']:.3f} on the "
+            f"{sampled['samples']} sampled ones"
+        )
     if confidence := report.get("confidence"):
         print(
             f"eval: confidences are off by {confidence['calibration_error']:.3f} on average, "
@@ -234,7 +224,8 @@ def _check_store(folder: Path, manifest: Manifest, config: DraftConfig, target: 
 class Walked:
     """One walked sample: accepted tokens by reply, their expectation, and the groups that it belongs to.
 
-    `tried`: the draft tokens that were tried, if the draft has confidences.
+    `tried`: the draft tokens that were tried, if the draft has confidences. `sampled`: what is expected if draft tokens
+    are sampled, for a sampled reply.
     """
 
     sample: str
@@ -242,6 +233,7 @@ class Walked:
     expected: float
     groups: dict[str, str]
     tried: Tried | None = None
+    sampled: Expected | None = None
 
     def acceptance(self, num_tokens: int) -> Acceptance:
         return Acceptance.from_steps([a for reply in self.accepted for a in reply], num_tokens)
@@ -295,12 +287,15 @@ def _walk(draft: Draft, head: TargetHead, sample: StoredSample, sample_id: str) 
         "by_length": length_bucket(sample.num_tokens),
         "by_temperature": sample.metadata.get("temperature", ""),
     }
-    expected, tried = expected_acceptances(found, sample, head), None
+    expected, tried, sampled = expected_acceptances(found, sample, head), None, None
     if drafted.confidence is not None:
         pairs = zip(found.tried_rows, found.tried_tokens, strict=True)
         accepted = [int(sample.input_ids[row + 1]) == token for row, token in pairs]
         tried = tried_of(found.tried_rows, found.tried_slots, drafted.confidence, accepted)
-    return Walked(sample_id, found.replies, expected, groups, tried)
+    if temperature_of(sample) > 0.0:
+        scores = draft.score(sample, head, temperature_of(sample))
+        sampled = expect_steps(ratios_of(sample, head, scores), spans_of(sample.loss_mask))
+    return Walked(sample_id, found.replies, expected, groups, tried, sampled)
 
 
 def _report(walked: list[Walked], num_tokens: int) -> dict[str, Any]:
@@ -321,6 +316,7 @@ def _report(walked: list[Walked], num_tokens: int) -> dict[str, Any]:
         },
         "samples": len(walked),
         **_confidence(walked),
+        **_sampled(walked),
         "walks": [{"sample": one.sample, "accepted": one.accepted} for one in walked],
     }
 
@@ -329,6 +325,12 @@ def _confidence(walked: list[Walked]) -> dict[str, Any]:
     """Return the report's part on confidences; empty if the draft has none."""
     parts = [one.tried for one in walked if one.tried is not None]
     return {"confidence": summarize_confidence(parts)} if parts else {}
+
+
+def _sampled(walked: list[Walked]) -> dict[str, Any]:
+    """Return the report's part on sampled drafts; empty without sampled replies."""
+    parts = [one.sampled for one in walked if one.sampled is not None]
+    return {"sampled_drafts": {"samples": len(parts), **Expected.pool(parts).summary()}} if parts else {}
 
 
 def _refuse_unfit(
@@ -355,52 +357,3 @@ def length_bucket(num_tokens: int) -> str:
     while bound < num_tokens:
         bound *= 2
     return f"<= {bound:06d} tokens"
-
-
-def walk(sample: StoredSample, drafted: torch.Tensor) -> list[list[int]]:
-    """Return the accepted draft tokens of each step, by reply. `drafted` is `(T, K)`, from `Draft.draft`."""
-    return walk_sample(sample, drafted).replies
-
-
-def walk_sample(sample: StoredSample, drafted: torch.Tensor) -> Walk:
-    """Walk all replies of a sample. `drafted` is `(T, K)`: the draft tokens after each position."""
-    tokens = sample.input_ids.tolist()
-    found = Walk()
-    for start, end in spans_of(sample.loss_mask):
-        accepted = []
-        place = start
-        while place < end - 1:
-            block = drafted[place].tolist()
-            count = 0
-            while count < len(block) and place + 1 + count < end:
-                found.tried_rows.append(place + count)
-                found.tried_tokens.append(block[count])
-                found.tried_slots.append(count)
-                if block[count] != tokens[place + 1 + count]:
-                    break
-                count += 1
-            accepted.append(count)
-            place += count + 1
-        found.replies.append(accepted)
-    return found
-
-
-@torch.inference_mode()
-def expected_acceptances(found: Walk, sample: StoredSample, head: TargetHead) -> float:
-    """Return the target's summed probability of all tried tokens; for a greedy sample, the accepted ones."""
-    if not found.tried_rows:
-        return 0.0
-    temperature = sample.metadata.get("temperature", "")
-    if not temperature or float(temperature) == 0.0:
-        return float(sum(found.steps))
-    sampling = {**json.loads(sample.metadata.get("sampling") or "{}"), "temperature": temperature}
-    rows, tokens = torch.tensor(found.tried_rows), torch.tensor(found.tried_tokens)
-    starts = torch.tensor([start for start, _ in spans_of(sample.loss_mask)])
-    total = 0.0
-    for part, drafted in zip(rows.split(ROWS_PER_CHUNK), tokens.split(ROWS_PER_CHUNK), strict=True):
-        prompt_lengths = starts[torch.searchsorted(starts, part, right=True) - 1]
-        context = Context(sample.input_ids, part + 1, prompt_lengths)
-        logits = head.logits(sample.hidden_states[part].to(head.lm_head.device))
-        q = probabilities_of(sampling, logits, context.to(logits.device)).cpu()
-        total += float(q.gather(1, drafted[:, None]).sum())
-    return total

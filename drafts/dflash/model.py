@@ -13,7 +13,7 @@ from drafts.block import BlockDraft, Blocks
 from drafts.draft import Drafted
 from drafts.loss_terms import Objective
 from drafts.moving import to_device
-from drafts.objective import LossOptions, StepLoss, fused_loss, greedy_tokens
+from drafts.objective import LossOptions, StepLoss, fused_loss, greedy_tokens, label_log_probs
 from drafts.teacher import make_teacher
 from target.head import TargetHead, logits_of
 
@@ -40,6 +40,17 @@ class DFlash(BlockDraft):
         self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, plan: Blocks, head: TargetHead
     ) -> Drafted:
         return Drafted(greedy_tokens(self.hidden(token_ids, aux_hidden_states, plan, head.embedding), head.lm_head))
+
+    def score_planned(
+        self,
+        token_ids: torch.Tensor,
+        aux_hidden_states: torch.Tensor,
+        plan: Blocks,
+        head: TargetHead,
+        temperature: float,
+    ) -> torch.Tensor:
+        hidden = self.hidden(token_ids, aux_hidden_states, plan, head.embedding)
+        return label_log_probs(hidden, head.lm_head, plan.labels, temperature).exp()
 
     @torch.inference_mode()
     def taps(self, sample: StoredSample, head: TargetHead, start: int) -> dict[str, torch.Tensor]:

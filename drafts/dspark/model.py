@@ -25,7 +25,7 @@ from drafts.draft import Drafted
 from drafts.dspark.config import DSparkConfig, DSparkSection
 from drafts.loss_terms import Objective
 from drafts.moving import to_device
-from drafts.objective import Bias, LossOptions, StepLoss, fused_loss
+from drafts.objective import Bias, LossOptions, StepLoss, fused_loss, label_log_probs
 from drafts.slot_weights import slot_decay
 from drafts.teacher import make_teacher
 from target.head import TargetHead, logits_of
@@ -92,9 +92,7 @@ class DSpark(BlockDraft):
         assert self.section is not None
         hidden = self.hidden(batch.token_ids, batch.aux_hidden_states, blocks, head.embedding)
         hidden = hidden.flatten(0, 1).index_select(0, blocks.slots)
-        anchors = batch.token_ids[blocks.layout.anchor_rows][:, None]
-        before = torch.cat([anchors, blocks.labels[:, :-1]], dim=1)
-        embedded = self.markov_head.markov_w1(before.view(-1)[blocks.slots])
+        embedded = self._embed_before(batch.token_ids, blocks).flatten(0, 1).index_select(0, blocks.slots)
         weights, bounds = self.block_weights(blocks)
         teacher = None if blocks.teacher is None else make_teacher(head, batch.hidden_states, blocks.teacher)
         found = fused_loss(
@@ -121,6 +119,24 @@ class DSpark(BlockDraft):
         found = [self._walk(hidden[rows], anchors[rows], head) for rows in parts]
         tokens, confidence = (torch.cat(part) for part in zip(*found, strict=True))
         return Drafted(tokens, confidence if self.confidence_head is not None else None)
+
+    def score_planned(
+        self,
+        token_ids: torch.Tensor,
+        aux_hidden_states: torch.Tensor,
+        plan: Blocks,
+        head: TargetHead,
+        temperature: float,
+    ) -> torch.Tensor:
+        hidden = self.hidden(token_ids, aux_hidden_states, plan, head.embedding)
+        bias = Bias(self._embed_before(token_ids, plan).flatten(0, 1), self.markov_head.markov_w2.weight)
+        return label_log_probs(hidden, head.lm_head, plan.labels, temperature, bias).exp()
+
+    def _embed_before(self, token_ids: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+        """Return the Markov embedding of the generated token before each slot, (A, K, r)."""
+        anchors = token_ids[blocks.layout.anchor_rows][:, None]
+        embedded: torch.Tensor = self.markov_head.markov_w1(torch.cat([anchors, blocks.labels[:, :-1]], dim=1))
+        return embedded
 
     def _walk(self, hidden: torch.Tensor, anchors: torch.Tensor, head: TargetHead) -> tuple[torch.Tensor, torch.Tensor]:
         """Draft greedily, slot by slot; return tokens and confidences, which are 0 without the head.

@@ -32,7 +32,7 @@ from drafts.eagle3.vocabulary import choose_vocabulary
 from drafts.layers import GatedMLP, RMSNorm
 from drafts.loss_terms import Objective
 from drafts.moving import to_device
-from drafts.objective import LossOptions, StepLoss, fused_loss, greedy_tokens
+from drafts.objective import LossOptions, StepLoss, fused_loss, greedy_tokens, label_log_probs
 from drafts.places import anchor_places
 from drafts.rope import Rope, Tables, rotate
 from drafts.teacher import TeacherRows, make_teacher
@@ -312,6 +312,21 @@ class Eagle3(Draft):
             token_ids, aux_hidden_states, plan, head, lambda hidden: greedy_tokens(hidden, lm_head)
         )
         return Drafted(tokens)
+
+    def score_planned(
+        self,
+        token_ids: torch.Tensor,
+        aux_hidden_states: torch.Tensor,
+        plan: Chains,
+        head: TargetHead,
+        temperature: float,
+    ) -> torch.Tensor:
+        def given(step: int) -> torch.Tensor:
+            return token_ids[(plan.places + step).clamp(max=len(token_ids) - 1)]
+
+        hidden = torch.stack(list(self._unroll(token_ids, aux_hidden_states, plan, head.embedding, given)), dim=1)
+        scores = label_log_probs(self.norm(hidden), self._lm_head(head), plan.labels.clamp(min=0), temperature).exp()
+        return scores * plan.valid  # 0 at and after a token that the draft does not know
 
     @torch.inference_mode()
     def draft_logits(

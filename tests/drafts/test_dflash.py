@@ -17,7 +17,7 @@ from drafts.dflash.model import DFlash
 from drafts.draft import init_weights
 from drafts.places import spans_of
 from target.head import TargetHead
-from train.evaluate import expected_acceptances, walk, walk_sample
+from train.walk import expected_acceptances, walk, walk_sample
 
 VOCABULARY, HIDDEN, BLOCK = 40, 16, 4
 

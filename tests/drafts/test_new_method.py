@@ -104,6 +104,15 @@ class Heads(Draft):
         hidden = self.hidden(token_ids, aux_hidden_states.float(), plan, head)
         return Drafted(functional.linear(hidden, head.lm_head).argmax(-1))
 
+    def score_planned(
+        self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, plan: torch.Tensor, head: TargetHead, t: float
+    ) -> torch.Tensor:
+        hidden = self.hidden(token_ids, aux_hidden_states.float(), plan, head)
+        wanted = (plan[:, None] + torch.arange(1, hidden.shape[1] + 1)).clamp(max=len(token_ids) - 1)
+        return (
+            functional.linear(hidden, head.lm_head).div(t).softmax(-1).gather(2, token_ids[wanted][..., None])[..., 0]
+        )
+
     @torch.inference_mode()
     def taps(self, sample: StoredSample, head: TargetHead, start: int) -> dict[str, torch.Tensor]:
         return {"draft_logits": self.logits(sample, head, torch.tensor([start]))[0]}
