@@ -14,13 +14,17 @@ DEVICE_CHUNK_ROWS = 2048
 
 
 def chunks(
-    num_rows: int, vocab_size: int, bounds: Sequence[int] | None = None, device: torch.device = CPU
+    num_rows: int,
+    vocab_size: int,
+    bounds: Sequence[int] | None = None,
+    device: torch.device = CPU,
+    parts: int = 1,
 ) -> list[slice]:
     """Return slices of rows whose logits fit into a CPU's cache, or that fill another device.
 
-    With `bounds`, each slice ends at one of them.
+    With `bounds`, each slice ends at one of them. `parts`: on another device, by how many times fewer rows a slice has.
     """
-    size = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size) if device.type == "cpu" else DEVICE_CHUNK_ROWS
+    size = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size) if device.type == "cpu" else DEVICE_CHUNK_ROWS // parts
     ends = [*range(size, num_rows, size), num_rows] if bounds is None else []
     start = 0
     for bound in bounds or []:

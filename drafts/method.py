@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 ObjectiveName = Literal["tokens", "distill", "reverse_kl", "tv", "nla", "lk_hybrid", "top_k_kl"]
 """A term of the training objective; drafts/loss_terms.py computes them."""
 
+SlotWeights = Literal["decay", "dpace", "e2e_tv"]
+"""How the draft tokens of a block weigh in the loss; drafts/slot_weights.py computes them."""
+
 TOKENS: ObjectiveName = "tokens"
 NATIVE = "native"
 SPECULATORS = "speculators"
@@ -78,6 +81,17 @@ class TransformerSection(DraftSection):
     num_key_value_heads: int = Field(gt=0)
     head_dim: int = Field(default=128, gt=0)
     intermediate_size: int = Field(gt=0)
+    slot_weights: SlotWeights = Field(
+        default="decay",
+        description="weights of a block's draft tokens: static decay, D-PACE, or end-to-end total variation",
+    )
+    dpace_smoothing: float = Field(default=0.5, ge=0, le=1, description="D-PACE: a of q~ = (1-a)*q + a")
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> TransformerSection:
+        if self.slot_weights == "e2e_tv" and self.objective != "tv":
+            raise ValueError("slot_weights e2e_tv needs objective tv: the weights follow from its losses")
+        return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TransformerSection:

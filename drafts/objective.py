@@ -165,7 +165,9 @@ class _FusedLoss(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         accepted = torch.zeros_like(losses)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for rows in chunks(len(hidden), lm_head.shape[0], options.bounds, hidden.device):
+        # Other terms than cross-entropy hold about twice as many tensors of the logits' size.
+        parts = 1 if options.fast_term else 2
+        for rows in chunks(len(hidden), lm_head.shape[0], options.bounds, hidden.device, parts):
             logits = logits_of(factors[0].states[rows], factors[0].weight)
             for factor in factors[1:]:
                 logits += logits_of(factor.states[rows], factor.weight)

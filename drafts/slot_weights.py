@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from drafts.chunks import CPU
+from drafts.method import SlotWeights
 
-Kind = Literal["decay", "dpace", "e2e_tv"]
 Weights = torch.Tensor | Callable[[slice, torch.Tensor], torch.Tensor]
 """Weights (N,), or a function from a slice of rows and their losses to their weights."""
 
@@ -34,7 +34,7 @@ class BlockWeights(NamedTuple):
     bounds: list[int] | None = None
 
 
-def make_block_weights(kind: Kind, by_slot: torch.Tensor, smoothing: float, plan: HasSlots) -> BlockWeights:
+def make_block_weights(kind: SlotWeights, by_slot: torch.Tensor, smoothing: float, plan: HasSlots) -> BlockWeights:
     """Return the weights of the supervised slots of a plan. Shapes: by_slot (K,), the static weights.
 
     `dpace` and `e2e_tv` need the losses of whole blocks.

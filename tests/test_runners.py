@@ -26,7 +26,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(900)]
 V1 = "vllm.v1.worker.cpu_model_runner.CPUModelRunner"
 V2 = "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
 V1_MENDS = ["keep_seeded_generators_usable", "expand_sampling_parameters", "accept_empty_top_k"]
-METHODS = ["dflash", "eagle3"]
+METHODS = ["dflash", "dspark", "eagle3"]
+V2_ONLY = {"dspark"}
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def runner(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 class Trained:
     """A draft of the tiny pipeline: the recipe's flags, its run, its export, and the predicted acceptance."""
 
+    method: str
     args: list[str]
     run: Path
     export: Path
@@ -86,15 +88,21 @@ class Trained:
 def trained(request: pytest.FixtureRequest, pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     args = ["--recipe", str(RECIPE), *overrides(pipeline)]
     if request.param == "dflash":
-        return Trained(args, pipeline / "draft", pipeline / "export", pipeline / "eval.json")
-    folder = tmp_path_factory.mktemp("eagle3")
-    args += ["--set", "train.draft.method=eagle3", "--set", "train.draft.num_speculative_tokens=3"]
-    found = Trained(args, folder / "draft", folder / "export", folder / "eval.json")
+        return Trained(request.param, args, pipeline / "draft", pipeline / "export", pipeline / "eval.json")
+    folder = tmp_path_factory.mktemp(request.param)
+    args += ["--set", f"train.draft.method={request.param}", "--set", "train.draft.num_speculative_tokens=3"]
+    found = Trained(request.param, args, folder / "draft", folder / "export", folder / "eval.json")
     run("train", "offline", *args, "--store", pipeline / "store/train", "--output", found.run)
     places = ("--store", pipeline / "store/held_out", "--output", found.evaluation)
     run_here("train", "eval", *args, "--run", found.run, *places)
-    run_here("train", "export", *args, "--run", found.run, "--output", found.export)
+    evaluated = ("--eval", found.evaluation)
+    run_here("train", "export", *args, "--run", found.run, "--output", found.export, *evaluated)
     return found
+
+
+def skip_unserved(trained: Trained, runner: Runner) -> None:
+    if trained.method in V2_ONLY and runner.runner != V2:
+        pytest.skip("only vLLM's V2 runner serves this method")
 
 
 def test_captured_states_are_those_of_v1_with_one_rank(pipeline: Path, runner: Runner, tmp_path: Path) -> None:
@@ -116,6 +124,7 @@ def test_captured_states_are_those_of_v1_with_one_rank(pipeline: Path, runner: R
 def test_the_draft_is_accepted_as_predicted_and_changes_no_greedy_reply(
     pipeline: Path, runner: Runner, trained: Trained, tmp_path: Path
 ) -> None:
+    skip_unserved(trained, runner)
     own = json.loads((trained.export / "draftline.json").read_text())["num_speculative_tokens"]
     few = ("--set", "bench.concurrency=[4]", "--set", "bench.num_prompts={4: 6}", "--draft-tokens", own)
     places = ("--conversations", pipeline / "synth/held_out", "--draft", trained.export, "--output", tmp_path / "bench")
@@ -134,6 +143,7 @@ def test_the_draft_is_accepted_as_predicted_and_changes_no_greedy_reply(
 def test_trainer_and_engine_agree_on_every_tensor_on_the_way_to_the_draft_logits(
     pipeline: Path, runner: Runner, trained: Trained, tmp_path: Path
 ) -> None:
+    skip_unserved(trained, runner)
     places = ("--run", trained.run, "--draft", trained.export, "--store", pipeline / "store/held_out")
     run("bench", "parity", *trained.args, *runner.args, *places, "--output", tmp_path / "parity", "--samples", "2")
     report = json.loads((tmp_path / "parity/parity.json").read_text())

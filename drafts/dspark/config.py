@@ -16,7 +16,7 @@ from pydantic import Field
 from contracts.draft import Descriptor, DraftConfig
 from drafts.block_config import BlockConfig, BlockSection
 from drafts.export import describe_transformer, native_config, speculators_config
-from drafts.method import NATIVE, SPECULATORS, DraftMethod, DraftSection, ExportFacts, ObjectiveName
+from drafts.method import NATIVE, SPECULATORS, DraftMethod, DraftSection, ExportFacts, ObjectiveName, SlotWeights
 from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
 from drafts.reading import DraftFolder, LayerIds, Published, read_transformer, vllm_ids, zero_based
 from target.target import Target
@@ -50,7 +50,7 @@ class DSparkSection(BlockSection):
     confidence_head: bool = Field(default=True, description="predict how likely each draft token is accepted")
     confidence_weight: float = Field(default=1.0, ge=0, description="weight of the confidence head's loss")
     objective: ObjectiveName | dict[ObjectiveName, float] = PAPERS_LOSS
-    slot_weights: Literal["decay", "dpace", "e2e_tv"] = "decay"
+    slot_weights: SlotWeights = "decay"
 
     @property
     def num_draft_tokens(self) -> int:

@@ -115,7 +115,7 @@ class DSpark(BlockDraft):
     ) -> Drafted:
         hidden = self.hidden(token_ids, aux_hidden_states, plan, head.embedding)
         anchors = token_ids[plan.layout.anchor_rows]
-        parts = chunks(len(anchors), head.lm_head.shape[0], device=anchors.device)
+        parts = chunks(len(anchors), head.lm_head.shape[0], device=anchors.device, parts=4)
         found = [self._walk(hidden[rows], anchors[rows], head) for rows in parts]
         tokens, confidence = (torch.cat(part) for part in zip(*found, strict=True))
         return Drafted(tokens, confidence if self.confidence_head is not None else None)

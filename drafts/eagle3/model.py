@@ -35,6 +35,7 @@ from drafts.moving import to_device
 from drafts.objective import LossOptions, StepLoss, fused_loss, greedy_tokens, label_log_probs
 from drafts.places import anchor_places
 from drafts.rope import Rope, Tables, rotate
+from drafts.slot_weights import make_block_weights
 from drafts.teacher import TeacherRows, make_teacher
 from target.head import TargetHead, logits_of
 
@@ -47,8 +48,8 @@ class Chains(Plan):
     """The chains of one batch, and the attention layout of each of their steps; planned on the CPU.
 
     Shapes: places (N,) rows of the last known tokens in the pack; positions (N,) of step 0, in the document; labels and
-    valid (N, S); slots (M,), flat indices of the valid ones; context_positions (T,). `teacher`: the states that the
-    slots learn from, if they do.
+    valid (N, S); slots (M,), flat indices of the valid ones; context_positions (T,). `ends[a]`: number of valid slots
+    up to chain a. `teacher`: the states that the slots learn from, if they do.
     """
 
     places: torch.Tensor
@@ -56,6 +57,7 @@ class Chains(Plan):
     labels: torch.Tensor
     valid: torch.Tensor
     slots: torch.Tensor
+    ends: list[int]
     context_positions: torch.Tensor
     layouts: list[Layout]
     teacher: TeacherRows | None = None
@@ -234,6 +236,7 @@ class Eagle3(Draft):
             labels=labels,
             valid=valid,
             slots=valid.view(-1).nonzero()[:, 0],
+            ends=valid.sum(1).cumsum(0).tolist(),
             context_positions=torch.cat([torch.arange(length) for length in lengths]),
             layouts=layouts,
             teacher=TeacherRows.of_slots(wanted[valid] - 1) if distills else None,
@@ -246,7 +249,7 @@ class Eagle3(Draft):
         return self._t2d_of_version[1]
 
     def forward(self, batch: Batch, chains: Chains, head: TargetHead) -> StepLoss:
-        """Return the training loss: the cross-entropy of all steps; step i weighs `ttt_step_loss_decay ** i`."""
+        """Return the training loss of all steps; static weights are `ttt_step_loss_decay ** i` for step i."""
         assert self.section is not None
         steps = chains.labels.shape[1]
         outputs = list[torch.Tensor]()
@@ -259,7 +262,8 @@ class Eagle3(Draft):
             outputs.append(hidden)
         normed = self.norm(torch.stack(outputs, dim=1))  # (N, S, H)
         slots = chains.slots
-        weights = (self.section.ttt_step_loss_decay ** torch.arange(steps, device=slots.device))[slots % steps]
+        by_step = (self.section.ttt_step_loss_decay ** torch.arange(steps, device=slots.device)).float()
+        weights, bounds = make_block_weights(self.section.slot_weights, by_step, self.section.dpace_smoothing, chains)
         teacher = None
         if chains.teacher is not None:
             known = None if self.lm_head is None else self.known_ids()
@@ -268,8 +272,8 @@ class Eagle3(Draft):
             normed.flatten(0, 1).index_select(0, slots),
             self._lm_head(head),
             chains.labels.view(-1)[slots],
-            weights.float(),
-            LossOptions(Objective.of(self.section), teacher),
+            weights,
+            LossOptions(Objective.of(self.section), teacher, bounds),
         )
         return StepLoss.of_blocks(found.total, found.hits, slots, chains.valid)
 

@@ -32,6 +32,11 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "dflash-decay-distill": {
         "method": "dflash", "num_layers": 5, "slot_weights": "decay", "objective": "distill", **LAYER,
     },
+    "dspark": {"method": "dspark", "num_layers": 6, "num_anchors": 256, **LAYER},
+    "dspark-fill-in-lk-dpace": {
+        "method": "dspark", "num_layers": 2, "sample_from_anchor": False, "objective": "lk_hybrid",
+        "slot_weights": "dpace", **LAYER,
+    },
     "eagle3": {"method": "eagle3", "ttt_length": 7, **LAYER},
     "eagle3-vocabulary-distill": {
         "method": "eagle3", "ttt_length": 3, "draft_vocab_size": 32_000, "objective": "distill", **LAYER,
@@ -115,9 +120,10 @@ def test_a_step_at_minimax_m3s_size_runs_without_values_on_one_device(
     assert plan.num_slots > 2 * 512
     assert mode.head_casts == 0
     if getattr(draft, "lm_head", None) is None:
-        chunks = -(-plan.num_slots // DEVICE_CHUNK_ROWS)
-        forward_and_teacher = 2 if draft.section.objective == "distill" else 1  # type: ignore[attr-defined]
-        assert mode.logits <= forward_and_teacher * (chunks + 1)
+        is_dspark = draft.config.method == "dspark"
+        chunks = -(-plan.num_slots // (DEVICE_CHUNK_ROWS // (1 + is_dspark)))
+        products = 1 + draft.section.needs_final_states + is_dspark  # type: ignore[attr-defined]
+        assert mode.logits <= products * (chunks + 1)
 
 
 def test_planning_waits_for_no_device(draft: Draft, batch: Batch) -> None:
