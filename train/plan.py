@@ -277,13 +277,23 @@ def _peak_of(
 ) -> dict[str, int]:
     """Return the bytes by kind of a step over `size`: samples, and tokens of each.
 
-    From three samples on they lie on a line through those of one and two.
+    From some number of samples on they lie on a line: once the peak is at the same moment of the step, no kind falls.
     """
     samples, num_tokens = size
-    if samples <= 2:
-        return measure_step(of(section, samples, num_tokens)).peak(*layout)
-    one, two = (measure_step(of(section, number, num_tokens)).peak(*layout) for number in (1, 2))
-    return {kind: one[kind] + (samples - 1) * (two[kind] - one[kind]) for kind in one}
+
+    def peak(number: int) -> dict[str, int]:
+        return measure_step(of(section, number, num_tokens)).peak(*layout)
+
+    low, high = 1, 2
+    if samples <= high:
+        return peak(samples)
+    less, more = peak(low), peak(high)
+    while any(more[kind] < less[kind] for kind in less):
+        low, high = high, 2 * high
+        if samples <= high:
+            return peak(samples)
+        less, more = more, peak(high)
+    return {kind: less[kind] + (samples - low) * (more[kind] - less[kind]) // (high - low) for kind in less}
 
 
 def _find_fitting(plan: TrainPlan, of: Callable[[TrainSection, int, int], Work]) -> Iterator[tuple[str, int]]:

@@ -4,7 +4,7 @@
 #
 #   recipes/Qwen3-8B/run.sh PROMPTS.jsonl [RUN_FOLDER [--set KEY=VALUE ...]]
 #
-#   RECIPE   default: recipes/Qwen3-8B/recipe.yaml; eagle3.yaml in this folder trains another draft,
+#   RECIPE   default: recipes/Qwen3-8B/recipe.yaml; eagle3.yaml and dspark.yaml in this folder train other drafts,
 #            smoke.yaml runs the same steps on 8 prompts
 #   GPUS     number of GPUs of this node (default: all that nvidia-smi lists)
 set -euo pipefail
@@ -19,10 +19,11 @@ if [[ ${gpus:-0} -eq 0 ]]; then
   echo "run.sh: found no GPU (nvidia-smi --list-gpus), expected at least one. Set GPUS." >&2
   exit 2
 fi
-# Every GPU holds the target and, of each batch of training's 32 samples, at most four.
+# Every GPU holds the target and at most four samples of a batch.
 accumulate=1
 if [[ $recipe != *smoke.yaml ]]; then
-  while ((32 > 4 * accumulate * gpus)); do accumulate=$((2 * accumulate)); done
+  batch=$(sed -n 's/^ *global_batch_size: *\([0-9]*\).*/\1/p' "$recipe")
+  while ((${batch:-32} > 4 * accumulate * gpus)); do accumulate=$((2 * accumulate)); done
 fi
 with=(--recipe "$recipe" --set "serve.purposes.synth.args.data-parallel-size=$gpus"
   --set "train.gradient_accumulation_steps=$accumulate" "${@:3}")

@@ -170,6 +170,15 @@ def test_the_eagle3_recipe_reads_the_layers_of_the_published_head() -> None:
     assert 0 <= 456_881 - train.num_steps * train.global_batch_size < train.global_batch_size
 
 
+def test_the_dspark_recipe_is_modelopts_with_the_decay_and_anchors_of_its_block_size() -> None:
+    recipe = load_recipe(FOLDER / "dspark.yaml")
+    check_recipe(recipe)
+    assert [layer_id + 1 for layer_id in recipe.target.aux_layers or []] == [2, 13, 24, 36, 47, 58]
+    draft = recipe.training().draft.model_dump()
+    assert draft["num_speculative_tokens"] == 8
+    assert (draft["loss_decay"], draft["num_anchors"], draft["objective"]) == (4.0, 512, {"tokens": 0.1, "tv": 1.8})
+
+
 def test_every_yaml_says_where_its_values_come_from() -> None:
     for path in FOLDER.glob("*.yaml"):
         assert path.read_text().startswith("# ")

@@ -88,7 +88,7 @@ def test_the_script_gives_every_command_flags_that_it_has(
 def test_qwens_script_gives_each_gpu_at_most_four_samples_and_at_least_one(tmp_path: Path, gpus: int) -> None:
     log, stubs = make_stubs(tmp_path)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n' * 10)
-    for name in ("recipe.yaml", "eagle3.yaml", "smoke.yaml"):
+    for name in ("recipe.yaml", "eagle3.yaml", "dspark.yaml", "smoke.yaml"):
         path = ROOT / "recipes/Qwen3-8B" / name
         environment = {**os.environ, "DRAFTLINE_BIN": str(stubs), "GPUS": str(gpus), "RECIPE": str(path)}
         script = ROOT / "recipes/Qwen3-8B/run.sh"

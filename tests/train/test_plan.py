@@ -106,7 +106,7 @@ def test_evaluation_of_a_long_reply_takes_bounded_memory_at_a_large_vocabulary(m
     assert long["logits"] == short["logits"]
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml", "eagle3.yaml", "smoke.yaml"])
+@pytest.mark.parametrize("name", ["recipe.yaml", "eagle3.yaml", "dspark.yaml", "smoke.yaml"])
 def test_minimax_m3s_recipes_fit_on_eight_gpus_of_80_gb(name: str) -> None:
     plan = json.loads(run_here("train", "plan", "-r", M3.with_name(name), "--gpu", "h100", "--json").stdout)
     assert plan["fits"]["ddp x8"]
