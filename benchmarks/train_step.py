@@ -2,6 +2,7 @@
 
     python -m venv peer && peer/bin/pip install torch==2.13.0 speculators==0.9.0 pydantic pyyaml
     peer/bin/python benchmarks/train_step.py [--seq 2048 --anchors 256 [--vocab 65536]]
+    peer/bin/python benchmarks/train_step.py --method dspark [--seq 2048 --anchors 256 [--vocab 65536]]
     peer/bin/python benchmarks/train_step.py --method eagle3 [--loss ce] [--seq 1024 --vocab 32768]
 
 Prints the ratio of steps/s (both sides alternate in one process), the first losses, the largest difference of gradients
@@ -37,12 +38,14 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks import train_step_dflash, train_step_eagle3  # noqa: E402
+from benchmarks import train_step_dflash, train_step_dspark, train_step_eagle3  # noqa: E402
 
 NAME = "draftline"
 MAX_DISTANCE = 1e-4
 """Largest relative difference of losses and gradients at which both sides count as doing the same work."""
-METHODS: dict[str, ModuleType] = {"dflash": train_step_dflash, "eagle3": train_step_eagle3}
+METHODS: dict[str, ModuleType] = {
+    "dflash": train_step_dflash, "dspark": train_step_dspark, "eagle3": train_step_eagle3,
+}  # fmt: skip
 Step = Callable[[], float]
 
 

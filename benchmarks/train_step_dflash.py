@@ -32,23 +32,38 @@ def make_inputs(ctx: dict[str, Any], eps: float) -> tuple[TargetHead, Batch]:
     return head, packed
 
 
+def shared_fields(ctx: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of our config that block drafts share."""
+    dims = ctx["dims"]
+    return {
+        "hidden_size": dims.hidden, "vocab_size": dims.vocab, "num_target_layers": 16,
+        "layer_ids": list(range(dims.n_aux)), "mask_token_id": ctx["mask_token_id"], "num_layers": dims.draft_layers,
+        "num_attention_heads": dims.heads, "num_key_value_heads": dims.kv_heads, "head_dim": dims.head_dim,
+        "intermediate_size": dims.inter, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096, "yarn": None,
+        "rope_theta": ctx["layer_config"].rope_parameters["rope_theta"], "target_fingerprint": "", "store": "",
+    }  # fmt: skip
+
+
+def draw_anchors(ctx: dict[str, Any]) -> torch.Tensor:
+    """Draw anchors as speculators does, or any where `there` is false, without importing it."""
+    dims = ctx["dims"]
+    if not ctx.get("there", True):
+        return torch.randperm(dims.seq - dims.prompt - dims.block)[: dims.anchors].sort().values + dims.prompt
+    from speculators.models.dflash.utils import select_anchors
+
+    anchors, valid = select_anchors(ctx["batch"]["loss_mask"], dims.anchors, dims.block)
+    drawn: torch.Tensor = anchors.flatten()[valid.flatten()].sort().values
+    return drawn
+
+
 def build_ours(ctx: dict[str, Any]) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
     """Return our model and its loss on `ctx["batch"]`. Draws speculators' anchors unless `there` is false."""
     from drafts.dflash.config import DFlashConfig, DFlashSection
     from drafts.dflash.model import DFlash
     from drafts.teacher import teacher_argmax
 
-    there = ctx.get("there", True)
-    if there:
-        from speculators.models.dflash.utils import select_anchors
-    dims, state, batch = ctx["dims"], ctx["state"], ctx["batch"]
-    config = DFlashConfig(
-        hidden_size=dims.hidden, vocab_size=dims.vocab, num_target_layers=16, layer_ids=list(range(dims.n_aux)),
-        block_size=dims.block, mask_token_id=ctx["mask_token_id"], num_layers=dims.draft_layers,
-        num_attention_heads=dims.heads, num_key_value_heads=dims.kv_heads, head_dim=dims.head_dim,
-        intermediate_size=dims.inter, rms_norm_eps=1e-6, max_position_embeddings=4096, yarn=None,
-        rope_theta=ctx["layer_config"].rope_parameters["rope_theta"], target_fingerprint="", store="",
-    )  # fmt: skip
+    dims, state = ctx["dims"], ctx["state"]
+    config = DFlashConfig(block_size=dims.block, **shared_fields(ctx))
     section = DFlashSection(
         num_attention_heads=dims.heads, num_key_value_heads=dims.kv_heads, intermediate_size=dims.inter,
         slot_weights="decay", loss_decay=dims.gamma, num_anchors=dims.anchors,  # as build_peer sets it
@@ -59,11 +74,7 @@ def build_ours(ctx: dict[str, Any]) -> tuple[torch.nn.Module, Callable[[], torch
     token_ids, mask = packed.token_ids, packed.loss_mask
 
     def compute_loss() -> torch.Tensor:
-        if there:
-            anchors, valid = select_anchors(batch["loss_mask"], dims.anchors, dims.block)
-            anchors = anchors.flatten()[valid.flatten()].sort().values
-        else:
-            anchors = torch.randperm(dims.seq - dims.prompt - dims.block)[: dims.anchors].sort().values + dims.prompt
+        anchors = draw_anchors(ctx)
         blocks = model.lay_out(token_ids, mask, [len(token_ids)], [anchors])
         places = anchors[:, None] + torch.arange(dims.block - 1)
         labels = teacher_argmax(head, packed.hidden_states, places.flatten()).view(places.shape)
@@ -91,10 +102,8 @@ def build_peer(ctx: dict[str, Any], model: Any) -> Callable[[], torch.Tensor]:
     return compute_loss
 
 
-def make_peer_model(dims: argparse.Namespace) -> Any:
-    """Make speculators' random model."""
-    from speculators.models.dflash import DFlashSpeculatorConfig
-    from speculators.models.dflash.core import DFlashDraftModel
+def make_layer_config(dims: argparse.Namespace) -> Any:
+    """Make the config of speculators' layers."""
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Config
 
     layer_config = Qwen3Config(
@@ -104,8 +113,16 @@ def make_peer_model(dims: argparse.Namespace) -> Any:
         layer_types=["full_attention"] * dims.draft_layers,
     )  # fmt: skip
     layer_config._attn_implementation = "sdpa"
+    return layer_config
+
+
+def make_peer_model(dims: argparse.Namespace) -> Any:
+    """Make speculators' random model."""
+    from speculators.models.dflash import DFlashSpeculatorConfig
+    from speculators.models.dflash.core import DFlashDraftModel
+
     config = DFlashSpeculatorConfig(
-        transformer_layer_config=layer_config, draft_vocab_size=dims.vocab, block_size=dims.block,
+        transformer_layer_config=make_layer_config(dims), draft_vocab_size=dims.vocab, block_size=dims.block,
         aux_hidden_state_layer_ids=list(range(2, 2 + dims.n_aux)), mask_token_id=dims.vocab - 1,
     )  # fmt: skip
     return DFlashDraftModel(config)
