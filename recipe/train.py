@@ -31,7 +31,7 @@ def parse_draft(value: Any) -> Any:
 
 class TrainSection(Section):
     draft: Annotated[SerializeAsAny[DraftSection], BeforeValidator(parse_draft)] = Field(
-        description="method: dflash or eagle3, and that method's keys"
+        description="method, and that method's keys: docs/draft-methods.md"
     )
     num_steps: int = Field(gt=0, description="optimizer steps")
     global_batch_size: int = Field(
