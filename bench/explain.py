@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common.files import read_json
 from contracts.draft import DraftRun
 from contracts.store import Store
+from drafts import METHODS
 from drafts.published import describe_config, read_config
 
 
@@ -19,6 +21,9 @@ def explain_config(export: Path, draft: DraftRun, store: Store) -> str:
         "rope (YaRN factor)": (served.yarn_factor, trained.yarn.factor if trained.yarn else None),
         "norm (rms_norm_eps)": (served.rms_norm_eps, trained.rms_norm_eps),
     }
+    config = read_json(export / "config.json", "a draft exported by `train export`")
+    for key in METHODS[trained.method].served_fields:
+        expected[key] = (config.get(key), getattr(trained, key))
     for name, (value, wanted) in expected.items():
         if value != wanted:
             return f"The {name}: the export says {value}, training had {wanted}."

@@ -119,7 +119,8 @@ class DraftMethod(ABC):
     `adjustable`: fields of the config that no weight depends on, which a warm start may change. `optional_tensors`:
     those that a warm start may initialize anew. `starts_from`: other methods whose drafts a training may start from,
     see `adapt`. `fp32_tensors`: prefixes of tensors that an export keeps in fp32. `engine_methods`: methods of vLLM's
-    draft model whose calls `engine_taps` needs. `renamed`: keys of `train` in older recipes, mapped to their name in
+    draft model whose calls `engine_taps` needs. `served_fields`: fields of the config that vLLM reads from config.json
+    under the same name. `renamed`: keys of `train` in older recipes, mapped to their name in
     this method's section.
     """
 
@@ -135,6 +136,7 @@ class DraftMethod(ABC):
     starts_from: tuple[str, ...] = ()
     fp32_tensors: tuple[str, ...] = ()
     engine_methods: tuple[str, ...] = ()
+    served_fields: tuple[str, ...] = ()
     renamed: Mapping[str, str] = MappingProxyType({})
 
     def check(self, section: DraftSection, target: Target) -> None:  # noqa: B027 (most methods have no more rules)

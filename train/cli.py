@@ -11,6 +11,7 @@ import typer
 from common.cli import make_app
 from common.errors import UserError, run_app
 from recipe.cli import OverridesOption, RecipeOption, load_checked
+from recipe.recipe import Recipe
 
 app = make_app("Train a draft from a store, evaluate it, export it.")
 
@@ -117,6 +118,28 @@ def export(
     from train.export import export as export_draft
 
     export_draft(load_checked(recipe, set_), run, output, Figures(evaluation, served), layout)
+
+
+@app.command(
+    epilog="Example: train compare -r recipes/Tiny-DFlash/recipe.yaml --variants recipes/Tiny-DFlash/variants.yaml "
+    "--store runs/store --held-out runs/store-held-out --output runs/compare"
+)
+def compare(
+    recipe: RecipeOption,
+    variants: Annotated[Path, typer.Option(help="A YAML file, `name: [KEY=VALUE, ...]` for each variant.")],
+    store: Annotated[Path, typer.Option(help="The store to train on.")],
+    held_out: Annotated[Path, typer.Option(help="A store of held-out conversations.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of all runs and of the report.")],
+    set_: OverridesOption = None,
+) -> None:
+    """Train several methods or settings on one store and compare what they predict; resumes."""
+    from train.compare import compare as compare_variants
+    from train.compare import read_variants
+
+    def load(overrides: list[str]) -> Recipe:
+        return load_checked(recipe, [*(set_ or []), *overrides])
+
+    compare_variants(read_variants(variants), load, (store, held_out), output)
 
 
 @app.command(

@@ -87,6 +87,7 @@ class DSparkMethod(DraftMethod):
     adjustable = ("num_speculative_tokens",)
     optional_tensors = HEADS
     starts_from = ("dflash",)
+    served_fields = ("sample_from_anchor", "markov_rank")
     fp32_tensors = ("confidence_head.",)
     engine_methods = ("compute_draft_logits", "markov_embed", "markov_bias")
 

@@ -1,0 +1,120 @@
+"""Claims about `bench parity` on vLLM's V2 runner, for the methods that only it serves: seeded defects are named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, run_here
+from safetensors.torch import load_file, save_file
+from written import write_conversations
+
+from contracts.draft import DraftRun
+
+pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(900)]
+SIZES = "num_attention_heads: 2, num_key_value_heads: 1, head_dim: 32, intermediate_size: 64"
+DRAFTS = {"dspark": f"method: dspark, num_speculative_tokens: 3, num_layers: 1, markov_rank: 16, {SIZES}"}
+V2 = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_PLUGINS": "triton_interpreter"}
+
+Weights = dict[str, torch.Tensor]
+Change = Callable[[dict[str, Any], Weights], None]
+
+
+class Case:
+    """A trained draft of a method, its export, and the store that it was trained on."""
+
+    def __init__(self, method: str, folder: Path, recipe_path: Path, store: Path) -> None:
+        self.store, self.folder, self.method = store, folder, method
+        self.args: list[object] = ["--recipe", recipe_path, "--set", f"train.draft={{{DRAFTS[method]}}}"]
+        self.args += ["--set", "train.num_steps=2"]
+        run_here("train", "offline", *self.args, "--store", store, "--output", folder / "draft")
+        path = DraftRun(folder / "draft").chosen_weights()
+        # Far from their first values, where biases would drown in rounding.
+        save_file({name: 4 * t if t.dim() > 1 else t for name, t in load_file(path).items()}, path)
+        run_here("train", "export", *self.args, "--run", folder / "draft", "--output", folder / "export")
+
+    def compare(self, change: Change | None, output: Path) -> subprocess.CompletedProcess[str]:
+        """Run bench parity in a process with the V2 runner, on the export after a change."""
+        export = output / "export"
+        shutil.copytree(self.folder / "export", export)
+        if change is not None:
+            config = json.loads((export / "config.json").read_text())
+            weights = load_file(export / "model.safetensors")
+            change(config, weights)
+            (export / "config.json").write_text(json.dumps(config))
+            save_file(weights, export / "model.safetensors")
+        words = ["bench", "parity", *self.args, "--run", self.folder / "draft", "--draft", export]
+        words += ["--store", self.store, "--output", output / "parity", "--samples", "1"]
+        env = {**os.environ, **V2, "PYTHONPATH": f"{ROOT / 'tests/v2_runner'}{os.pathsep}{ROOT}"}
+        command = [str(Path(sys.executable).parent / "bench"), *map(str, words[1:])]
+        return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+
+
+@pytest.fixture(scope="module", params=DRAFTS)
+def case(request: Any, recipe_path: Path, target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp(request.param)
+    conversations = write_conversations(target_folder, folder / "synth", 12)
+    args = ["--recipe", recipe_path, "--backend", "hf", "--conversations", conversations]
+    run_here("dump", "run", *args, "--output", folder / "store")
+    return Case(request.param, folder, recipe_path, folder / "store")
+
+
+def test_trainer_and_engine_agree_on_every_stage(case: Case, tmp_path: Path) -> None:
+    result = case.compare(None, tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads((tmp_path / "parity/parity.json").read_text())
+    stages = [stage["stage"] for stage in report["stages"]]
+    assert stages[:5] == ["layer 1", "layer 2", "teacher argmax", "mask token", "mask embedding"]
+    assert stages[5:] == ["markov bias", "draft slot 1", "draft slot 2", "draft slot 3", "confidence"]
+    assert max(stage["difference"] for stage in report["stages"]) < 1e-4
+
+
+def shift_slots(config: dict[str, Any], _: Weights) -> None:
+    config["sample_from_anchor"] = False
+
+
+def swap_factors(_: dict[str, Any], weights: Weights) -> None:
+    names = [f"markov_head.markov_w{number}.weight" for number in (1, 2)]
+    weights[names[0]], weights[names[1]] = weights[names[1]].clone(), weights[names[0]].clone()
+
+
+def take_the_wrong_predecessor(_: dict[str, Any], weights: Weights) -> None:
+    """Row i is that of token i - 1: as if the bias came from another token than the one before the slot."""
+    weights["markov_head.markov_w1.weight"] = weights["markov_head.markov_w1.weight"].roll(1, 0)
+
+
+def drop_the_confidence_bias(_: dict[str, Any], weights: Weights) -> None:
+    weights["confidence_head.proj.bias"] -= 3.0
+
+
+def change_the_mask(config: dict[str, Any], _: Weights) -> None:
+    config["mask_token_id"] = 7
+
+
+DEFECTS: list[tuple[str, Change, list[str]]] = [
+    ("dspark", shift_slots, ["draft slot 1", "sample_from_anchor: the export says False, training had True"]),
+    ("dspark", swap_factors, ["found markov bias of sample", "Markov factors"]),
+    (
+        "dspark",
+        take_the_wrong_predecessor,
+        ["found markov bias of sample", "the token that it takes as the one before"],
+    ),
+    ("dspark", drop_the_confidence_bias, ["found confidence of sample", "confidence head's weight or bias"]),
+    ("dspark", change_the_mask, ["found mask token of sample", "the export says 7"]),
+]
+
+
+@pytest.mark.parametrize(("case", "change", "expected"), DEFECTS, indirect=["case"])
+def test_a_seeded_defect_is_named(case: Case, change: Change, expected: list[str], tmp_path: Path) -> None:
+    result = case.compare(change, tmp_path)
+    assert result.returncode == 1, result.stdout + result.stderr
+    for text in expected:
+        assert text in result.stderr
