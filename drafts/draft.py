@@ -80,7 +80,7 @@ class Draft(nn.Module, ABC):
         for layer in self.layers_to_compile():
             layer.compile(dynamic=dynamic, backend=backend)
 
-    def heads(self) -> list[nn.Module]:
+    def outer_modules(self) -> list[nn.Module]:
         """Return the modules whose matrices are no hidden ones: embeddings and outputs, which Muon does not fit."""
         return []
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from contracts.draft import Descriptor
 from drafts.method import ExportFacts, TransformerConfig
 from drafts.rope_parameters import rope_parameters
@@ -65,6 +67,16 @@ def speculators_config(
             "verifier": {"name_or_path": facts.target, "architectures": facts.architectures},
         },
     }
+
+
+def wrong_for_sglang(folder: Path, layout: str) -> UserError:
+    """Return the error for a folder in a layout that SGLang does not read."""
+    return UserError(
+        folder,
+        found="a layout that SGLang does not read",
+        expected=f"an export in the layout {layout}",
+        fix=f"Export the draft again: train export --format {layout}.",
+    )
 
 
 def describe_transformer(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from common.errors import UserError
 from common.section import Section
 from contracts.draft import Descriptor, DraftConfig
 from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
@@ -33,6 +35,7 @@ SlotWeights = Literal["decay", "dpace", "e2e_tv"]
 TOKENS: ObjectiveName = "tokens"
 NATIVE = "native"
 SPECULATORS = "speculators"
+SGLANG = "sglang"
 
 
 class DraftSection(Section):
@@ -216,6 +219,18 @@ class DraftMethod(ABC):
     def speculative_config(self, config: DraftConfig) -> dict[str, Any]:  # noqa: ARG002 (a method may need it)
         """Return vLLM's speculative config without the model and the number of draft tokens."""
         return {"method": self.name}
+
+    def sglang_flags(self, folder: Path, config: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:  # noqa: ARG002
+        """Return SGLang's flags for a draft's folder with this config.json, without the model's path.
+
+        Raises UserError if SGLang does not serve the method or the folder's layout.
+        """
+        raise UserError(
+            folder,
+            found=f"a {self.name} draft for SGLang",
+            expected="a draft of a method that it serves",
+            fix="Serve it with vLLM.",
+        )
 
     def engine_taps(self, noted: Mapping[str, list[Tensor]], model: nn.Module) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the engine's tensors that `bench parity` compares in addition to layers and logits.

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import hash_file, hash_json
+from common.files import hash_file, hash_json, read_json
 from contracts.draft import DESCRIPTOR_FILE, Descriptor
+from drafts import METHODS
 from drafts.published import num_speculative_tokens, read_descriptor
 from recipe.hardware import check_fit, find_node
 from recipe.recipe import Recipe
@@ -165,22 +166,31 @@ def _check_node(section: ServeSection, flags: Mapping[str, Any]) -> None:
 def _build_sglang_command(recipe: Recipe, target: Target, port: int, serving: Serving) -> ServeCommand:
     """Return SGLang's command for the target, with the flags of `serve.sglang_args` and the node's GPUs.
 
-    Raises UserError with a draft, since drafts are served and measured with vLLM.
+    Raises UserError for a draft in a layout that SGLang does not read.
     """
     section = recipe.serve
-    if serving.draft is not None:
-        raise UserError("serve.backend", found="sglang with a draft", expected="vllm", fix="Serve drafts with vLLM.")
     flags = {
         "model-path": str(target.path),
         "served-model-name": MODEL_NAME,
         "host": section.host,
         "port": port,
         "context-length": recipe.target.max_model_len,
+        **(_sglang_draft(recipe, target, serving.draft) if serving.draft is not None else {}),
         **layer_flags(recipe, serving.purpose),
         **normalize_sglang(serving.extra_args),
     }
     check_parsers(flags, serving.purpose)
     return ServeCommand(to_flags(flags), dict(section.env), section.host, port, module="sglang.launch_server")
+
+
+def _sglang_draft(recipe: Recipe, target: Target, draft: Path | str) -> dict[str, Any]:
+    """Return SGLang's flags of a draft. Raises UserError if it is not a folder here that SGLang reads."""
+    speculation = speculation_of(recipe, target, draft)
+    folder = Path(str(speculation["model"]))
+    config = read_json(folder / "config.json", "a draft exported by `train export`")
+    method = METHODS[read_descriptor(folder).method]
+    flags = method.sglang_flags(folder, config, int(speculation["num_speculative_tokens"]))
+    return {**flags, "speculative-draft-model-path": str(folder)}
 
 
 def speculation_of(recipe: Recipe, target: Target, draft: Path | str) -> dict[str, Any]:

@@ -121,8 +121,9 @@ def export(
 
 
 @app.command(
-    epilog="Example: train compare -r recipes/Tiny-DFlash/recipe.yaml --variants recipes/Tiny-DFlash/variants.yaml "
-    "--store runs/store --held-out runs/store-held-out --output runs/compare"
+    epilog="Example: train compare -r recipes/Tiny-DFlash/recipe.yaml "
+    "--variants recipes/Tiny-DFlash/variants/methods.yaml --store runs/store --held-out runs/store-held-out "
+    "--output runs/compare"
 )
 def compare(
     recipe: RecipeOption,

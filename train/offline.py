@@ -185,7 +185,7 @@ def _prepare(job: Job, head: TargetHead, processes: Processes) -> Training:
     # Before FSDP2 wraps the draft: a wrapped layer may not be called before the whole model.
     at_start = None if job.start is None or run.steps() else _evaluate_start(job, job.start, draft, head, processes)
     model = processes.wrap(draft, section)
-    optimizers = make_optimizers(model, section, draft.heads())
+    optimizers = make_optimizers(model, section, draft.outer_modules())
     return Training(recipe, section, config, run, processes, samples, head, draft, model, optimizers, at_start)
 
 

@@ -7,13 +7,14 @@ Layouts: z-lab's (`DFlashDraftModel` with a `dflash_config`), which ModelOpt wri
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
 from contracts.draft import Descriptor, DraftConfig
 from drafts.block_config import BlockConfig, BlockSection
-from drafts.export import describe_transformer, native_config, speculators_config
+from drafts.export import describe_transformer, native_config, speculators_config, wrong_for_sglang
 from drafts.method import NATIVE, SPECULATORS, DraftMethod, DraftSection, ExportFacts
 from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
 from drafts.reading import DraftFolder, LayerIds, Published, read_transformer, vllm_ids, zero_based
@@ -134,6 +135,11 @@ class DFlashMethod(DraftMethod):
             if value is None:
                 raise folder.refuse(key, "none", "one")
         return read_transformer(folder, _layer_ids(folder.config), own=own)
+
+    def sglang_flags(self, folder: Path, config: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
+        if "dflash_config" not in config:
+            raise wrong_for_sglang(folder, NATIVE)
+        return {"speculative-algorithm": "DFLASH", "speculative-num-draft-tokens": num_tokens + 1}
 
     def engine_taps(self, noted: Mapping[str, list[Tensor]], model: nn.Module) -> dict[str, Tensor]:  # noqa: ARG002
         # Slot 0 is the anchor, slot 1 the first mask token.

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
+from common.errors import UserError
 from contracts.draft import Descriptor, DraftConfig
 from drafts.block_config import BlockConfig, BlockSection
-from drafts.export import describe_transformer, native_config, speculators_config
+from drafts.export import describe_transformer, native_config, speculators_config, wrong_for_sglang
 from drafts.method import NATIVE, SPECULATORS, DraftMethod, DraftSection, ExportFacts, ObjectiveName, SlotWeights
 from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
 from drafts.reading import DraftFolder, LayerIds, Published, read_transformer, vllm_ids, zero_based
@@ -201,6 +203,18 @@ class DSparkMethod(DraftMethod):
         assert method == "dflash"
         facts = {key: value for key, value in draft.facts.items() if key != "block_size"}
         return dataclasses.replace(draft, facts={**facts, "sample_from_anchor": False})
+
+    def sglang_flags(self, folder: Path, config: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
+        if "target_layer_ids" not in config:
+            raise wrong_for_sglang(folder, NATIVE)
+        if not _sample_from_anchor(config):
+            raise UserError(
+                f"{folder / 'config.json'} (sample_from_anchor)",
+                found="false",
+                expected="true: SGLang reads DSpark blocks in the anchor layout alone",
+                fix="Train with sample_from_anchor: true, or serve it with vLLM.",
+            )
+        return {"speculative-algorithm": "DSPARK", "speculative-dspark-block-size": num_tokens}
 
     def engine_taps(self, noted: Mapping[str, list[Tensor]], model: nn.Module) -> dict[str, Tensor]:
         import torch

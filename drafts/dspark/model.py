@@ -74,7 +74,7 @@ class DSpark(BlockDraft):
             nn.init.zeros_(self.confidence_head.proj.bias)
         return message
 
-    def heads(self) -> list[nn.Module]:
+    def outer_modules(self) -> list[nn.Module]:
         return [self.markov_head, *([] if self.confidence_head is None else [self.confidence_head])]
 
     def weight_sum(self, slots: torch.Tensor) -> float | None:

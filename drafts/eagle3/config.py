@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -16,9 +17,10 @@ from pydantic import Field
 
 from common.errors import UserError
 from contracts.draft import Descriptor, DraftConfig
-from drafts.export import describe_transformer, native_config, speculators_config
+from drafts.export import describe_transformer, native_config, speculators_config, wrong_for_sglang
 from drafts.method import (
     NATIVE,
+    SGLANG,
     SPECULATORS,
     DraftMethod,
     DraftSection,
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 FREQUENT_TOKENS = 32000
 """Size of the reduced vocabulary of published EAGLE3 drafts."""
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+BASE = "layer_id_base"
+"""A key of our own beside nested ids, whose base other tools leave to be guessed."""
 
 
 def default_layers(num_layers: int) -> list[int]:
@@ -77,7 +81,7 @@ class Eagle3Method(DraftMethod):
     name = "eagle3"
     section = Eagle3Section
     config = Eagle3Config
-    layouts = (NATIVE, SPECULATORS)
+    layouts = (NATIVE, SPECULATORS, SGLANG)
     autoregressive = True
     normalizes_embeddings = True
     adjustable = ("num_speculative_tokens", "ttt_length")
@@ -143,6 +147,11 @@ class Eagle3Method(DraftMethod):
         native = native_config(config, facts, own)
         if layout == NATIVE:
             return native, dict(weights)
+        if layout == SGLANG:
+            # SGLang reads nested 0-based ids, and shares the target's lm_head if there is no size of a vocabulary.
+            nested = {"use_aux_hidden_state": True, LAYER_IDS: config.layer_ids, BASE: 0}
+            del native[LAYER_IDS]
+            return {**native, "draft_vocab_size": config.draft_vocab_size, "eagle_config": nested}, dict(weights)
         own = {
             "architectures": ["Eagle3Speculator"],
             LAYER_IDS: layer_ids,
@@ -166,6 +175,16 @@ class Eagle3Method(DraftMethod):
             num_tokens=block_size - 1 if block_size else None,
             mask_token_id=None,
         )
+
+    def sglang_flags(self, folder: Path, config: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
+        if LAYER_IDS not in (config.get("eagle_config") or {}):
+            raise wrong_for_sglang(folder, SGLANG)
+        return {
+            "speculative-algorithm": "EAGLE3",
+            "speculative-num-steps": num_tokens,
+            "speculative-eagle-topk": 1,
+            "speculative-num-draft-tokens": num_tokens + 1,
+        }
 
     def read_published(self, folder: DraftFolder) -> Published:
         nested = {**(folder.config.get("eagle_config") or {}), **folder.layer}
@@ -194,9 +213,12 @@ def _layer_ids(config: Mapping[str, Any], num_target_layers: int | None) -> Laye
     """
     if ids := list(config.get(LAYER_IDS) or []):
         return vllm_ids(LAYER_IDS, ids)
-    ids = list((config.get("eagle_config") or {}).get(LAYER_IDS) or [])
+    nested = config.get("eagle_config") or {}
+    ids = list(nested.get(LAYER_IDS) or [])
     if not ids:
         return None
+    if nested.get(BASE) == 0:
+        return zero_based(f"eagle_config.{LAYER_IDS}", ids)
     counts_as_vllm = ids[0] == 2 or (num_target_layers is not None and ids[-1] >= num_target_layers)
     return (vllm_ids if counts_as_vllm else zero_based)(f"eagle_config.{LAYER_IDS}", ids)
 

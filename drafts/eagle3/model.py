@@ -155,7 +155,7 @@ class Eagle3(Draft):
             self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
             self._t2d_of_version = (-1, self.t2d)
 
-    def heads(self) -> list[nn.Module]:
+    def outer_modules(self) -> list[nn.Module]:
         return [] if self.lm_head is None else [self.lm_head]
 
     def layers_to_compile(self) -> list[nn.Module]:

@@ -118,6 +118,7 @@ def test_every_term_has_a_direct_computation() -> None:
 
 @pytest.mark.parametrize("terms", [*({name: 1.0} for name in DIRECT), {"tokens": 0.1, "tv": 1.8}], ids=str)
 def test_values_and_gradients_are_those_of_the_direct_computation(terms: dict[ObjectiveName, float]) -> None:
+    torch.manual_seed(0)
     hidden, lm_head, labels, weights = make_rows()
     states, factor = torch.randn(ROWS, 3, requires_grad=True), torch.randn(VOCABULARY, 3, requires_grad=True)
     target = TargetHead(lm_head.detach(), 0.3 * torch.randn(VOCABULARY, WIDTH), torch.rand(WIDTH), "rms", 1e-6)

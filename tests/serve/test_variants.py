@@ -159,16 +159,15 @@ def test_a_container_mounts_the_draft_and_publishes_the_port_here_only(dflash: P
     assert found[found.index("--host") + 1] == "0.0.0.0"
 
 
-def test_sglang_is_told_the_same_of_the_target_and_refuses_drafts(dflash: Path) -> None:
-    found = serve(
-        "--set", "serve.backend=sglang", "--hardware", "h200", "--port", "9", "--", "--mem-fraction-static", "0.8"
-    )
+def test_sglang_is_told_the_same_of_the_target_and_the_draft(dflash: Path) -> None:
+    words = ["--set", "serve.backend=sglang", "--hardware", "h200", "--port", "9"]
+    found = serve(*words, "--draft", dflash, "--", "--mem-fraction-static", "0.8")
     assert shlex.split(found.replace("\\\n", " "))[1:] == [
         "python", "-m", "sglang.launch_server", "--model-path", "MiniMaxAI/MiniMax-M3", "--served-model-name", "target",
-        "--host", "127.0.0.1", "--port", "9", "--context-length", "8192", "--tp", "8", "--mem-fraction-static", "0.8",
+        "--host", "127.0.0.1", "--port", "9", "--context-length", "8192",
+        "--speculative-algorithm", "DFLASH", "--speculative-num-draft-tokens", "8",
+        "--speculative-draft-model-path", str(dflash), "--tp", "8", "--mem-fraction-static", "0.8",
     ]  # fmt: skip
-    with pytest.raises(UserError, match="found sglang with a draft, expected vllm"):
-        serve("--set", "serve.backend=sglang", "--draft", dflash)
 
 
 def test_a_command_needs_no_files_of_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
