@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.nn import functional
 from torch.nn.attention.flex_attention import flex_attention
 
 from drafts import METHODS, moving
@@ -32,7 +33,7 @@ CASES = [
 
 
 def visible(
-    lengths: list[int], anchors: list[torch.Tensor], block_size: int, num_queries: int
+    lengths: list[int], anchors: list[torch.Tensor], block_size: int, num_queries: int, *, causal: bool = False
 ) -> tuple[torch.Tensor, int]:
     """Return which keys each query sees, pair by pair, and the number of context rows."""
     starts = [sum(lengths[:number]) for number in range(len(lengths))]
@@ -42,18 +43,23 @@ def visible(
     for number, (first, anchor) in enumerate(blocks):
         rows = slice(number * num_queries, (number + 1) * num_queries)
         sees[rows, first:anchor] = True
-        sees[rows, context + number * block_size : context + (number + 1) * block_size] = True
+        own = torch.ones(num_queries, block_size, dtype=torch.bool)
+        if causal:  # the queries are those of the block's last places
+            own = own.tril(block_size - num_queries)
+        sees[rows, context + number * block_size : context + (number + 1) * block_size] = own
     return sees, context
 
 
 @pytest.mark.parametrize(("lengths", "anchors"), CASES)
 @pytest.mark.parametrize(("block_size", "num_queries"), [(BLOCK, BLOCK), (BLOCK, BLOCK - 1), (3, 1)])
+@pytest.mark.parametrize("causal", [False, True])
 def test_tiles_hold_what_the_mask_shows_and_are_few(
-    lengths: list[int], anchors: list[torch.Tensor], block_size: int, num_queries: int
+    lengths: list[int], anchors: list[torch.Tensor], block_size: int, num_queries: int, causal: bool
 ) -> None:
-    sees, context = visible(lengths, anchors, block_size, num_queries)
-    layout = lay_out(lengths, anchors, block_size, GPU, (num_queries,))
+    sees, context = visible(lengths, anchors, block_size, num_queries, causal=causal)
+    layout = lay_out(lengths, anchors, block_size, GPU, (num_queries,), causal=causal)
     assert layout.flex is not None
+    assert layout.flex.pairs[num_queries] == int(sees.sum())
     assert torch.equal(_rule(layout.flex, num_queries, sees.shape), sees)
     partial, full = plan_tiles(layout.flex.first_rows, layout.anchor_rows, context, block_size, num_queries)
     assert not (partial & full).any()
@@ -78,11 +84,44 @@ def _rule(flex: object, num_queries: int, shape: torch.Size) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("lengths", "anchors"), CASES)
-def test_flex_attention_gives_the_same_as_the_grouped_products(lengths: list[int], anchors: list[torch.Tensor]) -> None:
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 28])
+def test_the_grouped_products_and_their_gradients_are_those_of_masked_attention(
+    lengths: list[int],
+    anchors: list[torch.Tensor],
+    causal: bool,
+    kept_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("drafts.attention.KEPT_BYTES", kept_bytes)
     generator = torch.Generator().manual_seed(0)
     blocks = sum(len(part) for part in anchors)
-    on_cpu = lay_out(lengths, anchors, BLOCK, torch.device("cpu"), (BLOCK, BLOCK - 1))
-    on_gpu = lay_out(lengths, anchors, BLOCK, GPU, (BLOCK, BLOCK - 1))
+    layout = lay_out(lengths, anchors, BLOCK, torch.device("cpu"), (BLOCK, BLOCK - 1), causal=causal)
+    for num_queries in (BLOCK, BLOCK - 1):
+        sees, _ = visible(lengths, anchors, BLOCK, num_queries, causal=causal)
+        shapes = [(blocks, num_queries, 4, 8), *[(sum(lengths), 2, 8)] * 2, *[(blocks, BLOCK, 2, 8)] * 2]
+        inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+        query, *pairs = inputs
+        found = attend(query, KeyValues(*pairs), layout)
+        key, value = (torch.cat([pairs[i], pairs[i + 2].flatten(0, 1)]).transpose(0, 1) for i in range(2))
+        rows = query.flatten(0, 1).transpose(0, 1)
+        expected = functional.scaled_dot_product_attention(rows, key, value, attn_mask=sees, enable_gqa=True)
+        expected = expected.transpose(0, 1).unflatten(0, (blocks, num_queries))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        weight = torch.randn(found.shape, generator=generator)
+        ours, theirs = (torch.autograd.grad((x * weight).sum(), inputs) for x in (found, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("lengths", "anchors"), CASES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_flex_attention_gives_the_same_as_the_grouped_products(
+    lengths: list[int], anchors: list[torch.Tensor], causal: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = sum(len(part) for part in anchors)
+    on_cpu = lay_out(lengths, anchors, BLOCK, torch.device("cpu"), (BLOCK, BLOCK - 1), causal=causal)
+    on_gpu = lay_out(lengths, anchors, BLOCK, GPU, (BLOCK, BLOCK - 1), causal=causal)
     assert on_gpu.flex is not None
     on_gpu.make_masks()
     for num_queries in (BLOCK, BLOCK - 1):  # the last layer has no query for the anchor
