@@ -30,6 +30,11 @@ class FeatureConfig(TransformerConfig):
     draft_vocab_size: int | None = None
 
 
+def is_parallel(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json has vLLM's name of the mask token of drafts that run once for all tokens."""
+    return "pard_token" in config or "ptd_token_id" in config
+
+
 def default_layers(num_layers: int) -> list[int]:
     """Return the usual captured layers, 0-based: a low, a middle and a high one."""
     return [1, num_layers // 2 - 1, num_layers - 4]

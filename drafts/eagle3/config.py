@@ -22,6 +22,7 @@ from drafts.feature_config import (
     FeatureConfig,
     check_vocabulary,
     default_layers,
+    is_parallel,
     propose_layers,
     propose_vocabulary,
     read_layer_ids,
@@ -135,6 +136,8 @@ class Eagle3Method(DraftMethod):
 
     def describe(self, config: Mapping[str, Any]) -> Descriptor | None:
         architecture = (config.get("architectures") or [""])[0]
+        if is_parallel(config):
+            return None
         is_eagles = architecture == "LlamaForCausalLM" and "draft_vocab_size" in config
         if config.get("speculators_model_type") != self.name and "Eagle3" not in architecture and not is_eagles:
             return None
