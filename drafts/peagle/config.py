@@ -54,7 +54,9 @@ class PEagleSection(TransformerSection):
         default=0.7, gt=0, le=1, description="token k (from 0) is drafted after a share of depth_share^k of them"
     )
     min_depth_share: float = Field(default=0.2, ge=0, le=1, description="the share is at least this")
-    depth_loss_decay: float = Field(default=1.0, gt=0, le=1, description="token k (from 0) weighs decay^k")
+    depth_loss_decay: float = Field(
+        default=1.0, gt=0, le=1, description="slot_weights decay: token k (from 0) weighs decay^k"
+    )
     draft_vocab_size: int | None = Field(
         default=None, gt=0, description="size of a reduced vocabulary of the most frequent tokens; default: all tokens"
     )

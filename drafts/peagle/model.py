@@ -34,10 +34,11 @@ from drafts.draft import Drafted, Plan, as_input
 from drafts.layers import GatedMLP, RMSNorm
 from drafts.loss_terms import Objective
 from drafts.moving import to_device
-from drafts.objective import LossOptions, StepLoss, fused_loss, greedy_tokens
+from drafts.objective import LossOptions, StepLoss, fused_loss, greedy_tokens, label_log_probs
 from drafts.peagle.config import PEagleConfig, PEagleSection
 from drafts.places import chain_places, chain_places_of
 from drafts.rope import Rope, Tables, rotate
+from drafts.slot_weights import make_block_weights
 from drafts.teacher import TeacherRows
 from drafts.vocabulary import VocabularyDraft
 from target.head import TargetHead, logits_of
@@ -51,16 +52,18 @@ class Rollouts(Plan):
     """The places of a batch and the masks after them; planned on the CPU.
 
     Shapes: rows (N,) of depth 0, p-1, in the pack; labels and valid (N, K), whether a slot is supervised; slots (U,),
-    flat indices of the valid ones; source (U,), their states among those of depth 0 and of the masks, N + M; whole
-    (N,), whether all slots that have a label are valid; cells (M,), each mask's place in A x (K-1); mask_positions (M,)
-    and known_positions (T,), in the documents. Layouts: `known` of all known positions, `places` of depth 0 alone,
-    which is all that the last layer needs; `masks` of the rollouts. `teacher`: the states that the slots learn from.
+    flat indices of the valid ones, of which `ends[a]` are of places up to a; source (U,), their states among those of
+    depth 0 and of the masks, N + M; whole (N,), whether all slots that have a label are valid; cells (M,), each mask's
+    place in A x (K-1); mask_positions (M,) and known_positions (T,), in the documents. Layouts: `known` of all known
+    positions, `places` of depth 0 alone, which is all that the last layer needs; `masks` of the rollouts. `teacher`:
+    the states that the slots learn from, if they do.
     """
 
     rows: torch.Tensor
     labels: torch.Tensor
     valid: torch.Tensor
     slots: torch.Tensor
+    ends: list[int]
     source: torch.Tensor
     whole: torch.Tensor
     cells: torch.Tensor
@@ -247,6 +250,7 @@ class PEagle(VocabularyDraft):
             labels=labels,
             valid=valid,
             slots=slots,
+            ends=valid.sum(1).cumsum(0).tolist(),
             source=source.view(-1)[slots] if depths is not None else source.view(-1),
             whole=whole,
             cells=masked[num_masks > 0].view(-1).nonzero()[:, 0],
@@ -286,18 +290,21 @@ class PEagle(VocabularyDraft):
         return normed
 
     def forward(self, batch: Batch, rollouts: Rollouts, head: TargetHead) -> StepLoss:
-        """Return the training loss: the sum over the slots of all depths; depth k weighs `depth_loss_decay ** k`."""
+        """Return the training loss of all depths; static weights are `depth_loss_decay ** k` for depth k."""
         assert self.section is not None
         slots = rollouts.slots
         hidden = self.hidden(batch.token_ids, batch.aux_hidden_states, rollouts, head.embedding)
         depths = torch.arange(self.config.num_draft_tokens, device=slots.device)
-        weights = (self.section.depth_loss_decay**depths)[slots % len(depths)]
+        by_depth = (self.section.depth_loss_decay**depths).float()
+        weights, bounds = make_block_weights(
+            self.section.slot_weights, by_depth, self.section.dpace_smoothing, rollouts
+        )
         found = fused_loss(
             hidden,
             self.own_lm_head(head),
             rollouts.labels.view(-1)[slots],
-            weights.float(),
-            LossOptions(Objective.of(self.section), self.teach(head, batch, rollouts.teacher)),
+            weights,
+            LossOptions(Objective.of(self.section), self.teach(head, batch, rollouts.teacher), bounds),
         )
         return StepLoss.of_blocks(found.total, found.hits, slots, rollouts.valid, rollouts.whole)
 
@@ -307,6 +314,18 @@ class PEagle(VocabularyDraft):
         hidden = self.hidden(token_ids, aux_hidden_states, plan, head.embedding)
         tokens = self.target_ids(greedy_tokens(hidden, self.own_lm_head(head)))
         return Drafted(tokens.unflatten(0, (-1, self.config.num_draft_tokens)))
+
+    def score_planned(
+        self,
+        token_ids: torch.Tensor,
+        aux_hidden_states: torch.Tensor,
+        plan: Rollouts,
+        head: TargetHead,
+        temperature: float,
+    ) -> torch.Tensor:
+        hidden = self.hidden(token_ids, aux_hidden_states, plan, head.embedding).unflatten(0, plan.labels.shape)
+        scores = label_log_probs(hidden, self.own_lm_head(head), plan.labels.clamp(min=0), temperature).exp()
+        return scores * plan.valid  # 0 at and after a token that the draft does not know
 
     @torch.inference_mode()
     def taps(self, sample: StoredSample, head: TargetHead, start: int) -> dict[str, torch.Tensor]:

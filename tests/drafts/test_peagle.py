@@ -141,6 +141,14 @@ def test_drafts_are_those_of_one_plain_pass(num_layers: int, length: int, stride
         taps = draft.taps(sample, head, place)
         torch.testing.assert_close(taps["draft_logits"], states @ head.lm_head.T, rtol=1e-4, atol=1e-4)
         assert drafted[place].tolist() == (states @ head.lm_head.T).argmax(-1).tolist()
+        scores = draft.score(sample, head, 0.7)[place]
+        labels = batch.token_ids[place + 1 : place + 1 + TOKENS]
+        for k, label in enumerate(labels):
+            if not batch.loss_mask[place + 1 + k]:
+                break
+            assert float(scores[k]) == pytest.approx(
+                float((head.lm_head @ states[k] / 0.7).softmax(-1)[label]), abs=1e-5
+            )
     assert (drafted[[0, 4, 8, 9, length - 1]] == -1).all()  # the prompts' and the last tokens
     assert len({tuple(row) for row in drafted.tolist()}) > 5
 
