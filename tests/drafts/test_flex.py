@@ -22,7 +22,10 @@ from drafts.flex import TILE, attend_flex, plan_flex, plan_tiles
 from target.head import TargetHead
 
 GPU = torch.device("cuda")  # only named: layouts are planned on the CPU
-ATTENDS = {"dflash": "drafts.block", "eagle3": "drafts.eagle3.model"}
+ATTENDS = {"dflash": "drafts.block", "eagle3": "drafts.eagle3.model", "peagle": "drafts.peagle.model"}
+OWN = {"dflash": {"num_layers": 2}, "eagle3": {"ttt_length": 3}, "peagle": {"num_layers": 3}}
+GRAPHS = [("dflash", 2), ("eagle3", 3), ("peagle", 3)]
+"""Graphs of a method: one for each step; or one for the last layer, the first one if it differs, and the others."""
 BLOCK = 8
 CASES = [
     ([40, 25], [torch.arange(1, 38, 2), torch.tensor([3, 7, 20])]),
@@ -162,7 +165,7 @@ def test_a_plan_of_many_chains_takes_no_quadratic_memory() -> None:
     assert sum(tensor.nbytes for tensor in flex.tiles[1]) < 1 << 20
 
 
-@pytest.mark.parametrize(("method", "graphs"), [("dflash", 2), ("eagle3", 3)])
+@pytest.mark.parametrize(("method", "graphs"), GRAPHS)
 def test_batches_of_other_lengths_compile_nothing_anew(
     method: str, graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,18 +174,18 @@ def test_batches_of_other_lengths_compile_nothing_anew(
     monkeypatch.setattr(
         sys.modules[ATTENDS[method]],
         "lay_out",
-        lambda lengths, anchors, size, _, queries: lay_out(lengths, anchors, size, GPU, queries),
+        lambda lengths, anchors, size, _, *queries, **kind: lay_out(lengths, anchors, size, GPU, *queries, **kind),
     )
     torch._dynamo.reset()
     counters.clear()
     draft.compile_layers(backend="aot_eager")
     for length in (300, 777):
         _run(draft, length)
-        assert counters["stats"]["unique_graphs"] == graphs  # one for each step, or for the last layer and the others
+        assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize(("method", "graphs"), [("dflash", 2), ("eagle3", 3)])
+@pytest.mark.parametrize(("method", "graphs"), GRAPHS)
 def test_with_gradients_too_the_layers_around_attention_compile_once(
     method: str, graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +245,7 @@ def _make_draft(method: str) -> Draft:
     }  # fmt: skip
     values = {
         "method": method, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96,
-        **({"num_layers": 2} if method == "dflash" else {"ttt_length": 3}),
+        **OWN[method],
     }  # fmt: skip
     section = METHODS[method].section.model_validate(values)
     return METHODS[method].build(METHODS[method].make_config(section, shared), section).requires_grad_(False)
