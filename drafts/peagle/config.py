@@ -51,11 +51,11 @@ class PEagleSection(TransformerSection):
         default=1024, gt=0, description="most positions per sample and step after which more than one token is drafted"
     )
     depth_share: float = Field(
-        default=0.7, gt=0, le=1, description="token k (from 0) is drafted after a share of depth_share^k of them"
+        default=0.7, gt=0, le=1, description="draft token k is trained after a share of depth_share^(k-1) of them"
     )
     min_depth_share: float = Field(default=0.2, ge=0, le=1, description="the share is at least this")
     depth_loss_decay: float = Field(
-        default=1.0, gt=0, le=1, description="slot_weights decay: token k (from 0) weighs decay^k"
+        default=1.0, gt=0, le=1, description="static weights: draft token k weighs decay^(k-1)"
     )
     draft_vocab_size: int | None = Field(
         default=None, gt=0, description="size of a reduced vocabulary of the most frequent tokens; default: all tokens"
@@ -134,7 +134,7 @@ class PEagleMethod(DraftMethod):
         native = native_config(config, facts, {**own, "num_aux_hidden_states": len(layer_ids)})
         if layout == NATIVE:
             mask = {"mask_token_id": config.mask_token_id, "pard_token": config.mask_token_id}
-            return {**native, LAYER_IDS: layer_ids, **NORMS, **mask, "parallel_drafting": True}, dict(weights)
+            return {**native, LAYER_IDS: layer_ids, **NORMS, **mask}, dict(weights)
         own = {
             "architectures": ["PEagleSpeculator"],
             LAYER_IDS: layer_ids,

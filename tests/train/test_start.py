@@ -210,7 +210,7 @@ def test_peagle_drafts_with_other_names_are_read_and_others_are_refused_by_name(
     def renamed(config: dict[str, Any], tensors: dict[str, Any]) -> None:
         config["ptd_token_id"] = config.pop("pard_token")
         config["eagle_config"] = {IDS: [i - 1 for i in config.pop(IDS)]}
-        del config["mask_token_id"], config["parallel_drafting"]
+        del config["mask_token_id"]
         tensors["mask_hidden"] = tensors["mask_hidden"].flatten()
         for name in [name for name in tensors if name.startswith("layers.0.")]:
             tensors[name.replace("layers.0.", "midlayer.")] = tensors.pop(name)
