@@ -10,5 +10,8 @@ from drafts.dflash.config import DFlashMethod
 from drafts.dspark.config import DSparkMethod
 from drafts.eagle3.config import Eagle3Method
 from drafts.method import DraftMethod
+from drafts.peagle.config import PEagleMethod
 
-METHODS: dict[str, DraftMethod] = {method.name: method for method in (DFlashMethod(), DSparkMethod(), Eagle3Method())}
+METHODS: dict[str, DraftMethod] = {
+    method.name: method for method in (DFlashMethod(), DSparkMethod(), Eagle3Method(), PEagleMethod())
+}

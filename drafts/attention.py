@@ -1,4 +1,4 @@
-"""Attention of a block's queries over the context before its anchor and, bidirectionally, over the block itself.
+"""Attention of a block's queries over the context before its anchor and over the block itself, whole or causally.
 
 On CPUs, blocks are sorted by anchor and computed in groups, each against the prefix of its last anchor, as matrix
 products with a hand-written gradient. Only the columns between the first and the last anchor of a group are masked. On
@@ -44,12 +44,15 @@ class Group:
 class Layout:
     """Which context each block of a batch sees: groups of blocks on CPUs, tiles of FlexAttention elsewhere.
 
+    `causal`: a query sees the keys of its own block up to its own place, otherwise all of them.
+
     Shapes: anchor_rows (A,), rows of the anchors in the packed context.
     """
 
     anchor_rows: torch.Tensor
     groups: list[Group]
     flex: FlexLayout | None
+    causal: bool = False
 
     def make_masks(self) -> None:
         """Make FlexAttention's masks, once a step and outside of the compiled layers."""
@@ -63,20 +66,23 @@ def lay_out(
     block_size: int,
     device: torch.device,
     num_queries: Sequence[int] = (),
+    *,
+    causal: bool = False,
 ) -> Layout:
     """Lay out blocks at `anchors[i]`, ascending positions in document i of `lengths[i]` tokens.
 
     Runs on the CPU and leaves its tensors there; `device` is that of the attention. Blocks have `block_size` keys of
     their own. `num_queries`: the numbers of queries of a block that attention will be asked for, by default as many as
-    keys.
+    keys; fewer are those of the block's last places.
     """
     offsets = [0, *accumulate(lengths)]
     anchor_rows = torch.cat([offset + positions for offset, positions in zip(offsets, anchors, strict=False)])
     queries = num_queries or (block_size,)
     if device.type == "cpu":
-        return Layout(anchor_rows, plan_groups(lengths, anchors, block_size, queries[0]), None)
+        return Layout(anchor_rows, plan_groups(lengths, anchors, block_size, queries[0]), None, causal)
     first_rows = torch.cat([torch.full((len(p),), offset) for offset, p in zip(offsets, anchors, strict=False)])
-    return Layout(anchor_rows, [], plan_flex(first_rows, anchor_rows, offsets[-1], block_size, queries))
+    flex = plan_flex(first_rows, anchor_rows, offsets[-1], block_size, queries, causal=causal)
+    return Layout(anchor_rows, [], flex, causal)
 
 
 def plan_groups(
@@ -111,7 +117,7 @@ def attend(query: torch.Tensor, pairs: KeyValues, layout: Layout) -> torch.Tenso
     """
     if layout.flex is not None:
         return attend_flex(query, pairs, layout.flex)
-    return _attend_on_cpu(query, *pairs, layout.groups)
+    return _attend_on_cpu(query, *pairs, layout)
 
 
 @torch.compiler.disable
@@ -135,11 +141,12 @@ class _BlockAttention(torch.autograd.Function):
         context_value: torch.Tensor,
         block_key: torch.Tensor,
         block_value: torch.Tensor,
-        groups: list[Group],
+        layout: Layout,
     ) -> torch.Tensor:
         (_, num_queries, num_heads, size), kv_heads = query.shape, context_key.shape[1]
         width, rows = block_key.shape[1], num_heads // kv_heads * num_queries
-        scale = size**-0.5
+        groups, scale = layout.groups, size**-0.5
+        later = _later_keys(num_queries, width, query.device) if layout.causal else None
         # Heads first: (KV, A, R*B', D); the scale goes into the queries once.
         q = _heads_first(query, kv_heads).mul_(scale)
         k, v = _pad(context_key, width), _pad(context_value, width)
@@ -153,7 +160,7 @@ class _BlockAttention(torch.autograd.Function):
             for number in numbers:
                 group = groups[number]
                 weights = scratch.view(shapes[number]) if memory is None else memory.view(number)
-                _weigh(weights, q, k, bk, group)
+                _weigh(weights, q, k, bk, group, later)
                 own = weights[:, :, -width:].unflatten(1, (-1, rows))
                 result = torch.bmm(weights[:, :, :-width], v[:, group.context]).unflatten(1, (-1, rows))
                 output[:, group.blocks] = result.add_(own @ bv[:, group.blocks])
@@ -161,6 +168,7 @@ class _BlockAttention(torch.autograd.Function):
         share_out(work, range(len(groups)))
         ctx.save_for_backward(q, k, v, bk, bv)
         ctx.groups, ctx.scale, ctx.num_queries, ctx.shapes, ctx.memory = groups, scale, num_queries, shapes, memory
+        ctx.later = later
         return _heads_last(output, num_queries)
 
     @staticmethod
@@ -180,7 +188,7 @@ class _BlockAttention(torch.autograd.Function):
                 group, shape = groups[number], ctx.shapes[number]
                 if memory is None:
                     weights = again.view(shape)
-                    _weigh(weights, q, k, bk, group)
+                    _weigh(weights, q, k, bk, group, ctx.later)
                 else:
                     weights = memory.view(number)
                 g_own, q_own = grad[:, group.blocks], q[:, group.blocks]
@@ -289,13 +297,27 @@ def _padded(group: Group, width: int) -> slice:
     return slice(group.context.start, group.context.stop + width)
 
 
-def _weigh(weights: torch.Tensor, q: torch.Tensor, k: torch.Tensor, bk: torch.Tensor, group: Group) -> None:
+def _later_keys(num_queries: int, width: int, device: torch.device) -> torch.Tensor:
+    """Return which keys of its block each query must not see in causal attention, `(B', B)`."""
+    return torch.ones(num_queries, width, dtype=torch.bool, device=device).triu(1 + width - num_queries)
+
+
+def _weigh(
+    weights: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    bk: torch.Tensor,
+    group: Group,
+    later: torch.Tensor | None,
+) -> None:
     """Write a group's attention weights `(KV, n*R*B', m + B)`: over its context, then own keys."""
     width = bk.shape[2]
     queries = q[:, group.blocks]
     torch.bmm(queries.flatten(1, 2), k[:, _padded(group, width)].transpose(1, 2), out=weights)
     by_block = weights.unflatten(1, queries.shape[1:3])
     by_block[..., -width:] = queries @ bk[:, group.blocks].transpose(2, 3)
+    if later is not None:
+        by_block[..., -width:].unflatten(2, (-1, len(later))).masked_fill_(later, -torch.inf)
     masked = group.hidden.shape[1]
     if masked:
         by_block[..., -width - masked : -width].masked_fill_(group.hidden[:, None], -torch.inf)

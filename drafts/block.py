@@ -34,7 +34,6 @@ from drafts.places import anchor_places
 from drafts.rope import Rope, Tables, rotate
 from drafts.slot_weights import BlockWeights, make_block_weights, slot_decay
 from drafts.teacher import TeacherRows
-from target.head import TargetHead
 
 
 @dataclass(frozen=True)
@@ -240,11 +239,6 @@ class BlockDraft(Draft):
         assert self.section is not None
         by_slot = slot_decay(self.config.num_draft_tokens, self.section.loss_decay, blocks.slots.device)
         return make_block_weights(self.section.slot_weights, by_slot, self.section.dpace_smoothing, blocks)
-
-    def mask_taps(self, head: TargetHead) -> dict[str, torch.Tensor]:
-        """Return the mask token and its embedding, for `bench parity`."""
-        mask = self.config.mask_token_id or 0
-        return {"mask_token": torch.tensor(mask), "mask_embedding": head.embedding[mask].float().cpu()}
 
     def plan_drafting(self, token_ids: torch.Tensor, loss_mask: torch.Tensor, places: torch.Tensor) -> Blocks:
         return self.lay_out(token_ids, loss_mask, [len(token_ids)], [places])

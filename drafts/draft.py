@@ -163,6 +163,11 @@ class Draft(nn.Module, ABC):
         `contracts.trace.Trace`.
         """
 
+    def mask_taps(self, head: TargetHead) -> dict[str, torch.Tensor]:
+        """Return the mask token and its embedding, for `bench parity`."""
+        mask = self.config.mask_token_id or 0
+        return {"mask_token": torch.tensor(mask), "mask_embedding": head.embedding[mask].float().cpu()}
+
 
 def as_input(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return stored states in the dtype that a product with `weight` needs; autocast casts them itself."""

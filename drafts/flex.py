@@ -33,7 +33,8 @@ class FlexLayout:
 
     Block a sees the context rows first_rows[a] <= row < anchor_rows[a]. `tiles`: by number of queries of a block, the
     eight tensors of a BlockMask; `masks`: their BlockMasks, from `make_masks`; `pairs`: the number of pairs of a query
-    and a key that it sees. Sizes that differ between batches are tensors, so that no batch recompiles the kernel.
+    and a key that it sees; `causal`: see `drafts.attention.Layout`. Sizes that differ between batches are tensors, so
+    that no batch recompiles the kernel.
 
     Shapes: first_rows and anchor_rows (A,); num_context ().
     """
@@ -45,6 +46,7 @@ class FlexLayout:
     seq_lengths: dict[int, tuple[int, int]]
     tiles: dict[int, list[torch.Tensor]]
     pairs: dict[int, int]
+    causal: bool = False
     masks: dict[int, BlockMask] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def make_masks(self) -> None:
@@ -58,18 +60,27 @@ class FlexLayout:
     def _make_rule(self, num_queries: int) -> Callable[..., torch.Tensor]:
         """Return the rule for one query and one key."""
         num_context, block_size = self.num_context, self.block_size
-        first_rows, anchor_rows = self.first_rows, self.anchor_rows
+        first_rows, anchor_rows, causal = self.first_rows, self.anchor_rows, self.causal
 
         def sees(_b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             block = query // num_queries
             in_context = (key < num_context) & (key >= first_rows[block]) & (key < anchor_rows[block])
-            return in_context | ((key >= num_context) & ((key - num_context) // block_size == block))
+            own = (key >= num_context) & ((key - num_context) // block_size == block)
+            if causal:
+                own = own & ((key - num_context) % block_size <= query % num_queries + block_size - num_queries)
+            return in_context | own
 
         return sees
 
 
 def plan_flex(
-    first_rows: torch.Tensor, anchor_rows: torch.Tensor, num_context: int, block_size: int, num_queries: Sequence[int]
+    first_rows: torch.Tensor,
+    anchor_rows: torch.Tensor,
+    num_context: int,
+    block_size: int,
+    num_queries: Sequence[int],
+    *,
+    causal: bool = False,
 ) -> FlexLayout:
     """Plan the tiles of each number of queries in `num_queries`. Shapes: first_rows and anchor_rows (A,)."""
     num_keys = num_context + len(anchor_rows) * block_size
@@ -78,9 +89,10 @@ def plan_flex(
         for number in num_queries
     }
     seq_lengths = {number: (len(anchor_rows) * number, num_keys) for number in num_queries}
-    keys = int((anchor_rows - first_rows + block_size).sum())  # of one query of each block
-    pairs = {number: keys * number for number in num_queries}
-    return FlexLayout(first_rows, anchor_rows, torch.tensor(num_context), block_size, seq_lengths, tiles, pairs)
+    keys = int((anchor_rows - first_rows + block_size).sum())  # of the last query of each block
+    unseen = {number: len(anchor_rows) * (number * (number - 1) // 2 if causal else 0) for number in num_queries}
+    pairs = {number: keys * number - unseen[number] for number in num_queries}
+    return FlexLayout(first_rows, anchor_rows, torch.tensor(num_context), block_size, seq_lengths, tiles, pairs, causal)
 
 
 def plan_tiles(

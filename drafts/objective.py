@@ -39,20 +39,27 @@ class StepLoss:
 
     @classmethod
     def of_blocks(
-        cls, loss_sum: torch.Tensor, hits: torch.Tensor, slots: torch.Tensor, valid: torch.Tensor
+        cls,
+        loss_sum: torch.Tensor,
+        hits: torch.Tensor,
+        slots: torch.Tensor,
+        valid: torch.Tensor,
+        whole: torch.Tensor | None = None,
     ) -> StepLoss:
         """Return the result of A blocks of K slots, without waiting for the device.
 
-        Shapes: valid (A, K), which slots have a label; slots (N,), their flat indices; hits (N,), which are right.
+        Shapes: valid (A, K), which slots have a label; slots (N,), their flat indices; hits (N,), which are right;
+        whole (A,), the blocks to count accepted tokens in, by default all.
         """
         right = torch.zeros_like(valid).view(-1).index_copy(0, slots, hits).view(valid.shape)
+        accepted = right.long().cumprod(1)
         return cls(
             loss_sum=loss_sum,
             num_slots=valid.sum(),
             right=right.sum(0),
             total=valid.sum(0),
-            accepted=right.long().cumprod(1).sum(),
-            num_blocks=valid.new_full((), len(valid), dtype=torch.long),
+            accepted=accepted.sum() if whole is None else (accepted * whole[:, None]).sum(),
+            num_blocks=valid.new_full((), len(valid), dtype=torch.long) if whole is None else whole.sum(),
         )
 
     def counts(self) -> torch.Tensor:

@@ -4,10 +4,35 @@ from __future__ import annotations
 
 import torch
 
+from common.errors import UserError
+from drafts.batch import Batch
+
 
 def anchor_places(loss_mask: torch.Tensor) -> torch.Tensor:
     """Return the positions that serving can draft from: a generated token followed by another. Ascending, (N,)."""
     return (loss_mask[:-1] & loss_mask[1:]).nonzero()[:, 0]
+
+
+def chain_places(loss_mask: torch.Tensor) -> torch.Tensor:
+    """Return `anchor_places` without position 0, for drafts that need the feature of the token before. Shape (N,)."""
+    places = anchor_places(loss_mask)
+    return places[places > 0]
+
+
+def chain_places_of(batch: Batch) -> list[torch.Tensor]:
+    """Return the `chain_places` of each document. Raises UserError, with the sample's id, for one that has none."""
+    places = []
+    for sample_id, mask in zip(batch.sample_ids, batch.loss_mask.split(batch.lengths), strict=True):
+        found = chain_places(mask)
+        if not len(found):
+            raise UserError(
+                f"sample {sample_id}",
+                found="no place to draft from",
+                expected="two generated tokens in a row",
+                fix="Dump again: `dump run` leaves such samples out.",
+            )
+        places.append(found)
+    return places
 
 
 def spans_of(loss_mask: torch.Tensor) -> list[tuple[int, int]]:

@@ -7,7 +7,6 @@ ModelOpt's, which nest 0-based ids in `eagle_config` or leave out the default on
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,38 +14,31 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
-from common.errors import UserError
 from contracts.draft import Descriptor, DraftConfig
 from drafts.export import describe_transformer, native_config, speculators_config, wrong_for_sglang
-from drafts.method import (
-    NATIVE,
-    SGLANG,
-    SPECULATORS,
-    DraftMethod,
-    DraftSection,
-    ExportFacts,
-    TransformerConfig,
-    TransformerSection,
+from drafts.feature_config import (
+    BASE,
+    LAYER_IDS,
+    OF_VOCABULARY,
+    REFUSED,
+    FeatureConfig,
+    check_vocabulary,
+    default_layers,
+    is_parallel,
+    propose_layers,
+    propose_vocabulary,
+    read_layer_ids,
+    read_vocabulary,
 )
+from drafts.method import NATIVE, SGLANG, SPECULATORS, DraftMethod, DraftSection, ExportFacts, TransformerSection
 from drafts.proposal import Proposal, propose_dimensions
-from drafts.reading import DraftFolder, LayerIds, Published, read_transformer, vllm_ids, zero_based
+from drafts.reading import DraftFolder, LayerIds, Published, read_transformer
 from target.target import Target
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from drafts.eagle3.model import Eagle3
-
-FREQUENT_TOKENS = 32000
-"""Size of the reduced vocabulary of published EAGLE3 drafts."""
-LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
-BASE = "layer_id_base"
-"""A key of our own beside nested ids, whose base other tools leave to be guessed."""
-
-
-def default_layers(num_layers: int) -> list[int]:
-    """Return EAGLE3's captured layers, 0-based: a low, a middle and a high one."""
-    return [1, num_layers // 2 - 1, num_layers - 4]
 
 
 class Eagle3Section(TransformerSection):
@@ -63,14 +55,11 @@ class Eagle3Section(TransformerSection):
         return self.num_speculative_tokens
 
 
-class Eagle3Config(TransformerConfig):
-    """`draft_vocab_size`: size of the draft's reduced vocabulary; None if it has the target's."""
-
+class Eagle3Config(FeatureConfig):
     method: Literal["eagle3"] = "eagle3"
     num_layers: int = 1
     num_speculative_tokens: int
     ttt_length: int
-    draft_vocab_size: int | None = None
 
     @property
     def num_draft_tokens(self) -> int:
@@ -85,34 +74,24 @@ class Eagle3Method(DraftMethod):
     autoregressive = True
     normalizes_embeddings = True
     adjustable = ("num_speculative_tokens", "ttt_length")
-    optional_tensors = ("lm_head.weight", "d2t", "t2d")
+    optional_tensors = OF_VOCABULARY
     renamed = MappingProxyType({"block_size": "num_speculative_tokens (block_size - 1)"})
 
     def check(self, section: DraftSection, target: Target) -> None:
         assert isinstance(section, Eagle3Section)
-        known = section.draft_vocab_size
-        if known is not None and known > target.vocab_size:
-            raise UserError(
-                "train.draft.draft_vocab_size",
-                found=str(known),
-                expected=f"at most the target's {target.vocab_size} tokens",
-                fix="Lower it, or leave it out to keep the whole vocabulary.",
-            )
+        check_vocabulary(section.draft_vocab_size, target)
 
     def propose(self, target: Target) -> Proposal:
-        length = target.num_layers
-        layer_ids = sorted({i for i in default_layers(length) if 0 <= i < length - 1}) or [0]
-        num_frequent = FREQUENT_TOKENS if target.vocab_size >= 2 * FREQUENT_TOKENS else None
         return Proposal(
             draft={
                 "num_speculative_tokens": (3, "draft tokens per step"),
                 "ttt_length": (7, "steps that training unrolls"),
                 "ttt_step_loss_decay": (0.8, ""),
                 **propose_dimensions(target),
-                "draft_vocab_size": (num_frequent, "the most frequent tokens; null: all"),
+                **propose_vocabulary(target),
                 "objective": ("distill", "learn the target's distribution, computed from the stored states"),
             },
-            layer_ids=(layer_ids, f"0-based; EAGLE3's rule for {length} layers"),
+            layer_ids=propose_layers(target),
             train={
                 "learning_rate": (1e-4, "SpecForge's for Qwen3-8B"),
                 "gradient_checkpointing": (True, "the unrolled steps take much memory"),
@@ -164,10 +143,12 @@ class Eagle3Method(DraftMethod):
 
     def describe(self, config: Mapping[str, Any]) -> Descriptor | None:
         architecture = (config.get("architectures") or [""])[0]
+        if is_parallel(config):
+            return None
         is_eagles = architecture == "LlamaForCausalLM" and "draft_vocab_size" in config
         if config.get("speculators_model_type") != self.name and "Eagle3" not in architecture and not is_eagles:
             return None
-        block_size, layers = config.get("block_size"), _layer_ids(config, config.get("num_target_layers"))
+        block_size, layers = config.get("block_size"), read_layer_ids(config, config.get("num_target_layers"))
         return describe_transformer(
             config,
             self.name,
@@ -188,70 +169,18 @@ class Eagle3Method(DraftMethod):
 
     def read_published(self, folder: DraftFolder) -> Published:
         nested = {**(folder.config.get("eagle_config") or {}), **folder.layer}
-        for key in ("norm_before_residual", "norm_before_fc", "norm_output", "fc_norm", "parallel_drafting"):
+        for key in (*REFUSED, "parallel_drafting"):
             if nested.get(key):
                 raise folder.refuse(key, True, "false: an EAGLE3 draft without further norms")
         length = folder.num_target_layers
-        layers = _layer_ids(folder.config, length) or LayerIds(
+        layers = read_layer_ids(folder.config, length) or LayerIds(
             default_layers(length), f"config.json lists no layers: EAGLE3's default for {length} layers"
         )
         found = self.describe(folder.config)
         tokens = found.num_speculative_tokens if found else None
         own = {} if tokens is None else {"num_speculative_tokens": tokens}
-        return _read_vocabulary(folder, read_transformer(folder, layers, _our_name, own))
+        return read_vocabulary(folder, read_transformer(folder, layers, _our_name, own))
 
 
 def _our_name(name: str) -> str:
     return name.replace("layers.0.", "midlayer.", 1) if name.startswith("layers.0.") else name
-
-
-def _layer_ids(config: Mapping[str, Any], num_target_layers: int | None) -> LayerIds | None:
-    """Return the captured layers; None if the config has no list.
-
-    SpecForge and ModelOpt nest 0-based ids; everybody else writes vLLM's at the top level. Some heads nest vLLM's: then
-    the first id is 2 where 0-based ids begin with 1, or the last one is the number of layers.
-    """
-    if ids := list(config.get(LAYER_IDS) or []):
-        return vllm_ids(LAYER_IDS, ids)
-    nested = config.get("eagle_config") or {}
-    ids = list(nested.get(LAYER_IDS) or [])
-    if not ids:
-        return None
-    if nested.get(BASE) == 0:
-        return zero_based(f"eagle_config.{LAYER_IDS}", ids)
-    counts_as_vllm = ids[0] == 2 or (num_target_layers is not None and ids[-1] >= num_target_layers)
-    return (vllm_ids if counts_as_vllm else zero_based)(f"eagle_config.{LAYER_IDS}", ids)
-
-
-def _read_vocabulary(folder: DraftFolder, draft: Published) -> Published:
-    """Return the draft with its vocabulary: lm_head, d2t and t2d if it is reduced, else none of them.
-
-    Raises UserError if d2t holds no offsets of ascending tokens, or does not fit t2d.
-    """
-    from drafts.eagle3.vocabulary import complete
-
-    d2t, t2d = draft.weights.get("d2t"), draft.weights.get("t2d")
-    said = folder.config.get("draft_vocab_size") or draft.facts["vocab_size"]
-    if d2t is None:
-        if t2d is not None or said != draft.facts["vocab_size"]:
-            raise folder.refuse(
-                "draft_vocab_size", f"{said} tokens, but no d2t", "d2t, the offsets of the draft's tokens"
-            )
-        facts = {**draft.facts, "draft_vocab_size": None}
-        return dataclasses.replace(draft, facts=facts)
-    shared = dict(draft.shared)
-    lm_head = shared.pop("lm_head.weight", None)
-    if lm_head is None or len(lm_head) != len(d2t):
-        rows = "no lm_head" if lm_head is None else f"an lm_head of {len(lm_head)} rows"
-        raise folder.refuse("draft_vocab_size", f"{rows} and {len(d2t)} offsets in d2t", "an lm_head row for each")
-    known, reason = complete(d2t, t2d, draft.facts["vocab_size"])
-    if reason:
-        raise UserError(
-            folder.path,
-            found=f"d2t {reason}",
-            expected="offsets: the target's token id minus the draft's, ids ascending",
-            fix="Convert it: d2t[i] = token id - i.",
-        )
-    facts = {**draft.facts, "draft_vocab_size": len(d2t)}
-    weights = {**draft.weights, "lm_head.weight": lm_head, "d2t": d2t.long(), "t2d": known}
-    return dataclasses.replace(draft, facts=facts, weights=weights, shared=shared)

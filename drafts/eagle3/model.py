@@ -22,21 +22,20 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from common.errors import UserError
 from contracts.store import StoredSample
 from drafts.attention import KeyValues, Layout, attend, lay_out
 from drafts.batch import Batch
-from drafts.draft import Draft, Drafted, Plan, as_input
+from drafts.draft import Drafted, Plan, as_input
 from drafts.eagle3.config import Eagle3Config, Eagle3Section
-from drafts.eagle3.vocabulary import choose_vocabulary
 from drafts.layers import GatedMLP, RMSNorm
 from drafts.loss_terms import Objective
 from drafts.moving import to_device
 from drafts.objective import LossOptions, StepLoss, fused_loss, greedy_tokens, label_log_probs
-from drafts.places import anchor_places
+from drafts.places import chain_places, chain_places_of
 from drafts.rope import Rope, Tables, rotate
 from drafts.slot_weights import make_block_weights
-from drafts.teacher import TeacherRows, make_teacher
+from drafts.teacher import TeacherRows
+from drafts.vocabulary import VocabularyDraft
 from target.head import TargetHead, logits_of
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -128,15 +127,10 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), pair
 
 
-class Eagle3(Draft):
-    """The draft without embedding and lm_head, which are the target's; a reduced vocabulary has its own lm_head.
-
-    Its `lm_head` starts from the target's rows and is trained; d2t and t2d: see drafts/eagle3/vocabulary.py.
-    """
+class Eagle3(VocabularyDraft):
+    """The draft without embedding and lm_head, which are the target's; a reduced vocabulary has its own lm_head."""
 
     config: Eagle3Config
-    d2t: torch.Tensor
-    t2d: torch.Tensor
 
     def __init__(
         self, config: Eagle3Config, section: Eagle3Section | None = None, *, gradient_checkpointing: bool = False
@@ -148,60 +142,19 @@ class Eagle3(Draft):
         self.midlayer = Layer(config)
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
         self.rope = Rope(config)
-        self.lm_head = None
-        if config.draft_vocab_size is not None:
-            self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
-            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
-            self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
-            self._t2d_of_version = (-1, self.t2d)
-
-    def outer_modules(self) -> list[nn.Module]:
-        return [] if self.lm_head is None else [self.lm_head]
+        self.add_vocabulary()
 
     def layers_to_compile(self) -> list[nn.Module]:
         return [self.midlayer]
-
-    def suppose_values(self) -> None:
-        if self.lm_head is not None:  # as if the draft knew the first tokens
-            self._t2d_of_version = (self.t2d._version, torch.arange(len(self.t2d)) < len(self.d2t))
-
-    def initialize(self, seed: int, head: TargetHead, count_tokens: Callable[[], torch.Tensor]) -> str:
-        super().initialize(seed, head, count_tokens)
-        if self.lm_head is None:
-            return ""
-        vocabulary = choose_vocabulary(count_tokens(), self.lm_head.out_features)
-        self.set_vocabulary(vocabulary.kept.to(self.d2t.device), head)
-        return (
-            f"the draft knows {len(vocabulary.kept)} of {self.config.vocab_size} tokens, {vocabulary.coverage:.2%} of "
-            "the supervised ones"
-        )
-
-    def set_vocabulary(self, kept: torch.Tensor, head: TargetHead) -> None:
-        """Restrict the vocabulary to the tokens `kept (n,)`, ascending."""
-        assert self.lm_head is not None
-        with torch.no_grad():
-            self.lm_head.weight.copy_(head.lm_head[kept])
-        self.d2t.copy_(kept - torch.arange(len(kept), device=kept.device))
-        self.t2d.zero_()
-        self.t2d[kept] = True
 
     def plan(self, batch: Batch) -> Chains:
         """Start a chain at every position that serving can draft from.
 
         Raises UserError, with the sample's id, for a document that has none.
         """
-        places = []
-        for sample_id, mask in zip(batch.sample_ids, batch.loss_mask.split(batch.lengths), strict=True):
-            found = chain_places(mask)
-            if not len(found):
-                raise UserError(
-                    f"sample {sample_id}",
-                    found="no place to draft from",
-                    expected="two generated tokens in a row",
-                    fix="Dump again: `dump run` leaves such samples out.",
-                )
-            places.append(found)
-        return self.lay_out(batch.token_ids, batch.loss_mask, batch.lengths, places, self.config.ttt_length)
+        return self.lay_out(
+            batch.token_ids, batch.loss_mask, batch.lengths, chain_places_of(batch), self.config.ttt_length
+        )
 
     def lay_out(
         self,
@@ -223,12 +176,8 @@ class Eagle3(Draft):
         wanted = rows[:, None] + torch.arange(1, steps + 1)
         inside = wanted < len(token_ids)
         wanted = wanted.clamp(max=len(token_ids) - 1)
-        valid, labels = loss_mask[wanted] & inside, token_ids[wanted]
-        if self.lm_head is not None:  # a token outside the vocabulary ends the chain
-            known = self._known_tokens()
-            valid = valid & known[labels]
-            labels = (known.long().cumsum(0) - 1)[labels]
-        valid = valid.long().cumprod(dim=1).bool()
+        labels, valid = self.number_labels(token_ids[wanted], loss_mask[wanted] & inside)
+        valid = valid.long().cumprod(dim=1).bool()  # a token outside the vocabulary ends the chain
         distills = self.section is not None and self.section.needs_final_states
         return Chains(
             places=rows,
@@ -241,12 +190,6 @@ class Eagle3(Draft):
             layouts=layouts,
             teacher=TeacherRows.of_slots(wanted[valid] - 1) if distills else None,
         )
-
-    def _known_tokens(self) -> torch.Tensor:
-        """Return `t2d` on the CPU, where steps are planned; copied again only after it has changed."""
-        if self._t2d_of_version[0] != self.t2d._version:
-            self._t2d_of_version = (self.t2d._version, self.t2d.cpu())
-        return self._t2d_of_version[1]
 
     def forward(self, batch: Batch, chains: Chains, head: TargetHead) -> StepLoss:
         """Return the training loss of all steps; static weights are `ttt_step_loss_decay ** i` for step i."""
@@ -264,16 +207,12 @@ class Eagle3(Draft):
         slots = chains.slots
         by_step = (self.section.ttt_step_loss_decay ** torch.arange(steps, device=slots.device)).float()
         weights, bounds = make_block_weights(self.section.slot_weights, by_step, self.section.dpace_smoothing, chains)
-        teacher = None
-        if chains.teacher is not None:
-            known = None if self.lm_head is None else self.known_ids()
-            teacher = make_teacher(head, batch.hidden_states, chains.teacher, known)
         found = fused_loss(
             normed.flatten(0, 1).index_select(0, slots),
-            self._lm_head(head),
+            self.own_lm_head(head),
             chains.labels.view(-1)[slots],
             weights,
-            LossOptions(Objective.of(self.section), teacher, bounds),
+            LossOptions(Objective.of(self.section), self.teach(head, batch, chains.teacher), bounds),
         )
         return StepLoss.of_blocks(found.total, found.hits, slots, chains.valid)
 
@@ -311,7 +250,7 @@ class Eagle3(Draft):
     def draft_planned(
         self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, plan: Chains, head: TargetHead
     ) -> Drafted:
-        lm_head = self._lm_head(head)
+        lm_head = self.own_lm_head(head)
         tokens = self._unroll_greedily(
             token_ids, aux_hidden_states, plan, head, lambda hidden: greedy_tokens(hidden, lm_head)
         )
@@ -329,7 +268,7 @@ class Eagle3(Draft):
             return token_ids[(plan.places + step).clamp(max=len(token_ids) - 1)]
 
         hidden = torch.stack(list(self._unroll(token_ids, aux_hidden_states, plan, head.embedding, given)), dim=1)
-        scores = label_log_probs(self.norm(hidden), self._lm_head(head), plan.labels.clamp(min=0), temperature).exp()
+        scores = label_log_probs(self.norm(hidden), self.own_lm_head(head), plan.labels.clamp(min=0), temperature).exp()
         return scores * plan.valid  # 0 at and after a token that the draft does not know
 
     @torch.inference_mode()
@@ -340,7 +279,7 @@ class Eagle3(Draft):
 
         Shapes: (N, K) and (N, K, V), on the CPU.
         """
-        device, ids, lm_head = head.lm_head.device, sample.input_ids.long(), self._lm_head(head)
+        device, ids, lm_head = head.lm_head.device, sample.input_ids.long(), self.own_lm_head(head)
         steps = list[torch.Tensor]()
 
         def choose(hidden: torch.Tensor) -> torch.Tensor:
@@ -350,9 +289,6 @@ class Eagle3(Draft):
         chains = to_device(self.plan_drafting(ids, sample.loss_mask, places), device)
         drafted = self._unroll_greedily(ids.to(device), sample.aux_hidden_states.to(device), chains, head, choose)
         return drafted.cpu(), torch.stack(steps, dim=1).cpu()
-
-    def _lm_head(self, head: TargetHead) -> torch.Tensor:
-        return head.lm_head if self.lm_head is None else self.lm_head.weight
 
     def _unroll_greedily(
         self,
@@ -369,25 +305,9 @@ class Eagle3(Draft):
             return drafted[step - 1] if step else token_ids[chains.places]
 
         for hidden in self._unroll(token_ids, aux, chains, head.embedding, latest):
-            tokens = choose(self.norm(hidden))
-            drafted.append(tokens if self.lm_head is None else tokens + self.d2t[tokens])
+            drafted.append(self.target_ids(choose(self.norm(hidden))))
         return torch.stack(drafted, dim=1)
 
     @torch.inference_mode()
     def taps(self, sample: StoredSample, head: TargetHead, start: int) -> dict[str, torch.Tensor]:
-        logits = self.draft_logits(sample, head, torch.tensor([start]))[1][0]
-        if self.lm_head is None:
-            return {"draft_logits": logits}
-        known = self.known_ids().cpu()
-        logits = logits.new_full((len(logits), head.lm_head.shape[0]), float("-inf")).index_copy(1, known, logits)
-        return {"vocabulary": known, "draft_logits": logits}
-
-    def known_ids(self) -> torch.Tensor:
-        """Return the target's ids of the draft's tokens, ascending."""
-        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
-
-
-def chain_places(loss_mask: torch.Tensor) -> torch.Tensor:
-    """Return `anchor_places` without position 0: a chain needs the feature of the token before."""
-    places = anchor_places(loss_mask)
-    return places[places > 0]
+        return self.vocabulary_taps(self.draft_logits(sample, head, torch.tensor([start]))[1][0], head)

@@ -29,7 +29,7 @@ def store(recipe_path: Path, target_folder: Path, tmp_path_factory: pytest.TempP
     return folder / "store"
 
 
-@pytest.fixture(scope="module", params=["dflash", "eagle3"])
+@pytest.fixture(scope="module", params=["dflash", "eagle3", "peagle"])
 def trained(
     request: Any, recipe_path: Path, store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, list[object], Path]:
@@ -37,7 +37,9 @@ def trained(
     folder = tmp_path_factory.mktemp("parity")
     args: list[object] = ["--recipe", recipe_path, "--set", f"train.draft.method={request.param}"]
     args += ["--set", "train.num_steps=2"]
-    args += ["--set", f"train.draft.draft_vocab_size={KNOWN}"] if request.param == "eagle3" else []
+    args += ["--set", f"train.draft.draft_vocab_size={KNOWN}"] if request.param in ("eagle3", "peagle") else []
+    more = ("num_speculative_tokens=3", "num_layers=2") if request.param == "peagle" else ()
+    args += [word for key in more for word in ("--set", f"train.draft.{key}")]
     run_here("train", "offline", *args, "--store", store, "--output", folder / "draft")
     weights_path = DraftRun(folder / "draft").chosen_weights()
     weights = {name: 4 * t if t.dim() > 1 else t for name, t in load_file(weights_path).items()}
@@ -72,6 +74,7 @@ def test_trainer_and_engine_agree_on_a_good_draft(
     expected = {
         "dflash": ["layer 1", "layer 2", "teacher argmax", "mask token", "mask embedding"],
         "eagle3": ["layer 1", "layer 2", "teacher argmax", "vocabulary map"],
+        "peagle": ["layer 1", "layer 2", "teacher argmax", "mask token", "mask embedding", "vocabulary map"],
     }
     assert stages == [*expected[trained[0]], "draft slot 1", "draft slot 2", "draft slot 3"]
     assert max(stage["difference"] for stage in report["stages"]) < 1e-4
@@ -80,6 +83,7 @@ def test_trainer_and_engine_agree_on_a_good_draft(
 DEFECTS = [
     *(("dflash", defect) for defect in ("layers", "rope_theta", "norm weight", "final norm", "mask token")),
     *(("eagle3", defect) for defect in ("layers", "vocabulary")),
+    *(("peagle", defect) for defect in ("mask hidden", "mask token")),
 ]
 
 
@@ -108,8 +112,14 @@ def test_a_seeded_defect_is_named(
         store = seed_final_norm(store, tmp_path / "store")
         expected = ["found teacher argmax of sample", "Final norm or lm_head"]
     elif defect == "mask token":
-        change_config(export, dflash_config={"mask_token_id": 7})
+        change_config(
+            export, **({"mask_token_id": 7} if method == "peagle" else {"dflash_config": {"mask_token_id": 7}})
+        )
         expected = ["found mask token of sample", "the export says 7"]
+    elif defect == "mask hidden":
+        weights["mask_hidden"] = -weights["mask_hidden"]
+        save_file(weights, export / "model.safetensors")
+        expected = ["draft slot 2", "look at the draft's norms"]
     else:
         permutation = torch.randperm(KNOWN, generator=torch.Generator().manual_seed(0))
         known = torch.arange(KNOWN) + weights["d2t"]

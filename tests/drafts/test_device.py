@@ -41,6 +41,7 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "eagle3-vocabulary-distill": {
         "method": "eagle3", "ttt_length": 3, "draft_vocab_size": 32_000, "objective": "distill", **LAYER,
     },
+    "peagle": {"method": "peagle", "num_layers": 2, **LAYER},
 }  # fmt: skip
 
 

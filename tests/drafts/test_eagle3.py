@@ -11,7 +11,8 @@ from contracts.store import StoredSample
 from drafts.batch import Batch
 from drafts.draft import init_weights
 from drafts.eagle3.config import Eagle3Config, Eagle3Section
-from drafts.eagle3.model import Eagle3, chain_places
+from drafts.eagle3.model import Eagle3
+from drafts.places import chain_places
 from target.head import TargetHead
 
 VOCABULARY, HIDDEN, STEPS = 40, 16, 3

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.nn import functional
 from torch.nn.attention.flex_attention import flex_attention
 
 from drafts import METHODS, moving
@@ -21,7 +22,10 @@ from drafts.flex import TILE, attend_flex, plan_flex, plan_tiles
 from target.head import TargetHead
 
 GPU = torch.device("cuda")  # only named: layouts are planned on the CPU
-ATTENDS = {"dflash": "drafts.block", "eagle3": "drafts.eagle3.model"}
+ATTENDS = {"dflash": "drafts.block", "eagle3": "drafts.eagle3.model", "peagle": "drafts.peagle.model"}
+OWN = {"dflash": {"num_layers": 2}, "eagle3": {"ttt_length": 3}, "peagle": {"num_layers": 3}}
+GRAPHS = [("dflash", 2), ("eagle3", 3), ("peagle", 3)]
+"""Graphs of a method: one for each step; or one for the last layer, the first one if it differs, and the others."""
 BLOCK = 8
 CASES = [
     ([40, 25], [torch.arange(1, 38, 2), torch.tensor([3, 7, 20])]),
@@ -32,7 +36,7 @@ CASES = [
 
 
 def visible(
-    lengths: list[int], anchors: list[torch.Tensor], block_size: int, num_queries: int
+    lengths: list[int], anchors: list[torch.Tensor], block_size: int, num_queries: int, *, causal: bool = False
 ) -> tuple[torch.Tensor, int]:
     """Return which keys each query sees, pair by pair, and the number of context rows."""
     starts = [sum(lengths[:number]) for number in range(len(lengths))]
@@ -42,18 +46,23 @@ def visible(
     for number, (first, anchor) in enumerate(blocks):
         rows = slice(number * num_queries, (number + 1) * num_queries)
         sees[rows, first:anchor] = True
-        sees[rows, context + number * block_size : context + (number + 1) * block_size] = True
+        own = torch.ones(num_queries, block_size, dtype=torch.bool)
+        if causal:  # the queries are those of the block's last places
+            own = own.tril(block_size - num_queries)
+        sees[rows, context + number * block_size : context + (number + 1) * block_size] = own
     return sees, context
 
 
 @pytest.mark.parametrize(("lengths", "anchors"), CASES)
 @pytest.mark.parametrize(("block_size", "num_queries"), [(BLOCK, BLOCK), (BLOCK, BLOCK - 1), (3, 1)])
+@pytest.mark.parametrize("causal", [False, True])
 def test_tiles_hold_what_the_mask_shows_and_are_few(
-    lengths: list[int], anchors: list[torch.Tensor], block_size: int, num_queries: int
+    lengths: list[int], anchors: list[torch.Tensor], block_size: int, num_queries: int, causal: bool
 ) -> None:
-    sees, context = visible(lengths, anchors, block_size, num_queries)
-    layout = lay_out(lengths, anchors, block_size, GPU, (num_queries,))
+    sees, context = visible(lengths, anchors, block_size, num_queries, causal=causal)
+    layout = lay_out(lengths, anchors, block_size, GPU, (num_queries,), causal=causal)
     assert layout.flex is not None
+    assert layout.flex.pairs[num_queries] == int(sees.sum())
     assert torch.equal(_rule(layout.flex, num_queries, sees.shape), sees)
     partial, full = plan_tiles(layout.flex.first_rows, layout.anchor_rows, context, block_size, num_queries)
     assert not (partial & full).any()
@@ -78,11 +87,44 @@ def _rule(flex: object, num_queries: int, shape: torch.Size) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("lengths", "anchors"), CASES)
-def test_flex_attention_gives_the_same_as_the_grouped_products(lengths: list[int], anchors: list[torch.Tensor]) -> None:
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 28])
+def test_the_grouped_products_and_their_gradients_are_those_of_masked_attention(
+    lengths: list[int],
+    anchors: list[torch.Tensor],
+    causal: bool,
+    kept_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("drafts.attention.KEPT_BYTES", kept_bytes)
     generator = torch.Generator().manual_seed(0)
     blocks = sum(len(part) for part in anchors)
-    on_cpu = lay_out(lengths, anchors, BLOCK, torch.device("cpu"), (BLOCK, BLOCK - 1))
-    on_gpu = lay_out(lengths, anchors, BLOCK, GPU, (BLOCK, BLOCK - 1))
+    layout = lay_out(lengths, anchors, BLOCK, torch.device("cpu"), (BLOCK, BLOCK - 1), causal=causal)
+    for num_queries in (BLOCK, BLOCK - 1):
+        sees, _ = visible(lengths, anchors, BLOCK, num_queries, causal=causal)
+        shapes = [(blocks, num_queries, 4, 8), *[(sum(lengths), 2, 8)] * 2, *[(blocks, BLOCK, 2, 8)] * 2]
+        inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+        query, *pairs = inputs
+        found = attend(query, KeyValues(*pairs), layout)
+        key, value = (torch.cat([pairs[i], pairs[i + 2].flatten(0, 1)]).transpose(0, 1) for i in range(2))
+        rows = query.flatten(0, 1).transpose(0, 1)
+        expected = functional.scaled_dot_product_attention(rows, key, value, attn_mask=sees, enable_gqa=True)
+        expected = expected.transpose(0, 1).unflatten(0, (blocks, num_queries))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        weight = torch.randn(found.shape, generator=generator)
+        ours, theirs = (torch.autograd.grad((x * weight).sum(), inputs) for x in (found, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("lengths", "anchors"), CASES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_flex_attention_gives_the_same_as_the_grouped_products(
+    lengths: list[int], anchors: list[torch.Tensor], causal: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = sum(len(part) for part in anchors)
+    on_cpu = lay_out(lengths, anchors, BLOCK, torch.device("cpu"), (BLOCK, BLOCK - 1), causal=causal)
+    on_gpu = lay_out(lengths, anchors, BLOCK, GPU, (BLOCK, BLOCK - 1), causal=causal)
     assert on_gpu.flex is not None
     on_gpu.make_masks()
     for num_queries in (BLOCK, BLOCK - 1):  # the last layer has no query for the anchor
@@ -123,7 +165,7 @@ def test_a_plan_of_many_chains_takes_no_quadratic_memory() -> None:
     assert sum(tensor.nbytes for tensor in flex.tiles[1]) < 1 << 20
 
 
-@pytest.mark.parametrize(("method", "graphs"), [("dflash", 2), ("eagle3", 3)])
+@pytest.mark.parametrize(("method", "graphs"), GRAPHS)
 def test_batches_of_other_lengths_compile_nothing_anew(
     method: str, graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,18 +174,18 @@ def test_batches_of_other_lengths_compile_nothing_anew(
     monkeypatch.setattr(
         sys.modules[ATTENDS[method]],
         "lay_out",
-        lambda lengths, anchors, size, _, queries: lay_out(lengths, anchors, size, GPU, queries),
+        lambda lengths, anchors, size, _, *queries, **kind: lay_out(lengths, anchors, size, GPU, *queries, **kind),
     )
     torch._dynamo.reset()
     counters.clear()
     draft.compile_layers(backend="aot_eager")
     for length in (300, 777):
         _run(draft, length)
-        assert counters["stats"]["unique_graphs"] == graphs  # one for each step, or for the last layer and the others
+        assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize(("method", "graphs"), [("dflash", 2), ("eagle3", 3)])
+@pytest.mark.parametrize(("method", "graphs"), GRAPHS)
 def test_with_gradients_too_the_layers_around_attention_compile_once(
     method: str, graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +245,7 @@ def _make_draft(method: str) -> Draft:
     }  # fmt: skip
     values = {
         "method": method, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96,
-        **({"num_layers": 2} if method == "dflash" else {"ttt_length": 3}),
+        **OWN[method],
     }  # fmt: skip
     section = METHODS[method].section.model_validate(values)
     return METHODS[method].build(METHODS[method].make_config(section, shared), section).requires_grad_(False)

@@ -79,7 +79,8 @@ def test_another_method_keeps_the_keys_that_both_have_and_drops_the_others() -> 
 
 
 def test_an_unknown_method_is_named_with_those_that_are_known() -> None:
-    with pytest.raises(UserError, match=r"train\.draft.*method is 'medusa'; known methods: dflash, dspark, eagle3"):
+    known = "dflash, dspark, eagle3, peagle"
+    with pytest.raises(UserError, match=rf"train\.draft.*method is 'medusa'; known methods: {known}"):
         load_recipe(TINY, ["train.draft.method=medusa"])
 
 

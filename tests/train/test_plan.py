@@ -41,6 +41,11 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], list[int]]] = {
         {"hidden_size": 1024, "vocab_size": 32768, "layer_ids": [1, 3, 5]},
         [1024, 300],
     ),
+    "peagle": (
+        {"method": "peagle", "num_layers": 2, "num_attention_heads": 16, "intermediate_size": 3072},
+        {"hidden_size": 1024, "vocab_size": 32768, "layer_ids": [1, 3, 5]},
+        [1024, 300],
+    ),
 }
 
 
@@ -98,7 +103,7 @@ def test_operations_of_a_step_are_those_of_its_products_and_of_attention() -> No
     assert without_attention == pytest.approx(14 * 64 * 7 * mean_context * 64 * 128, rel=0.15)
 
 
-@pytest.mark.parametrize("method", ["dflash", "dspark", "eagle3"])
+@pytest.mark.parametrize("method", ["dflash", "dspark", "eagle3", "peagle"])
 def test_evaluation_of_a_long_reply_takes_bounded_memory_at_a_large_vocabulary(method: str) -> None:
     short, long = (measure_drafting(work_of_m3(method, 512 + reply)).peak() for reply in (6144, 12288))
     assert short["logits"] < 3.5e9  # those of all 6,144 x 7 drafted tokens would take 34 GB

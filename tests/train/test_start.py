@@ -17,13 +17,14 @@ from written import write_store
 from common.errors import UserError
 from contracts.draft import DraftRun
 from contracts.store import Store
+from drafts import METHODS
 from drafts.draft import Draft
 from drafts.published import read_config, read_draft
 from recipe.load import load_recipe
 from target.head import read_head
 from target.target import Target
 from train.draft import suppose_config
-from train.start import Start, load_start, own_config
+from train.start import Start, load_start, open_start, own_config
 
 SIZES = "num_attention_heads: 2, num_key_value_heads: 1, head_dim: 32, intermediate_size: 64"
 SETS = {
@@ -36,10 +37,13 @@ FAST = (f"num_steps={STEPS}", "learning_rate=0.01", "global_batch_size=10", f"ch
 DSPARK = f"method: dspark, num_speculative_tokens: 3, num_layers: 1, num_anchors: 60, markov_rank: 16, {SIZES}"
 SETS["dspark"] = ["--set", f"train.draft={{{DSPARK}}}"]
 SETS["dspark fill-in"] = ["--set", f"train.draft={{{DSPARK}, sample_from_anchor: false}}"]
+PEAGLE = f"method: peagle, num_speculative_tokens: 3, objective: tokens, {SIZES}"
+SETS["peagle"] = ["--set", f"train.draft={{{PEAGLE}, num_layers: 2}}"]
+SETS["peagle reduced"] = ["--set", f"train.draft={{{PEAGLE}, num_layers: 1, draft_vocab_size: 400}}"]
 SETS["eagle3 low"] = SETS["eagle3"]
 LAYERS = {
     **dict.fromkeys(("dflash", "dspark", "dspark fill-in"), (1, 2)),
-    **dict.fromkeys(("eagle3", "eagle3 reduced"), (1, 2, 3)),
+    **dict.fromkeys(("eagle3", "eagle3 reduced", "peagle", "peagle reduced"), (1, 2, 3)),
     "eagle3 low": (0, 1, 2),
 }
 
@@ -97,7 +101,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, recipe_path: Path, target_
 
 
 @pytest.mark.parametrize("layout", ["native", "speculators"])
-@pytest.mark.parametrize("kind", ["dflash", "dspark", "dspark fill-in", "eagle3", "eagle3 reduced"])
+@pytest.mark.parametrize(
+    "kind", ["dflash", "dspark", "dspark fill-in", "eagle3", "eagle3 reduced", "peagle", "peagle reduced"]
+)
 def test_an_export_in_each_layout_evaluates_and_starts_as_its_checkpoint(
     trained: Trained, kind: str, layout: str, tmp_path: Path
 ) -> None:
@@ -176,6 +182,55 @@ def test_dspark_drafts_of_modelopt_are_read_and_others_are_refused_by_name(train
         trained.changed("dspark", folder, lambda config, _, new={key: value}: config.update(new))  # type: ignore[misc]
         with pytest.raises(UserError, match=told):
             read_draft(folder, 6)
+
+
+def test_peagle_starts_from_an_eagle3_draft_whose_first_draft_tokens_it_keeps(trained: Trained, tmp_path: Path) -> None:
+    run, recipe = trained.run("eagle3 reduced").folder, load_recipe(trained.recipe_path, SETS["peagle reduced"][1::2])
+    eagle3 = read_config(trained.run("eagle3 reduced"))
+    expected = METHODS["eagle3"].build(eagle3)
+    expected.load_state_dict(load_file(trained.run("eagle3 reduced").chosen_weights()))
+    first = logits_of_first_reply(expected.eval(), trained.store("eagle3 reduced"), trained.target)[0]
+    for folder in (trained.export("eagle3 reduced"), run):
+        start = open_start(folder, recipe, trained.target, to_train=True)
+        draft = start.method.build(own_config(start, suppose_config(recipe, trained.target)))
+        told = load_start(start, draft, read_head(trained.target))
+        assert "newly initialized                  1  mask_hidden" in told[-1]
+        assert "midlayer.hidden_norm.weight -> layers.0.hidden_norm.weight" in told[1]
+        found = logits_of_first_reply(draft.eval(), trained.store("eagle3 reduced"), trained.target)
+        torch.testing.assert_close(found[0], first, rtol=1e-4, atol=1e-4)
+    printed = trained.start("peagle reduced", run, tmp_path / "start").stdout
+    assert "before the first step: predicted acceptance length" in printed
+    refused = trained.start("peagle", run, tmp_path / "deeper", check=False).stderr
+    assert "train.draft.num_layers: found 2, expected 1" in refused
+
+
+def test_peagle_drafts_with_other_names_are_read_and_others_are_refused_by_name(
+    trained: Trained, tmp_path: Path
+) -> None:
+    def renamed(config: dict[str, Any], tensors: dict[str, Any]) -> None:
+        config["ptd_token_id"] = config.pop("pard_token")
+        config["eagle_config"] = {IDS: [i - 1 for i in config.pop(IDS)]}
+        del config["mask_token_id"]
+        tensors["mask_hidden"] = tensors["mask_hidden"].flatten()
+        for name in [name for name in tensors if name.startswith("layers.0.")]:
+            tensors[name.replace("layers.0.", "midlayer.")] = tensors.pop(name)
+
+    expected = load_file(trained.export("peagle") / "model.safetensors")
+    method, found = read_draft(trained.changed("peagle", tmp_path / "renamed", renamed), 6)
+    assert method.name == "peagle"
+    assert found.layers.ids == list(LAYERS["peagle"])
+    assert found.facts["mask_token_id"] == read_config(trained.run("peagle")).mask_token_id
+    assert found.weights.keys() == expected.keys()
+    assert all(torch.equal(found.weights[name], tensor) for name, tensor in expected.items())
+
+    changes: dict[str, tuple[Callable[..., Any], str]] = {
+        "norms": (set_key("norm_before_residual", value=True), "a draft without further norms"),
+        "mask": (lambda _, tensors: tensors.pop("mask_hidden"), "found none in the weights, expected the features"),
+        "layers": (lambda config, _: config.pop(IDS), "expected the captured layers"),
+    }
+    for name, (change, told) in changes.items():
+        with pytest.raises(UserError, match=told):
+            read_draft(trained.changed("peagle", tmp_path / name, change), 6)
 
 
 def test_a_warm_start_with_held_out_conversations_evaluates_on_them_and_resumes_from_its_checkpoint(
