@@ -52,7 +52,7 @@ class Rows:
     def distance_gradient(self) -> torch.Tensor:
         """The gradient of total variation by the logits: d * (s - <d, s>) with s = sign(d - t) / 2."""
         slope = torch.sub(self.d, self.teacher).sign_().mul_(0.5)
-        mean = torch.linalg.vecdot(self.d, slope).unsqueeze(-1)
+        mean = (self.d * slope).sum(-1, keepdim=True)  # vecdot would round to bf16 under autocast
         return slope.sub_(mean).mul_(self.d)
 
 

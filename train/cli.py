@@ -11,7 +11,6 @@ import typer
 from common.cli import make_app
 from common.errors import UserError, run_app
 from recipe.cli import OverridesOption, RecipeOption, load_checked
-from recipe.recipe import Recipe
 
 app = make_app("Train a draft from a store, evaluate it, export it.")
 
@@ -137,10 +136,8 @@ def compare(
     from train.compare import compare as compare_variants
     from train.compare import read_variants
 
-    def load(overrides: list[str]) -> Recipe:
-        return load_checked(recipe, [*(set_ or []), *overrides])
-
-    compare_variants(read_variants(variants), load, (store, held_out), output)
+    stores = (store, held_out)
+    compare_variants(read_variants(variants), lambda more: load_checked(recipe, [*(set_ or []), *more]), stores, output)
 
 
 @app.command(

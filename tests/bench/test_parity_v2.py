@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, run_here
 from safetensors.torch import load_file, save_file
+from warm import Warm, start_warm
 from written import write_conversations
 
 from contracts.draft import DraftRun
@@ -22,7 +21,12 @@ from contracts.draft import DraftRun
 pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(900)]
 SIZES = "num_attention_heads: 2, num_key_value_heads: 1, head_dim: 32, intermediate_size: 64"
 DRAFTS = {"dspark": f"method: dspark, num_speculative_tokens: 3, num_layers: 1, markov_rank: 16, {SIZES}"}
-V2 = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_PLUGINS": "triton_interpreter"}
+V2 = {
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "VLLM_PLUGINS": "triton_interpreter",
+    "PYTHONPATH": str(ROOT / "tests/v2_runner"),
+}
 
 Weights = dict[str, torch.Tensor]
 Change = Callable[[dict[str, Any], Weights], None]
@@ -41,8 +45,8 @@ class Case:
         save_file({name: 4 * t if t.dim() > 1 else t for name, t in load_file(path).items()}, path)
         run_here("train", "export", *self.args, "--run", folder / "draft", "--output", folder / "export")
 
-    def compare(self, change: Change | None, output: Path) -> subprocess.CompletedProcess[str]:
-        """Run bench parity in a process with the V2 runner, on the export after a change."""
+    def compare(self, engine: Warm, change: Change | None, output: Path) -> subprocess.CompletedProcess[str]:
+        """Run bench parity on the export after a change."""
         export = output / "export"
         shutil.copytree(self.folder / "export", export)
         if change is not None:
@@ -53,9 +57,17 @@ class Case:
             save_file(weights, export / "model.safetensors")
         words = ["bench", "parity", *self.args, "--run", self.folder / "draft", "--draft", export]
         words += ["--store", self.store, "--output", output / "parity", "--samples", "1"]
-        env = {**os.environ, **V2, "PYTHONPATH": f"{ROOT / 'tests/v2_runner'}{os.pathsep}{ROOT}"}
-        command = [str(Path(sys.executable).parent / "bench"), *map(str, words[1:])]
-        return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+        return engine.run(*words, check=False)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """A process whose engines have the V2 runner."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in V2.items():
+            patch.setenv(name, value)
+        with start_warm(tmp_path_factory.mktemp("v2") / "log") as process:
+            yield process
 
 
 @pytest.fixture(scope="module", params=DRAFTS)
@@ -67,8 +79,8 @@ def case(request: Any, recipe_path: Path, target_folder: Path, tmp_path_factory:
     return Case(request.param, folder, recipe_path, folder / "store")
 
 
-def test_trainer_and_engine_agree_on_every_stage(case: Case, tmp_path: Path) -> None:
-    result = case.compare(None, tmp_path)
+def test_trainer_and_engine_agree_on_every_stage(engine: Warm, case: Case, tmp_path: Path) -> None:
+    result = case.compare(engine, None, tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads((tmp_path / "parity/parity.json").read_text())
     stages = [stage["stage"] for stage in report["stages"]]
@@ -113,8 +125,10 @@ DEFECTS: list[tuple[str, Change, list[str]]] = [
 
 
 @pytest.mark.parametrize(("case", "change", "expected"), DEFECTS, indirect=["case"])
-def test_a_seeded_defect_is_named(case: Case, change: Change, expected: list[str], tmp_path: Path) -> None:
-    result = case.compare(change, tmp_path)
+def test_a_seeded_defect_is_named(
+    engine: Warm, case: Case, change: Change, expected: list[str], tmp_path: Path
+) -> None:
+    result = case.compare(engine, change, tmp_path)
     assert result.returncode == 1, result.stdout + result.stderr
     for text in expected:
         assert text in result.stderr
