@@ -81,9 +81,7 @@ def walk(tokens: torch.Tensor, scores: torch.Tensor) -> Walked:
     return Walked(torch.stack(chosen, 1), torch.stack(found, 1))
 
 
-def label_probs(
-    tokens: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, temperature: float
-) -> torch.Tensor:
+def label_probs(tokens: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:
     """Return the probabilities of labels that are sampled by the scores; 0 for those that are no candidates.
 
     Shapes: tokens and scores (A, K, k), labels (A, K) -> (A, K).

@@ -183,6 +183,22 @@ def test_drafts_walk_from_candidate_to_candidate_and_taps_have_the_scores_on_the
     assert changed > 5  # the selector has a say
 
 
+def test_sampled_drafts_have_the_probabilities_of_the_candidates_scores_after_the_datas_tokens() -> None:
+    draft, head, batch = make_draft().eval(), make_head(), make_batch()
+    weights, ids = dict(draft.state_dict()), batch.token_ids
+    found, positive = draft.score(as_sample(batch), head, 0.7), 0
+    for anchor in ANCHORS:
+        states, _ = block_states(draft.config, weights, batch, anchor, head)
+        for k, place in enumerate(range(anchor + 1, min(anchor + 1 + TOKENS, LENGTH))):
+            logits = head.lm_head @ states[k]
+            chosen, gold = logits.argsort(descending=True)[:TOP_K].tolist(), int(ids[place])
+            scores = selector_scores(draft, states[k], int(ids[place - 1]), logits, chosen)
+            expected = float((scores.detach() / 0.7).softmax(-1)[chosen.index(gold)]) if gold in chosen else 0.0
+            assert float(found[anchor, k]) == pytest.approx(expected, abs=1e-4)
+            positive += expected > 0
+    assert 3 < positive < 30
+
+
 def test_logits_of_chosen_tokens_and_the_partition_have_the_gradients_of_all_logits() -> None:
     generator = torch.Generator().manual_seed(2)
     states, weight = (torch.randn(n, HIDDEN, generator=generator, requires_grad=True) for n in (150, VOCABULARY))

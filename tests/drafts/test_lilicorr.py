@@ -139,6 +139,26 @@ def test_drafts_walk_through_the_candidates_by_the_scores_of_a_direct_computatio
     assert changed > 5  # the head has a say
 
 
+def test_sampled_drafts_have_the_probabilities_of_the_candidates_scores_after_the_datas_tokens() -> None:
+    draft, head = make_draft().eval(), make_head()
+    batch = with_known_labels(draft, head)
+    weights, found, known = dict(draft.state_dict()), draft.score(as_sample(batch), head, 0.7), 0
+    for anchor in ANCHORS:
+        states, context = block_states(draft.config, weights, batch, anchor, head)
+        tokens, scores = score_lattice(weights, states, context[-1], head)
+        before = 0
+        for k, place in enumerate(range(anchor + 1, min(anchor + 1 + TOKENS, LENGTH))):
+            gold = int(batch.token_ids[place])
+            if gold not in tokens[k].tolist():
+                assert float(found[anchor, k]) == 0.0
+                break
+            own = tokens[k].tolist().index(gold)
+            expected = float((scores[k, before] / 0.7).softmax(-1)[own])
+            assert float(found[anchor, k]) == pytest.approx(expected, abs=1e-4)
+            known, before = known + (k > 0), own
+    assert known > 3
+
+
 def with_known_labels(draft: LiLiCorr, head: TargetHead) -> Any:
     """A batch whose data are often among the candidates: those of the draft after some anchors."""
     batch = make_batch()
