@@ -42,8 +42,8 @@ def interpret_without_copies() -> None:
 def keep_masks_boolean() -> None:
     """Let a comparison of scalars mask a block: DFlash2's and LiLiCorr's walk through the candidates loads so.
 
-    The interpreter gives such a comparison the type of its left side, and makes a block of integers of it, which it then
-    refuses as a mask.
+    The interpreter gives such a comparison the type of its left side, and makes a block of integers of it, which it
+    then refuses as a mask.
     """
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
