@@ -25,11 +25,11 @@ from block_reference import (
 
 from common.errors import UserError
 from drafts import METHODS
-from drafts.candidates import chosen_logits, log_partition
+from drafts.candidates import chosen_logits, log_partition, top_candidates
 from drafts.convolution import BlockConvolution
 from drafts.dflash.config import DFlashConfig
 from drafts.dflash.model import DFlash
-from drafts.dflash2.config import DFlash2Config, DFlash2Section
+from drafts.dflash2.config import SCORER, DFlash2Config, DFlash2Section
 from drafts.dflash2.model import DFlash2
 from drafts.method import ExportFacts
 from drafts.reading import DraftFolder
@@ -181,6 +181,34 @@ def test_drafts_walk_from_candidate_to_candidate_and_taps_have_the_scores_on_the
             assert int(found[anchor, k]) == before
             changed += before != chosen[0]
     assert changed > 5  # the selector has a say
+
+
+def test_the_calls_of_a_serving_draft_give_the_taps_of_training() -> None:
+    draft, head, batch = make_draft().eval(), make_head(), make_batch()
+    anchor = 9
+    taps = draft.taps(as_sample(batch), head, anchor)
+    blocks = draft.lay_out(batch.token_ids, batch.loss_mask, batch.lengths, [torch.tensor([anchor])])
+    hidden = draft.hidden(batch.token_ids, batch.aux_hidden_states, blocks, head.embedding).detach()
+    tokens, logits = top_candidates(hidden, head.lm_head, TOP_K)
+    edges = draft.candidate_selector.edges(hidden, batch.token_ids[[anchor]], tokens).detach()
+    slots = torch.tensor([int(batch.token_ids[anchor]), *[39] * TOKENS])
+
+    class Served(torch.nn.Module):
+        """The members of vLLM's draft model that the recorded calls are completed with."""
+
+        lm_head = torch.nn.Linear(HIDDEN, VOCABULARY, bias=False)
+
+        def compute_logits(self, states: torch.Tensor) -> torch.Tensor:
+            return states @ head.lm_head.T
+
+    noted = {
+        "slots": [slots.double()], "embeddings": [head.embedding[slots]], "compute_candidates": [tokens[0].float()],
+        "compute_candidates.input": [hidden[0]], SCORER: [logits[:, :, None] + edges],
+    }  # fmt: skip
+    found = METHODS["dflash2"].engine_taps(noted, Served())
+    assert found.keys() == taps.keys()
+    for name, tensor in taps.items():
+        torch.testing.assert_close(found[name], tensor)
 
 
 def test_sampled_drafts_have_the_probabilities_of_the_candidates_scores_after_the_datas_tokens() -> None:
