@@ -35,6 +35,7 @@ from drafts.places import anchor_places
 from drafts.rope import Rope, Tables, rotate
 from drafts.slot_weights import BlockWeights, make_block_weights, slot_decay
 from drafts.teacher import TeacherRows
+from target.head import TargetHead
 
 
 @dataclass(frozen=True)

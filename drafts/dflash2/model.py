@@ -71,7 +71,7 @@ class DFlash2(BlockDraft):
         super().__init__(config, section, gradient_checkpointing=gradient_checkpointing)
         self.candidate_selector = CandidateSelector(config)
 
-    def heads(self) -> list[nn.Module]:
+    def outer_modules(self) -> list[nn.Module]:
         return [self.candidate_selector]
 
     def forward(self, batch: Batch, blocks: Blocks, head: TargetHead) -> StepLoss:

@@ -75,7 +75,7 @@ class LiLiCorr(BlockDraft):
         self.lilicorr.zero_biases()
         return message
 
-    def heads(self) -> list[nn.Module]:
+    def outer_modules(self) -> list[nn.Module]:
         return [self.lilicorr]
 
     def weight_sum(self, slots: torch.Tensor) -> float | None:
