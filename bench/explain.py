@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 
 from common.files import read_json
@@ -22,8 +23,10 @@ def explain_config(export: Path, draft: DraftRun, store: Store) -> str:
         "norm (rms_norm_eps)": (served.rms_norm_eps, trained.rms_norm_eps),
     }
     config = read_json(export / "config.json", "a draft exported by `train export`")
-    for key in METHODS[trained.method].served_fields:
-        expected[key] = (config.get(key), getattr(trained, key))
+    for path in METHODS[trained.method].served_fields:
+        *nested, key = path.split(".")
+        values = reduce(lambda values, name: values.get(name) or {}, nested, config)
+        expected[key] = (values.get(key), getattr(trained, key))
     for name, (value, wanted) in expected.items():
         if value != wanted:
             return f"The {name}: the export says {value}, training had {wanted}."

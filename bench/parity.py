@@ -5,7 +5,7 @@ Writes: OUTPUT/trainer.safetensors (`train trace`), OUTPUT/parity.json (the diff
 
 Stages, each an input of the next: the captured layers; the target's greedy tokens (final norm and lm_head); the mask
 token and its embedding; the vocabulary map; the Markov bias after the anchor; the draft's logits, slot by slot; the
-confidence of the first draft token.
+scores of the candidates, slot by slot; the confidence of the first draft token.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ CAUSES = {
     "vocabulary": "The export's d2t is not the trained one: export again.",
     "markov": "The engine's Markov factors, or the token that it takes as the one before the first slot, differ.",
     "confidence": "The confidence head's weight or bias, or the states that it reads, differ.",
+    "candidate": "The logits are equal: look at the weights of the head that scores candidates, and what it reads.",
     "draft": "The inputs are equal: look at the draft's norms (rms_norm_eps), rope and weights.",
 }
 
@@ -114,6 +115,7 @@ def compare(
     found += [finding for a, b in pairs for finding in _vocabulary(a, b)]
     found += [finding for a, b in pairs for finding in _of_first_slot("markov_bias", a, b, limit)]
     found += [finding for a, b in pairs for finding in _draft_logits(a, b, limit, autoregressive)]
+    found += [finding for a, b in pairs for finding in _candidate_scores(a, b, limit)]
     return found + [finding for a, b in pairs for finding in _of_first_slot("confidence", a, b, limit)]
 
 
@@ -208,3 +210,19 @@ def _draft_logits(ours: Trace, theirs: Trace, limit: float, autoregressive: bool
         yield Finding(f"draft slot {slot + 1}", ours.sample_id, apart, not apart <= limit, text)
         if autoregressive and int(a[slot].argmax()) != int(b[slot].argmax()):
             return  # from here on the inputs differ
+
+
+def _candidate_scores(ours: Trace, theirs: Trace, limit: float) -> Iterator[Finding]:
+    """Compare the scores of the candidates on both sides; rounding may let the least likely ones differ."""
+    if "candidate_scores" not in ours.tensors or not _same_anchor(ours, theirs):
+        return
+    a, b = ours.tensors["candidate_scores"], theirs.tensors["candidate_scores"]
+    for slot in range(len(a)):
+        known = a[slot].isfinite() & b[slot].isfinite()
+        scale = a[slot][a[slot].isfinite()].abs().max().clamp(min=1e-12)
+        apart = float((a[slot][known] - b[slot][known]).abs().max() / scale) if known.any() else float("inf")
+        tokens = int(a[slot].argmax()), int(b[slot].argmax())
+        text = f"scores apart by {apart:.2g} of the largest; tokens {tokens[0]} and {tokens[1]}"
+        yield Finding(f"candidate slot {slot + 1}", ours.sample_id, apart, not apart <= limit, text)
+        if tokens[0] != tokens[1]:
+            return  # from here on the candidates follow other tokens

@@ -24,7 +24,8 @@ class Trace:
     captured states; teacher (R,), the target's greedy tokens of the reply; mask_token () and mask_embedding (H,) if the
     method has them; vocabulary (D,), the target's ids of a reduced vocabulary; draft_logits (K, V) after the reply's
     first token, -inf for tokens outside the draft's vocabulary; markov_bias (K, V), the part of them that depends on
-    the token before, and confidence (K,), if the method has them.
+    the token before, candidate_scores (K, V), from which the draft tokens are chosen, -inf for tokens that are no
+    candidates, and confidence (K,), if the method has them.
     """
 
     sample_id: str

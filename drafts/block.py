@@ -16,7 +16,7 @@ size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +28,14 @@ from common.errors import UserError
 from drafts.attention import KeyValues, Layout, attend, lay_out
 from drafts.batch import Batch
 from drafts.block_config import BlockConfig, BlockSection
+from drafts.convolution import BlockConvolution
 from drafts.draft import Draft, Plan, as_input
 from drafts.layers import GatedMLP, RMSNorm
 from drafts.places import anchor_places
 from drafts.rope import Rope, Tables, rotate
 from drafts.slot_weights import BlockWeights, make_block_weights, slot_decay
 from drafts.teacher import TeacherRows
+from target.head import TargetHead
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,28 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class ConvolvedLayer(Layer):
+    """A draft layer with convolutions along the block around attention and MLP."""
+
+    def __init__(self, config: BlockConfig, convolution: tuple[int, int]) -> None:
+        super().__init__(config)
+        self.attention_conv = BlockConvolution(config.hidden_size, *convolution)
+        self.mlp_conv = BlockConvolution(config.hidden_size, *convolution)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor, places: Places, skip: int) -> torch.Tensor:
+        # The convolutions of slot 1 read slot 0: no slot is left out before the last of them.
+        y, dynamic = self.attention_conv.before(self.input_layernorm(x))
+        x = x + self.attention_conv.after(self.self_attn(y, context, places, 0), dynamic)
+        y, dynamic = self.mlp_conv.before(self.post_attention_layernorm(x))
+        x = x + self.mlp_conv.after(self.mlp(y), dynamic)
+        return x[:, skip:]
+
+
+def make_layer(config: BlockConfig) -> Layer:
+    """Return a draft layer, with convolutions if the config has them."""
+    return Layer(config) if config.convolution is None else ConvolvedLayer(config, config.convolution)
+
+
 class BlockDraft(Draft):
     """A block draft without embedding and lm_head, which are the target's. `section` says how it is trained."""
 
@@ -137,9 +161,16 @@ class BlockDraft(Draft):
         hidden = config.hidden_size
         self.fc = nn.Linear(len(config.layer_ids) * hidden, hidden, bias=False)
         self.hidden_norm = RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(make_layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
         self.rope = Rope(config)
+
+    def initialize(self, seed: int, head: TargetHead, count_tokens: Callable[[], torch.Tensor]) -> str:
+        message = super().initialize(seed, head, count_tokens)
+        for module in self.modules():
+            if isinstance(module, BlockConvolution):
+                module.make_identity()
+        return message
 
     def layers_to_compile(self) -> list[nn.Module]:
         return list(self.layers)
@@ -177,8 +208,9 @@ class BlockDraft(Draft):
         A block's labels end with its run of generated tokens: the next tokens are another turn's prompt. Documents need
         no explicit boundary, as each begins with its prompt.
         """
-        width, skip = self.config.num_queries, not self.config.anchor_predicts
-        queries = (width, width - skip) if skip else (width,)
+        width = self.config.num_queries
+        skips_anchor = not self.config.anchor_predicts and self.config.convolution is None  # in the last attention
+        queries = (width, width - 1) if skips_anchor else (width,)
         layout = lay_out(lengths, anchors, width, self.fc.weight.device, queries)
         places = layout.anchor_rows[:, None] + torch.arange(1, self.config.num_draft_tokens + 1)
         inside = places < len(token_ids)
@@ -198,6 +230,17 @@ class BlockDraft(Draft):
             weight_sum=None if self.section is None else self.weight_sum(slots),
         )
 
+    def static_weights(self, slots: torch.Tensor) -> torch.Tensor:
+        """Return the weights of slots by their place in the block: (N,) -> (N,)."""
+        assert self.section is not None
+        num_tokens = self.config.num_draft_tokens
+        return slot_decay(num_tokens, self.section.loss_decay, slots.device)[slots % num_tokens]
+
+    def before(self, token_ids: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+        """Return the token before each slot's label, all of them of the data: (T,) -> (A, K)."""
+        anchors = token_ids[blocks.layout.anchor_rows][:, None]
+        return torch.cat([anchors, blocks.labels[:, :-1]], dim=1)
+
     def weight_sum(self, slots: torch.Tensor) -> float | None:  # noqa: ARG002 (a method may need them)
         """Return what divides the loss of the supervised `slots (N,)`; None for their number."""
         return None
@@ -210,6 +253,17 @@ class BlockDraft(Draft):
         lm_head turns them into the draft's logits. Shapes: token_ids (T,), aux_hidden_states (T, n*H), embedding (V, H)
         -> (A, K, H).
         """
+        return self.hidden_after(token_ids, self.context(aux_hidden_states), blocks, embedding)
+
+    def context(self, aux_hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the projected features of the context that all layers read. Shapes: (T, n*H) -> (T, H)."""
+        context: torch.Tensor = self.hidden_norm(self.fc(as_input(aux_hidden_states, self.fc.weight)))
+        return context
+
+    def hidden_after(
+        self, token_ids: torch.Tensor, context: torch.Tensor, blocks: Blocks, embedding: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what `hidden` does, from the context's projected features (T, H)."""
         width, anchor_rows = self.config.num_queries, blocks.layout.anchor_rows
         offsets = torch.arange(width, device=anchor_rows.device)
         blocks.layout.make_masks()
@@ -218,7 +272,6 @@ class BlockDraft(Draft):
             context_rope=self.rope.at(blocks.context_positions),
             layout=blocks.layout,
         )
-        context = self.hidden_norm(self.fc(as_input(aux_hidden_states, self.fc.weight)))
         slots = torch.full((len(anchor_rows), width), self.config.mask_token_id or 0, device=token_ids.device)
         slots[:, 0] = token_ids[anchor_rows]
         x = functional.embedding(slots, embedding)

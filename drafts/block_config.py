@@ -30,6 +30,11 @@ class BlockConfig(TransformerConfig):
         return False
 
     @property
+    def convolution(self) -> tuple[int, int] | None:
+        """Taps and group size of the convolutions around the layers' sublayers; None without them."""
+        return None
+
+    @property
     def num_queries(self) -> int:
         """Slots of a block, the anchor's included."""
         return self.num_draft_tokens + (not self.anchor_predicts)

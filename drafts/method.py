@@ -122,9 +122,9 @@ class DraftMethod(ABC):
     `adjustable`: fields of the config that no weight depends on, which a warm start may change. `optional_tensors`:
     those that a warm start may initialize anew. `starts_from`: other methods whose drafts a training may start from,
     see `adapt`. `fp32_tensors`: prefixes of tensors that an export keeps in fp32. `engine_methods`: methods of vLLM's
-    draft model whose calls `engine_taps` needs. `served_fields`: fields of the config that vLLM reads from config.json
-    under the same name. `renamed`: keys of `train` in older recipes, mapped to their name in
-    this method's section.
+    draft model, or of its modules, whose calls `engine_taps` needs. `served_fields`: fields of the config that vLLM
+    reads from config.json under the same name; of a nested one, the path. `renamed`: keys of `train` in older recipes,
+    mapped to their name in this method's section.
     """
 
     name: str
@@ -237,7 +237,7 @@ class DraftMethod(ABC):
 
         `noted`: slots (input ids) and embeddings of the first call of vLLM's draft model since the trace began;
         draft_logits, if the engine computes them in one go; for each of `engine_methods`, the results of all its
-        calls, and as `<name>.input` their first arguments.
+        calls, of several results the first, and as `<name>.input` their first arguments. Called on every rank.
         """
         return {}
 

@@ -71,13 +71,15 @@ class StepLoss:
 class RowLosses(NamedTuple):
     """Shapes: total (), the weighted sum; N rows: hits (whether the label is the argmax), losses, accepted.
 
-    `accepted`: sum_v min(d_v, t_v) with a teacher, else 0. Only `total` has a gradient.
+    `accepted`: sum_v min(d_v, t_v) with a teacher, else 0. `candidates` (N, k): the most likely tokens, if they are
+    asked for. Only `total` has a gradient.
     """
 
     total: torch.Tensor
     hits: torch.Tensor
     losses: torch.Tensor
     accepted: torch.Tensor
+    candidates: torch.Tensor
 
 
 class Bias(NamedTuple):
@@ -92,12 +94,14 @@ class LossOptions(NamedTuple):
 
     `bounds`: the rows at which a chunk may end (default: any), for weights that need whole blocks. `wants_accepted`:
     the acceptance probabilities are needed, too; all objectives but single cross-entropies give them anyway.
+    `num_candidates`: how many of each row's most likely tokens are needed, too.
     """
 
     objective: Objective = CROSS_ENTROPY
     teacher: Teacher | None = None
     bounds: Sequence[int] | None = None
     wants_accepted: bool = False
+    num_candidates: int = 0
 
     @property
     def fast_term(self) -> str | None:
@@ -164,13 +168,14 @@ class _FusedLoss(torch.autograd.Function):
         task: _Task,
     ) -> tuple[torch.Tensor, ...]:
         labels, weights, options = task
-        dtype, needed = _compute_dtype(lm_head), ctx.needs_input_grad
+        dtype, needed = compute_dtype(lm_head), ctx.needs_input_grad
         factors = [_Factor(hidden, lm_head, dtype, needed[:2])]
         if bias_states is not None and bias_weight is not None:
             factors.append(_Factor(bias_states, bias_weight, dtype, needed[2:4]))
         hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         accepted = torch.zeros_like(losses)
+        candidates = torch.empty(len(hidden), options.num_candidates, dtype=torch.long, device=hidden.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         # Other terms than cross-entropy hold about twice as many tensors of the logits' size.
         parts = 1 if options.fast_term else 2
@@ -182,6 +187,8 @@ class _FusedLoss(torch.autograd.Function):
             del logits
             own = log_d.gather(1, labels[rows, None])[:, 0]
             hits[rows] = own >= log_d.amax(-1)  # far cheaper than argmax
+            if options.num_candidates:
+                candidates[rows] = log_d.topk(options.num_candidates, dim=-1).indices
             t = None if options.teacher is None or options.fast_term == "tokens" else options.teacher(rows)
             gradient = None
             if options.fast_term:
@@ -202,8 +209,8 @@ class _FusedLoss(torch.autograd.Function):
             for factor in factors:
                 factor.add_gradient(rows, gradient)
         ctx.save_for_backward(*(gradient for factor in factors for gradient in factor.gradients()))
-        ctx.mark_non_differentiable(hits, losses, accepted)
-        return total, hits, losses, accepted
+        ctx.mark_non_differentiable(hits, losses, accepted, candidates)
+        return total, hits, losses, accepted, candidates
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
@@ -221,7 +228,7 @@ def _cross_entropy_gradient(log_d: torch.Tensor, t: torch.Tensor | None, labels:
     return gradient.sub_(t)
 
 
-def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
     """Return the dtype of products with a weight: autocast's, else the weight's."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else weight.dtype

@@ -7,7 +7,8 @@ inputs and outputs of the draft model's methods.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -60,32 +61,34 @@ class TraceExtension:
                 note("embeddings", model.embed_input_ids(input_ids))
             return forward(input_ids, *args, **kwargs)
 
-        def noting(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-            original = getattr(model, name)
+        def note_calls(name: str) -> None:
+            path, _, last = name.rpartition(".")
+            owner = attrgetter(path)(model) if path else model
+            original = getattr(owner, last)
 
-            def call(argument: torch.Tensor) -> torch.Tensor:
-                result: torch.Tensor = original(argument)
-                note(f"{name}.input", argument)
-                note(name, result)
+            def call(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                result = original(first, *args, **kwargs)
+                note(f"{name}.input", first)
+                note(name, result[0] if isinstance(result, tuple) else result)
                 return result
 
-            return call
+            setattr(owner, last, call)
 
         model.combine_hidden_states = combine_hidden_states
         model.compute_logits = compute_logits
         model.forward = forward_noting
         for name in METHODS[method].engine_methods:
-            setattr(model, name, noting(name))
+            note_calls(name)
 
     def take_trace(self, start: int, num_draft_tokens: int, method: str, path: str) -> None:
         """Write one request's tensors since `start_trace` as safetensors; its prompt has `start` tokens."""
         noted = self.trace_noted
+        found = METHODS[method].engine_taps(noted, self.trace_draft)  # on all ranks: it may compute logits
         if self.rank != 0:
             return
-        found = {"layers": torch.cat(noted["layers"])[:start]}
-        if "draft_logits" in noted:
+        found["layers"] = torch.cat(noted["layers"])[:start]
+        if "draft_logits" in noted and "draft_logits" not in found:
             found["draft_logits"] = torch.cat(noted["draft_logits"])[:num_draft_tokens]
-        found |= METHODS[method].engine_taps(noted, self.trace_draft)
         offsets = getattr(self.trace_draft, "draft_id_to_target_id", None)
         if offsets is not None:
             found["vocabulary"] = (torch.arange(len(offsets), device=offsets.device) + offsets).cpu()

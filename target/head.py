@@ -63,7 +63,10 @@ class TargetHead:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the target's logits `(..., V)` for final states `(..., H)` before the final norm, in fp32."""
-        logits = logits_of(self.normalize(hidden).to(self.lm_head.dtype), self.lm_head)
+        return self.finish(logits_of(self.normalize(hidden).to(self.lm_head.dtype), self.lm_head))
+
+    def finish(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the target's logits for products with its lm_head: scaled and soft-capped, if it does that."""
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()

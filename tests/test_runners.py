@@ -26,8 +26,18 @@ pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(900)]
 V1 = "vllm.v1.worker.cpu_model_runner.CPUModelRunner"
 V2 = "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
 V1_MENDS = ["keep_seeded_generators_usable", "expand_sampling_parameters", "accept_empty_top_k"]
-METHODS = ["dflash", "dspark", "eagle3"]
-V2_ONLY = {"dspark"}
+METHODS: dict[str, list[str]] = {
+    "dflash": [],
+    "dflash2": ["block_size=4", "selector_rank=32"],
+    "dspark": ["num_speculative_tokens=3"],
+    "eagle3": ["num_speculative_tokens=3"],
+    "lilicorr": [
+        "block_size=4", "lilicorr_hidden_size=64", "lilicorr_num_heads=4", "lilicorr_factor_dim=64",
+        "conv_kernel_size=2", "conv_group_size=16",
+    ],
+}  # fmt: skip
+"""Draft methods, and their keys of `train.draft` for three draft tokens; `dflash` is the pipeline's own."""
+V2_ONLY = {"dflash2", "dspark", "lilicorr"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class Runner:
 RUNNERS = {
     "v2": Runner(
         V2,
-        ["triton: arguments not copied"],
+        ["triton: arguments not copied", "triton: scalar masks"],
         env={
             "TRITON_INTERPRET": "1",
             "VLLM_USE_V2_MODEL_RUNNER": "1",
@@ -90,7 +100,8 @@ def trained(request: pytest.FixtureRequest, pipeline: Path, tmp_path_factory: py
     if request.param == "dflash":
         return Trained(request.param, args, pipeline / "draft", pipeline / "export", pipeline / "eval.json")
     folder = tmp_path_factory.mktemp(request.param)
-    args += ["--set", f"train.draft.method={request.param}", "--set", "train.draft.num_speculative_tokens=3"]
+    keys = [f"method={request.param}", *METHODS[request.param]]
+    args += [word for key in keys for word in ("--set", f"train.draft.{key}")]
     found = Trained(request.param, args, folder / "draft", folder / "export", folder / "eval.json")
     run("train", "offline", *args, "--store", pipeline / "store/train", "--output", found.run)
     places = ("--store", pipeline / "store/held_out", "--output", found.evaluation)
@@ -149,6 +160,7 @@ def test_trainer_and_engine_agree_on_every_tensor_on_the_way_to_the_draft_logits
     report = json.loads((tmp_path / "parity/parity.json").read_text())
     stages = [stage["stage"] for stage in report["stages"]]
     assert {"teacher argmax", "draft slot 1", "draft slot 3"} < set(stages)
+    assert ("candidate slot 1" in stages) == (trained.method in ("dflash2", "lilicorr"))
     assert max(stage["difference"] for stage in report["stages"]) < 1e-3
 
 

@@ -14,16 +14,20 @@ from pydantic import Field
 
 from contracts.draft import Descriptor, DraftConfig
 from drafts.block_config import BlockConfig, BlockSection
-from drafts.export import describe_transformer, native_config, speculators_config, wrong_for_sglang
+from drafts.block_export import describe_fill_in, fill_in_config, read_fill_in
+from drafts.export import speculators_config, wrong_for_sglang
 from drafts.method import NATIVE, SPECULATORS, DraftMethod, DraftSection, ExportFacts
 from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
-from drafts.reading import DraftFolder, LayerIds, Published, read_transformer, vllm_ids, zero_based
+from drafts.reading import DraftFolder, Published
 from target.target import Target
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from drafts.dflash.model import DFlash
+
+OF_OTHERS = {"markov_rank", "DFlash2DraftModel", "LiLiCorrDraftModel"}
+"""A key of `dflash_config` and architectures of drafts with DFlash's layout that have further heads."""
 
 
 class DFlashSection(BlockSection):
@@ -86,14 +90,7 @@ class DFlashMethod(DraftMethod):
         self, config: DraftConfig, weights: Mapping[str, Tensor], layout: str, facts: ExportFacts
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         assert isinstance(config, DFlashConfig)
-        own = {
-            "architectures": ["DFlashDraftModel"],
-            "model_type": "qwen3",
-            "use_sliding_window": False,
-            "layer_types": ["full_attention"] * config.num_layers,
-            "dflash_config": {"mask_token_id": config.mask_token_id, "target_layer_ids": config.layer_ids},
-        }
-        native = native_config(config, facts, own)
+        native = fill_in_config(config, facts, "DFlashDraftModel")
         if layout == NATIVE:
             return native, dict(weights)
         own = {
@@ -108,33 +105,15 @@ class DFlashMethod(DraftMethod):
 
     def describe(self, config: Mapping[str, Any]) -> Descriptor | None:
         inner = config.get("dflash_config") or {}
-        is_ours = config.get("architectures") == ["DFlashDraftModel"] or inner
-        if "markov_rank" in inner:  # ModelOpt's and SpecForge's DSpark drafts, whose architecture is DFlash's
+        if OF_OTHERS & {*inner, *(config.get("architectures") or [])}:
             return None
+        is_ours = config.get("architectures") == ["DFlashDraftModel"] or inner
         if config.get("speculators_model_type") != self.name and not is_ours:
             return None
-        block_size = config.get("block_size", inner.get("block_size"))
-        return describe_transformer(
-            config,
-            self.name,
-            layer_ids=_layer_ids(config).ids,
-            num_tokens=block_size - 1 if block_size else None,
-            mask_token_id=inner.get("mask_token_id", config.get("mask_token_id")),
-        )
+        return describe_fill_in(config, self.name)
 
     def read_published(self, folder: DraftFolder) -> Published:
-        config, inner = folder.layer, folder.config.get("dflash_config") or {}
-        both = {**config, **inner}
-        for key in ("sample_from_anchor", "shift_label", "is_causal", "causal", "use_swa", "use_sliding_window"):
-            if both.get(key):
-                raise folder.refuse(key, True, "false: slot k predicts token p+k, and attention is full both ways")
-        if "sliding_attention" in (config.get("layer_types") or []):
-            raise folder.refuse("layer_types", "sliding_attention", "full_attention in all layers")
-        own = {key: both.get(key) for key in ("block_size", "mask_token_id")}
-        for key, value in own.items():
-            if value is None:
-                raise folder.refuse(key, "none", "one")
-        return read_transformer(folder, _layer_ids(folder.config), own=own)
+        return read_fill_in(folder)
 
     def sglang_flags(self, folder: Path, config: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
         if "dflash_config" not in config:
@@ -144,11 +123,3 @@ class DFlashMethod(DraftMethod):
     def engine_taps(self, noted: Mapping[str, list[Tensor]], model: nn.Module) -> dict[str, Tensor]:  # noqa: ARG002
         # Slot 0 is the anchor, slot 1 the first mask token.
         return {"mask_token": noted["slots"][0][1].long(), "mask_embedding": noted["embeddings"][0][1]}
-
-
-def _layer_ids(config: Mapping[str, Any]) -> LayerIds:
-    """Return the captured layers of either layout."""
-    if "speculators_model_type" in config:
-        return vllm_ids("aux_hidden_state_layer_ids", list(config.get("aux_hidden_state_layer_ids") or []))
-    inner = config.get("dflash_config") or {}
-    return zero_based("dflash_config.target_layer_ids", list(inner.get("target_layer_ids") or []))

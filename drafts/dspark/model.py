@@ -26,7 +26,6 @@ from drafts.dspark.config import DSparkConfig, DSparkSection
 from drafts.loss_terms import Objective
 from drafts.moving import to_device
 from drafts.objective import Bias, LossOptions, StepLoss, fused_loss, label_log_probs
-from drafts.slot_weights import slot_decay
 from drafts.teacher import make_teacher
 from target.head import TargetHead, logits_of
 
@@ -79,13 +78,7 @@ class DSpark(BlockDraft):
 
     def weight_sum(self, slots: torch.Tensor) -> float | None:
         assert self.section is not None
-        return float(self._static_weights(slots).sum()) if self.section.slot_weights == "decay" else None
-
-    def _static_weights(self, slots: torch.Tensor) -> torch.Tensor:
-        """Return the weights of slots by their place in the block: (N,) -> (N,)."""
-        assert self.section is not None
-        num_tokens = self.config.num_draft_tokens
-        return slot_decay(num_tokens, self.section.loss_decay, slots.device)[slots % num_tokens]
+        return float(self.static_weights(slots).sum()) if self.section.slot_weights == "decay" else None
 
     def forward(self, batch: Batch, blocks: Blocks, head: TargetHead) -> StepLoss:
         """Return the training loss of a batch with planned blocks."""
@@ -107,7 +100,7 @@ class DSpark(BlockDraft):
         if self.confidence_head is not None:
             logits = self.confidence_head(hidden, embedded)
             losses = functional.binary_cross_entropy_with_logits(logits, found.accepted, reduction="none")
-            loss_sum = loss_sum + self.section.confidence_weight * (losses * self._static_weights(blocks.slots)).sum()
+            loss_sum = loss_sum + self.section.confidence_weight * (losses * self.static_weights(blocks.slots)).sum()
         return StepLoss.of_blocks(loss_sum, found.hits, blocks.slots, blocks.valid)
 
     def draft_planned(
@@ -134,8 +127,7 @@ class DSpark(BlockDraft):
 
     def _embed_before(self, token_ids: torch.Tensor, blocks: Blocks) -> torch.Tensor:
         """Return the Markov embedding of the generated token before each slot, (A, K, r)."""
-        anchors = token_ids[blocks.layout.anchor_rows][:, None]
-        embedded: torch.Tensor = self.markov_head.markov_w1(torch.cat([anchors, blocks.labels[:, :-1]], dim=1))
+        embedded: torch.Tensor = self.markov_head.markov_w1(self.before(token_ids, blocks))
         return embedded
 
     def _walk(self, hidden: torch.Tensor, anchors: torch.Tensor, head: TargetHead) -> tuple[torch.Tensor, torch.Tensor]:

@@ -192,5 +192,6 @@ def test_a_method_defined_outside_the_project_goes_through_all_stages(
 def test_the_union_of_sections_knows_the_new_method_and_its_keys(args: list[object], recipe_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown key 'num_hads'.*Did you mean 'num_heads'"):
         load_recipe(recipe_path, ["train.draft.method=heads", "train.draft.num_hads=2"])
-    with pytest.raises(UserError, match="known methods: dflash, dspark, eagle3, peagle, heads"):
+    known = "dflash, dflash2, dspark, eagle3, lilicorr, peagle, heads"
+    with pytest.raises(UserError, match=f"known methods: {known}"):
         load_recipe(recipe_path, ["train.draft.method=tails"])

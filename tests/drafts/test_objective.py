@@ -48,7 +48,7 @@ def check(ours: torch.Tensor, reference: torch.Tensor, inputs: tuple[torch.Tenso
 
 def test_chunked_cross_entropy_has_the_plain_ones_value_and_gradients() -> None:
     hidden, lm_head, labels, weights = make_rows()
-    loss, hits, losses, _ = fused_loss(hidden, lm_head, labels, weights)
+    loss, hits, losses, *_ = fused_loss(hidden, lm_head, labels, weights)
     each = functional.cross_entropy(hidden @ lm_head.T, labels, reduction="none")
     check(loss, (each * weights).sum(), (hidden, lm_head))
     torch.testing.assert_close(losses, each.detach())

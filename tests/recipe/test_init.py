@@ -240,7 +240,10 @@ def test_a_file_is_overwritten_only_with_force_and_without_a_file_the_recipe_is_
     [
         (["Org/Nowhere"], r'in the hub\'s cache.*hf download Org/Nowhere --include "\*.json" --include "\*.jinja"'),
         (["/nowhere/at/all"], r"found no config.json, expected a folder or hub name of a model"),
-        ([".", "--method", "medusa"], r"--method: found medusa, expected one of dflash, dspark, eagle3, peagle"),
+        (
+            [".", "--method", "medusa"],
+            r"--method: found medusa, expected one of dflash, dflash2, dspark, eagle3, lilicorr, peagle",
+        ),
     ],
 )
 def test_what_cannot_become_a_recipe_costs_one_line(arguments: list[str], telling: str) -> None:

@@ -79,7 +79,7 @@ def test_another_method_keeps_the_keys_that_both_have_and_drops_the_others() -> 
 
 
 def test_an_unknown_method_is_named_with_those_that_are_known() -> None:
-    known = "dflash, dspark, eagle3, peagle"
+    known = "dflash, dflash2, dspark, eagle3, lilicorr, peagle"
     with pytest.raises(UserError, match=rf"train\.draft.*method is 'medusa'; known methods: {known}"):
         load_recipe(TINY, ["train.draft.method=medusa"])
 

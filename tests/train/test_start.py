@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,18 @@ SETS["dspark fill-in"] = ["--set", f"train.draft={{{DSPARK}, sample_from_anchor:
 PEAGLE = f"method: peagle, num_speculative_tokens: 3, objective: tokens, {SIZES}"
 SETS["peagle"] = ["--set", f"train.draft={{{PEAGLE}, num_layers: 2}}"]
 SETS["peagle reduced"] = ["--set", f"train.draft={{{PEAGLE}, num_layers: 1, draft_vocab_size: 400}}"]
+BLOCKS = f"num_layers: 1, num_anchors: 60, block_size: 4, {SIZES}"
+SELECTOR = "conv_group_size: 8, selector_rank: 16, selector_top_k: 8"
+LATTICE = "lilicorr_hidden_size: 32, lilicorr_num_heads: 2, lilicorr_factor_dim: 32, lilicorr_candidate_topk: 4"
+SETS["dflash2"] = ["--set", f"train.draft={{method: dflash2, objective: tokens, {BLOCKS}, {SELECTOR}}}"]
+SETS["lilicorr"] = ["--set", f"train.draft={{method: lilicorr, {BLOCKS}, {LATTICE}}}"]
+SETS["lilicorr convolution"] = [
+    "--set", f"train.draft={{method: lilicorr, {BLOCKS}, {LATTICE}, conv_kernel_size: 2, conv_group_size: 8}}"
+]  # fmt: skip
 SETS["eagle3 low"] = SETS["eagle3"]
+NATIVE_ONLY = ("dflash2", "lilicorr", "lilicorr convolution")
 LAYERS = {
-    **dict.fromkeys(("dflash", "dspark", "dspark fill-in"), (1, 2)),
+    **dict.fromkeys(("dflash", "dspark", "dspark fill-in", *NATIVE_ONLY), (1, 2)),
     **dict.fromkeys(("eagle3", "eagle3 reduced", "peagle", "peagle reduced"), (1, 2, 3)),
     "eagle3 low": (0, 1, 2),
 }
@@ -100,9 +110,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, recipe_path: Path, target_
     return Trained(tmp_path_factory.mktemp("trained"), recipe_path, Target.read(target_folder))
 
 
-@pytest.mark.parametrize("layout", ["native", "speculators"])
+BOTH_LAYOUTS = ("dflash", "dspark", "dspark fill-in", "eagle3", "eagle3 reduced", "peagle", "peagle reduced")
+
+
 @pytest.mark.parametrize(
-    "kind", ["dflash", "dspark", "dspark fill-in", "eagle3", "eagle3 reduced", "peagle", "peagle reduced"]
+    ("kind", "layout"), [*product(BOTH_LAYOUTS, ["native", "speculators"]), *product(NATIVE_ONLY, ["native"])]
 )
 def test_an_export_in_each_layout_evaluates_and_starts_as_its_checkpoint(
     trained: Trained, kind: str, layout: str, tmp_path: Path

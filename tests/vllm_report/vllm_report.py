@@ -43,5 +43,6 @@ def find_mends() -> list[str]:
         "accept_empty_top_k": getattr(topk_topp_sampler.apply_top_k_only, "_draftline_fix", False),
         "triton: arguments not copied": interpreter.GridExecutor._init_args_hst.__module__
         == "triton_interpreter.plugin",
+        "triton: scalar masks": interpreter.InterpreterBuilder.create_splat.__module__ == "triton_interpreter.plugin",
     }
     return [name for name, is_active in known.items() if is_active]

@@ -1,4 +1,4 @@
-"""A vLLM plugin for tests that makes Triton's interpreter faster. No change of results."""
+"""A vLLM plugin for tests that makes Triton's interpreter faster, and lets it run kernels with scalar masks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 def register() -> None:
     if os.environ.get("TRITON_INTERPRET"):
         interpret_without_copies()
+        keep_masks_boolean()
 
 
 def interpret_without_copies() -> None:
@@ -36,3 +37,20 @@ def interpret_without_copies() -> None:
     interpreter._patch_lang = patch_once
     interpreter.GridExecutor._init_args_hst = lambda self, args, kwargs: (list(args), dict(kwargs))
     interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
+
+
+def keep_masks_boolean() -> None:
+    """Let a comparison of scalars mask a block: DFlash2's and LiLiCorr's walk through the candidates loads so.
+
+    The interpreter gives such a comparison the type of its left side, and makes a block of integers of it, which it
+    then refuses as a mask.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    splat = InterpreterBuilder.create_splat
+
+    def create_splat(self: Any, kind: Any, scalar: Any) -> Any:
+        block = splat(self, kind, scalar)
+        return TensorHandle(block.data.astype(bool), block.dtype) if scalar.data.dtype == bool else block
+
+    InterpreterBuilder.create_splat = create_splat
