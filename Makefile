@@ -2,6 +2,7 @@
 # make demo-real  the same for a real pretrained model of 135M parameters
 # make test       the tests that this machine can run (at most 20 minutes on 2 cores)
 # make test-long  the tests that take many minutes each, marked `long`
+# make test-rare  tests that show on more cases what other tests show on some; before a release
 # make test-vllm VERSION=0.31.0
 #                 the tests that depend on vLLM, with another release in an environment of its own; writes its row of
 #                 docs/vllm-versions.md (at most 20 minutes on 2 cores after installation)
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM_VENV = .venv-vllm-$(VERSION)
 
-.PHONY: demo demo-real test test-long test-vllm gpu-check check format clean distclean
+.PHONY: demo demo-real test test-long test-rare test-vllm gpu-check check format clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -27,12 +28,18 @@ demo-real: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --durations 15
 
-# One after the other: some of them keep all cores busy on purpose.
+# Tests of one engine each, two at a time; then the others in turn: some of them keep all cores busy on purpose.
+IN_PAIRS := tests/test_families.py tests/test_runners.py tests/bench
+
 test-long: $(VENV)/installed
-	$(BIN)/python -m pytest -m long --timeout 1500 --durations 0
+	$(BIN)/python -m pytest $(IN_PAIRS) -m 'long and not rare' -n 2 --timeout 1500 --durations 0
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(IN_PAIRS)) -m 'long and not rare' --timeout 1500 --durations 0
+
+test-rare: $(VENV)/installed
+	$(BIN)/python -m pytest -m rare -n 2 --timeout 1500 --durations 0
 
 test-vllm: $(VLLM_VENV)/installed
-	$(VLLM_VENV)/bin/python -m pytest -n 2 -m 'proves and not long' --durations 15 --junitxml runs/test-vllm/$(VERSION).xml; \
+	$(VLLM_VENV)/bin/python -m pytest -n 2 -m 'proves and not long and not rare' --durations 15 --junitxml runs/test-vllm/$(VERSION).xml; \
 	  code=$$?; $(VLLM_VENV)/bin/python tests/release_table.py docs/vllm-versions.md runs/test-vllm/$(VERSION).xml && exit $$code
 
 # Not in the environment above, which has the CPU build of torch.

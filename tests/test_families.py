@@ -124,7 +124,7 @@ def test_states_of_vllm_are_those_of_transformers(engine: Warm, made: Made) -> N
 
 
 @in_vllm
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [METHODS[0], *(pytest.param(name, marks=pytest.mark.rare) for name in METHODS[1:])])
 def test_draft_logits_of_the_engine_are_the_trainers(engine: Warm, made: Made, tmp_path: Path, method: str) -> None:
     """Those of a draft far above the target's cap: neither they nor its embeddings are scaled as the target's are."""
     args, trained = made.train(method)

@@ -111,16 +111,17 @@ def change_the_mask(config: dict[str, Any], _: Weights) -> None:
     config["mask_token_id"] = 7
 
 
-DEFECTS: list[tuple[str, Change, list[str]]] = [
+RARE = pytest.mark.rare
+DEFECTS = [
     ("dspark", shift_slots, ["draft slot 1", "sample_from_anchor: the export says False, training had True"]),
-    ("dspark", swap_factors, ["found markov bias of sample", "Markov factors"]),
+    pytest.param("dspark", swap_factors, ["found markov bias of sample", "Markov factors"], marks=RARE),
     (
         "dspark",
         take_the_wrong_predecessor,
         ["found markov bias of sample", "the token that it takes as the one before"],
     ),
     ("dspark", drop_the_confidence_bias, ["found confidence of sample", "confidence head's weight or bias"]),
-    ("dspark", change_the_mask, ["found mask token of sample", "the export says 7"]),
+    pytest.param("dspark", change_the_mask, ["found mask token of sample", "the export says 7"], marks=RARE),
 ]
 
 

@@ -110,11 +110,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory, recipe_path: Path, target_
     return Trained(tmp_path_factory.mktemp("trained"), recipe_path, Target.read(target_folder))
 
 
+RARE = ("dspark fill-in", "peagle reduced")
+"""Kinds whose second layout differs from another kind's in nothing new."""
 BOTH_LAYOUTS = ("dflash", "dspark", "dspark fill-in", "eagle3", "eagle3 reduced", "peagle", "peagle reduced")
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout"), [*product(BOTH_LAYOUTS, ["native", "speculators"]), *product(NATIVE_ONLY, ["native"])]
+    ("kind", "layout"),
+    [
+        *product(BOTH_LAYOUTS, ["native"]),
+        *product(NATIVE_ONLY, ["native"]),
+        *(pytest.param(kind, "speculators", marks=pytest.mark.rare if kind in RARE else []) for kind in BOTH_LAYOUTS),
+    ],
 )
 def test_an_export_in_each_layout_evaluates_and_starts_as_its_checkpoint(
     trained: Trained, kind: str, layout: str, tmp_path: Path
