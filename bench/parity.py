@@ -23,7 +23,7 @@ from contracts.draft import DraftRun
 from contracts.store import open_store
 from contracts.trace import Trace, read_traces
 from drafts import METHODS
-from drafts.published import read_config
+from drafts.published import read_config, read_descriptor
 from recipe.recipe import Recipe
 from serve.trace import trace_engine
 from target.target import Target
@@ -65,6 +65,7 @@ def parity(
     places = ("--run", compared.run.folder, "--store", store.folder, "--output", path)
     run_stage("train", "trace", *recipe_args, *places, "--samples", num_samples)
     trainer = read_traces(path)
+    _calibrate(trainer, read_descriptor(compared.export).calibration)
     samples = [(trace.sample_id, trace.start, trace.tensors["token_ids"].tolist()) for trace in trainer]
     engine = trace_engine(recipe, target, compared.export, samples, len(trainer[0].tensors["teacher"]))
     limit = LIMITS.get(str(recipe.serve.args.get("dtype", "bfloat16")), LIMITS["bfloat16"])
@@ -85,6 +86,14 @@ def parity(
         f"{compared.export}: found {first.stage} of sample {first.sample_id} to differ between trainer and engine "
         f"({first.text}), expected the same. {cause}"
     )
+
+
+def _calibrate(trainer: Sequence[Trace], calibration: tuple[float, float] | None) -> None:
+    """Apply an export's calibration to the trainer's confidences, which are those of the checkpoint."""
+    for trace in trainer:
+        if calibration is not None and "confidence" in trace.tensors:
+            scale, shift = calibration
+            trace.tensors["confidence"] = (trace.tensors["confidence"].logit() * scale + shift).sigmoid()
 
 
 CAUSES = {

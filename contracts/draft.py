@@ -67,8 +67,9 @@ class DraftConfig(BaseModel):
 class Descriptor(BaseModel):
     """The description of an exported or published draft for the other stages, draftline.json.
 
-    `speculative` is vLLM's speculative config without the model's path and the number of draft tokens. Fields that only
-    `train export` writes are None for a published draft.
+    `speculative` is vLLM's speculative config without the model's path and the number of draft tokens. `calibration`:
+    scale and shift of the confidences' logits that the weights hold. Fields that only `train export` writes are None
+    for a published draft.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -93,6 +94,7 @@ class Descriptor(BaseModel):
     dtype: str | None = None
     layout: str | None = None
     evaluation: str | None = None
+    calibration: tuple[float, float] | None = None
     recipe: dict[str, Any] | None = None
 
 

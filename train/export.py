@@ -53,6 +53,7 @@ def export(
         raise UserError("--format", found=layout, expected=f"one of {', '.join(method.layouts)}", fix="Correct it.")
     weights = run.chosen_weights()
     evaluated = figures.read_evaluation()
+    calibration = _calibration(evaluated, weights)
     descriptor = method.describe_trained(config).model_copy(
         update={
             "weights": f"{weights.parent.name}/{weights.name}",
@@ -60,6 +61,7 @@ def export(
             "dtype": recipe.export.dtype,
             "layout": layout,
             "evaluation": hash_file(figures.evaluation) if figures.evaluation else None,
+            "calibration": calibration,
             "recipe": recipe.redacted(),
         }
     )
@@ -77,7 +79,7 @@ def export(
     shutil.rmtree(temporary, ignore_errors=True)
     with explain_unwritable(output):
         temporary.mkdir(parents=True)
-    source = _Source(weights, _calibration(evaluated, weights))
+    source = _Source(weights, calibration)
     _write_weights(method, config, layout, source, recipe, temporary)
     write_json(temporary / DESCRIPTOR_FILE, descriptor.model_dump(mode="json"))
     speeds = figures.read_speeds(fingerprint_draft(recipe, temporary))

@@ -43,7 +43,11 @@ class Case:
         path = DraftRun(folder / "draft").chosen_weights()
         # Far from their first values, where biases would drown in rounding.
         save_file({name: 4 * t if t.dim() > 1 else t for name, t in load_file(path).items()}, path)
-        run_here("train", "export", *self.args, "--run", folder / "draft", "--output", folder / "export")
+        report = folder / "eval.json"
+        run_here("train", "eval", *self.args, "--run", folder / "draft", "--store", store, "--output", report)
+        # Its confidences are calibrated, the checkpoint's are not.
+        words = ["--run", folder / "draft", "--output", folder / "export", "--eval", report]
+        run_here("train", "export", *self.args, *words)
 
     def compare(self, engine: Warm, change: Change | None, output: Path) -> subprocess.CompletedProcess[str]:
         """Run bench parity on the export after a change."""
