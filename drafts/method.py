@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 ObjectiveName = Literal["tokens", "distill", "reverse_kl", "tv", "nla", "lk_hybrid", "top_k_kl"]
 """A term of the training objective; drafts/loss_terms.py computes them."""
 
+Objective = ObjectiveName | dict[ObjectiveName, Annotated[float, Field(gt=0)]]
+"""`train.draft.objective`: one term, or a weighted sum."""
+
 SlotWeights = Literal["decay", "dpace", "e2e_tv"]
 """How the draft tokens of a block weigh in the loss; drafts/slot_weights.py computes them."""
 
@@ -42,7 +45,7 @@ class DraftSection(Section):
     """The recipe's `train.draft`: keys of the draft itself. Each method has its own."""
 
     method: str
-    objective: ObjectiveName | dict[ObjectiveName, Annotated[float, Field(gt=0)]] = Field(
+    objective: Objective = Field(
         default=TOKENS,
         description="tokens: cross-entropy on the generated tokens; distill: on the target's own distribution; others, "
         "and weighted sums of several: docs/draft-methods.md",
@@ -191,11 +194,11 @@ class DraftMethod(ABC):
 
     def calibrate(self, weights: Mapping[str, Tensor], scale: float, shift: float) -> dict[str, Tensor]:
         """Return weights with a scale and a shift of the confidences' logits folded in."""
-        raise NotImplementedError(self.name, weights, scale, shift)
+        raise NotImplementedError(f"{self.name} has no confidences to calibrate")
 
     def adapt(self, method: str, draft: Published) -> Published:
         """Return a draft of another method, one of `starts_from`, in this method's terms."""
-        raise NotImplementedError(method, draft)
+        raise NotImplementedError(f"{self.name} starts from no {method} draft")
 
     def describe_trained(self, config: DraftConfig) -> Descriptor:
         """Return the descriptor of a draft trained here, without the fields that its export adds."""

@@ -7,7 +7,7 @@ speculators 0.9 (speculators/models/dflash2/config.py, and its training argument
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,7 @@ from common.errors import UserError
 from contracts.draft import Descriptor, DraftConfig
 from drafts.block_config import BlockConfig, BlockSection
 from drafts.block_export import describe_fill_in, fill_in_config, fill_in_keys, read_fill_in
-from drafts.method import DraftMethod, DraftSection, ExportFacts, ObjectiveName, SlotWeights
+from drafts.method import DraftMethod, DraftSection, ExportFacts, Objective, SlotWeights
 from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
 from drafts.reading import DraftFolder, Published
 from target.target import Target
@@ -39,7 +39,7 @@ class DFlash2Section(BlockSection):
     selector_rank: int = Field(default=256, gt=0, description="rank of the candidate selector")
     selector_top_k: int = Field(default=16, gt=0, description="candidates of a slot, its most likely tokens")
     selector_weight: float = Field(default=1.0, ge=0, description="weight of the selector's loss")
-    objective: ObjectiveName | dict[ObjectiveName, Annotated[float, Field(gt=0)]] = "distill"
+    objective: Objective = "distill"
     slot_weights: SlotWeights = "decay"
 
     @model_validator(mode="after")

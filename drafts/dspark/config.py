@@ -18,7 +18,16 @@ from common.errors import UserError
 from contracts.draft import Descriptor, DraftConfig
 from drafts.block_config import BlockConfig, BlockSection
 from drafts.export import describe_transformer, native_config, speculators_config, wrong_for_sglang
-from drafts.method import NATIVE, SPECULATORS, DraftMethod, DraftSection, ExportFacts, ObjectiveName, SlotWeights
+from drafts.method import (
+    NATIVE,
+    SPECULATORS,
+    DraftMethod,
+    DraftSection,
+    ExportFacts,
+    Objective,
+    ObjectiveName,
+    SlotWeights,
+)
 from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
 from drafts.reading import DraftFolder, LayerIds, Published, read_transformer, vllm_ids, zero_based
 from target.target import Target
@@ -51,7 +60,7 @@ class DSparkSection(BlockSection):
     markov_rank: int = Field(default=256, gt=0, description="rank of the Markov head")
     confidence_head: bool = Field(default=True, description="predict how likely each draft token is accepted")
     confidence_weight: float = Field(default=1.0, ge=0, description="weight of the confidence head's loss")
-    objective: ObjectiveName | dict[ObjectiveName, float] = PAPERS_LOSS
+    objective: Objective = PAPERS_LOSS
     slot_weights: SlotWeights = "decay"
 
     @property

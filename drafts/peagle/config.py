@@ -26,7 +26,7 @@ from drafts.feature_config import (
     read_layer_ids,
     read_vocabulary,
 )
-from drafts.method import NATIVE, SPECULATORS, DraftMethod, DraftSection, ExportFacts, ObjectiveName, TransformerSection
+from drafts.method import NATIVE, SPECULATORS, DraftMethod, DraftSection, ExportFacts, Objective, TransformerSection
 from drafts.proposal import Proposal, propose_dimensions
 from drafts.reading import DraftFolder, Published, read_transformer
 from target.target import Target
@@ -60,7 +60,7 @@ class PEagleSection(TransformerSection):
     draft_vocab_size: int | None = Field(
         default=None, gt=0, description="size of a reduced vocabulary of the most frequent tokens; default: all tokens"
     )
-    objective: ObjectiveName | dict[ObjectiveName, float] = "distill"
+    objective: Objective = "distill"
 
     @property
     def num_draft_tokens(self) -> int:

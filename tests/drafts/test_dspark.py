@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import BaseModel, ValidationError
 from torch.nn import functional
 
 from contracts.store import StoredSample
 from drafts.batch import Batch
+from drafts.dflash2.config import DFlash2Section
 from drafts.draft import init_weights
 from drafts.dspark.config import DSparkConfig, DSparkSection
 from drafts.dspark.model import DSpark
+from drafts.peagle.config import PEagleSection
 from target.head import TargetHead
 
 VOCABULARY, HIDDEN, TOKENS, LENGTH = 40, 16, 3, 24
@@ -129,6 +132,13 @@ def test_the_anchor_layout_is_the_fill_in_layout_read_one_slot_earlier() -> None
     # Both have the anchor's slot; three of it and two masks are the anchor layout's, so K = 2 fills in the same block.
     shorter = make_draft(False, num_speculative_tokens=TOKENS - 1).eval()
     torch.testing.assert_close(slots_of(of_anchor, batch, 9, head)[1:], slots_of(shorter, batch, 9, head))
+
+
+@pytest.mark.parametrize("section", [DSparkSection, DFlash2Section, PEagleSection])
+def test_methods_with_a_default_objective_of_their_own_check_it_as_the_others_do(section: type[BaseModel]) -> None:
+    for wrong in ({"tv": -1.0}, {"hinge": 1.0}, {}):
+        with pytest.raises(ValidationError):
+            section.model_validate({**DIMS, "objective": wrong})
 
 
 def test_without_a_confidence_head_and_with_tokens_alone_no_final_states_are_needed() -> None:
