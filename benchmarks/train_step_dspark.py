@@ -1,7 +1,8 @@
 """The two sides of `train_step.py --method dspark`: our DSpark step and speculators', in the anchor layout.
 
-The loss is the total variation between draft and target, and the cross-entropy of the confidence with the acceptance
-probability: of the objectives that both have, the one with the same value on both sides.
+The loss is speculators' default: the KL divergence between target and draft, and the cross-entropy of the confidence
+with the acceptance probability. Not total variation: the sign in its gradient is decided by rounding where draft and
+target nearly agree, so gradients of equal steps may differ.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks import train_step_dflash
 from benchmarks.train_step_dflash import draw_anchors, make_inputs, make_layer_config, shared_fields
+
+if TYPE_CHECKING:
+    from target.head import TargetHead
 
 RANK = 64
 
@@ -32,11 +36,12 @@ def build_ours(ctx: dict[str, Any]) -> tuple[torch.nn.Module, Callable[[], torch
     )  # fmt: skip
     section = DSparkSection(
         num_attention_heads=dims.heads, num_key_value_heads=dims.kv_heads, intermediate_size=dims.inter,
-        objective="tv", loss_decay=dims.gamma, num_anchors=dims.anchors,
+        objective="distill", loss_decay=dims.gamma, num_anchors=dims.anchors,
     )  # fmt: skip
     model = DSpark(config, section)
     model.load_state_dict({name: state[name] for name, _ in model.named_parameters()})
     head, packed = make_inputs(ctx, config.rms_norm_eps)
+    entropies = list_entropies(head, packed.hidden_states)
 
     def compute_loss() -> torch.Tensor:
         anchors = draw_anchors(ctx)
@@ -47,10 +52,18 @@ def build_ours(ctx: dict[str, Any]) -> tuple[torch.nn.Module, Callable[[], torch
         slots = valid.view(-1).nonzero()[:, 0]
         teacher = TeacherRows.of_slots(places[valid])
         found = model(packed, replace(blocks, valid=valid, slots=slots, teacher=teacher), head)
-        loss: torch.Tensor = found.loss_sum / (found.num_slots + 1e-5)
+        # Our loss, a cross-entropy, exceeds the KL divergence by the target's entropy.
+        constant = (model.static_weights(slots) * entropies[places[valid]]).sum()
+        loss: torch.Tensor = (found.loss_sum - constant) / (found.num_slots + 1e-5)
         return loss
 
     return model, compute_loss
+
+
+def list_entropies(head: TargetHead, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Return the entropy of the target's distribution after each position: (T, H) -> (T,)."""
+    parts = (head.logits(rows).log_softmax(-1) for rows in hidden_states.split(64))
+    return torch.cat([-(log_p.exp() * log_p).sum(-1) for log_p in parts])
 
 
 def build_peer(ctx: dict[str, Any], model: Any) -> Callable[[], torch.Tensor]:
@@ -58,9 +71,9 @@ def build_peer(ctx: dict[str, Any], model: Any) -> Callable[[], torch.Tensor]:
     from speculators.losses import resolve_loss_config
 
     dims = ctx["dims"]
-    loss_config = resolve_loss_config("tv", "eager")
     call = {
-        "loss_config": loss_config, "tv_loss_fn": loss_config["tv"][0], "gamma": dims.gamma,
+        "loss_config": resolve_loss_config("kl_div", "eager"),
+        "tv_loss_fn": resolve_loss_config("tv", "eager")["tv"][0], "gamma": dims.gamma,
         "max_anchors": dims.anchors, "per_position_loss_weight": "fixed-exp-decay",
     }  # fmt: skip
 
