@@ -41,6 +41,8 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "eagle3-vocabulary-distill": {
         "method": "eagle3", "ttt_length": 3, "draft_vocab_size": 32_000, "objective": "distill", **LAYER,
     },
+    "dflash2": {"method": "dflash2", "num_layers": 2, **LAYER},
+    "lilicorr": {"method": "lilicorr", "num_layers": 2, "conv_kernel_size": 2, "conv_group_size": 16, **LAYER},
     "peagle": {"method": "peagle", "num_layers": 2, **LAYER},
 }  # fmt: skip
 

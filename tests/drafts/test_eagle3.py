@@ -107,6 +107,26 @@ def test_training_unrolls_what_serving_would_compute_from_every_place(draft: Eag
     assert float(found.loss_sum) == pytest.approx(expected, rel=1e-4)
 
 
+def test_dpace_weighs_the_steps_of_each_chain_by_its_own_losses(
+    draft: Eagle3, head: TargetHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("drafts.chunks.CHUNK_ELEMENTS", 0)
+    monkeypatch.setattr("drafts.chunks.MIN_CHUNK_ROWS", 4)  # several chunks, each of whole chains
+    assert draft.section is not None
+    draft.section = draft.section.model_copy(update={"slot_weights": "dpace", "dpace_smoothing": 0.25})
+    batch = make_batch([14])
+    expected = 0.0
+    for place in range(5, 13):
+        labels = [int(batch.token_ids[place + 1 + i]) if place + 1 + i < 14 else 0 for i in range(STEPS)]
+        logits = serve_chain(draft, batch.token_ids, batch.aux_hidden_states, place, head, labels)
+        losses = functional.cross_entropy(torch.stack(logits).detach(), torch.tensor(labels), reduction="none")[
+            : 13 - place
+        ]
+        reached = (0.75 * torch.exp(-losses) + 0.25).cumprod(0)
+        expected += sum(float(loss * reached[step:].sum()) for step, loss in enumerate(losses))
+    assert float(draft(batch, draft.plan(batch), head).loss_sum) == pytest.approx(expected, rel=1e-4)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("length", "stride"), [(14, 1), (400, 39)])
 def test_drafting_is_the_chain_that_serving_grows_token_by_token(
