@@ -7,7 +7,7 @@ torch module, which is a `drafts.draft.Draft`. `drafts/__init__.py` lists the me
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -163,10 +163,14 @@ class DraftMethod(ABC):
         return self.config(**{**shared, **own})
 
     @abstractmethod
+    def module(self) -> Callable[..., Draft]:
+        """Return the torch module's class, with the parameters of `build`."""
+
     def build(
         self, config: DraftConfig, section: DraftSection | None = None, *, gradient_checkpointing: bool = False
     ) -> Draft:
         """Return the torch module. `section` says how to train it; None if it only drafts."""
+        return self.module()(config, section, gradient_checkpointing=gradient_checkpointing)
 
     @abstractmethod
     def export(

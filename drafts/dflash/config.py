@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -16,7 +16,7 @@ from contracts.draft import Descriptor, DraftConfig
 from drafts.block_config import BlockConfig, BlockSection
 from drafts.block_export import describe_fill_in, fill_in_config, read_fill_in
 from drafts.export import speculators_config, wrong_for_sglang
-from drafts.method import NATIVE, SPECULATORS, DraftMethod, DraftSection, ExportFacts
+from drafts.method import NATIVE, SPECULATORS, DraftMethod, ExportFacts
 from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
 from drafts.reading import DraftFolder, Published
 from target.target import Target
@@ -75,16 +75,10 @@ class DFlashMethod(DraftMethod):
             warmup_share=0.04,
         )
 
-    def build(
-        self, config: DraftConfig, section: DraftSection | None = None, *, gradient_checkpointing: bool = False
-    ) -> DFlash:
+    def module(self) -> type[DFlash]:
         from drafts.dflash.model import DFlash
 
-        return DFlash(
-            cast(DFlashConfig, config),
-            cast("DFlashSection | None", section),
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        return DFlash
 
     def export(
         self, config: DraftConfig, weights: Mapping[str, Tensor], layout: str, facts: ExportFacts

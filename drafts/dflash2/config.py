@@ -7,7 +7,7 @@ speculators 0.9 (speculators/models/dflash2/config.py, and its training argument
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -115,16 +115,10 @@ class DFlash2Method(DraftMethod):
             warmup_share=0.04,
         )
 
-    def build(
-        self, config: DraftConfig, section: DraftSection | None = None, *, gradient_checkpointing: bool = False
-    ) -> DFlash2:
+    def module(self) -> type[DFlash2]:
         from drafts.dflash2.model import DFlash2
 
-        return DFlash2(
-            cast(DFlash2Config, config),
-            cast("DFlash2Section | None", section),
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        return DFlash2
 
     def export(
         self, config: DraftConfig, weights: Mapping[str, Tensor], layout: str, facts: ExportFacts

@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -22,7 +22,6 @@ from drafts.method import (
     NATIVE,
     SPECULATORS,
     DraftMethod,
-    DraftSection,
     ExportFacts,
     Objective,
     ObjectiveName,
@@ -118,16 +117,10 @@ class DSparkMethod(DraftMethod):
             warmup_share=0.04,
         )
 
-    def build(
-        self, config: DraftConfig, section: DraftSection | None = None, *, gradient_checkpointing: bool = False
-    ) -> DSpark:
+    def module(self) -> type[DSpark]:
         from drafts.dspark.model import DSpark
 
-        return DSpark(
-            cast(DSparkConfig, config),
-            cast("DSparkSection | None", section),
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        return DSpark
 
     def export(
         self, config: DraftConfig, weights: Mapping[str, Tensor], layout: str, facts: ExportFacts

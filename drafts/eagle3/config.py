@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -100,16 +100,10 @@ class Eagle3Method(DraftMethod):
             warmup_share=0.02,
         )
 
-    def build(
-        self, config: DraftConfig, section: DraftSection | None = None, *, gradient_checkpointing: bool = False
-    ) -> Eagle3:
+    def module(self) -> type[Eagle3]:
         from drafts.eagle3.model import Eagle3
 
-        return Eagle3(
-            cast(Eagle3Config, config),
-            cast("Eagle3Section | None", section),
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        return Eagle3
 
     def export(
         self, config: DraftConfig, weights: Mapping[str, Tensor], layout: str, facts: ExportFacts

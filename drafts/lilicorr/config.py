@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -144,16 +144,10 @@ class LiLiCorrMethod(DraftMethod):
             warmup_share=0.04,
         )
 
-    def build(
-        self, config: DraftConfig, section: DraftSection | None = None, *, gradient_checkpointing: bool = False
-    ) -> LiLiCorr:
+    def module(self) -> type[LiLiCorr]:
         from drafts.lilicorr.model import LiLiCorr
 
-        return LiLiCorr(
-            cast(LiLiCorrConfig, config),
-            cast("LiLiCorrSection | None", section),
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        return LiLiCorr
 
     def export(
         self, config: DraftConfig, weights: Mapping[str, Tensor], layout: str, facts: ExportFacts

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -110,16 +110,10 @@ class PEagleMethod(DraftMethod):
             warmup_share=0.02,
         )
 
-    def build(
-        self, config: DraftConfig, section: DraftSection | None = None, *, gradient_checkpointing: bool = False
-    ) -> PEagle:
+    def module(self) -> type[PEagle]:
         from drafts.peagle.model import PEagle
 
-        return PEagle(
-            cast(PEagleConfig, config),
-            cast("PEagleSection | None", section),
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        return PEagle
 
     def speculative_config(self, config: DraftConfig) -> dict[str, Any]:  # noqa: ARG002 (the same for all drafts)
         return dict(SERVED)

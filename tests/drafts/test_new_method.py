@@ -66,7 +66,9 @@ class Places(Plan):
 
 
 class Heads(Draft):
-    def __init__(self, config: HeadsConfig) -> None:
+    def __init__(
+        self, config: HeadsConfig, section: HeadsSection | None = None, *, gradient_checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.config: HeadsConfig = config
         hidden = config.hidden_size
@@ -123,11 +125,8 @@ class HeadsMethod(DraftMethod):
     section = HeadsSection
     config = HeadsConfig
 
-    def build(
-        self, config: DraftConfig, section: DraftSection | None = None, *, gradient_checkpointing: bool = False
-    ) -> Heads:
-        assert isinstance(config, HeadsConfig)
-        return Heads(config)
+    def module(self) -> type[Heads]:
+        return Heads
 
     def export(
         self, config: DraftConfig, weights: Mapping[str, torch.Tensor], layout: str, facts: ExportFacts
