@@ -13,6 +13,7 @@ from contracts.ledger import LedgerWriter
 from contracts.run import Run
 from contracts.store import Manifest, Store
 from contracts.store import StoredSample as Sample
+from drafts import METHODS
 from target.target import Target
 
 
@@ -30,6 +31,12 @@ SMALL = Sizes(hidden=64, vocabulary=320, tokens=96, samples=16)
 LARGE = Sizes(hidden=1024, vocabulary=32_000, tokens=2048, samples=32)
 NUM_LAYERS = 6
 LAYER_IDS = [1, 3]
+SMALL_KEYS = {
+    "num_layers": 2, "num_anchors": 64, "ttt_length": 4, "markov_rank": 32, "selector_rank": 32,
+    "lilicorr_hidden_size": 64, "lilicorr_num_heads": 4, "lilicorr_factor_dim": 64,
+    "objective": "distill",  # of terms with a smooth gradient, so that rounding changes it little
+}  # fmt: skip
+"""Values of the methods' keys; each method takes those that it has."""
 
 
 def write_target(folder: Path, sizes: Sizes) -> Target:
@@ -89,7 +96,8 @@ def write_store(folder: Path, target: Target, sizes: Sizes, dtype: str = "bfloat
 
 def write_recipe(path: Path, target: Target, sizes: Sizes, method: str) -> Path:
     """Write a recipe of a small draft."""
-    own = {"dflash": "num_layers: 2, num_anchors: 64", "eagle3": "ttt_length: 4"}[method]
+    has = METHODS[method].section.model_fields
+    own = ", ".join(f"{key}: {value}" for key, value in SMALL_KEYS.items() if key in has)
     heads = max(2, sizes.hidden // 128)
     path.write_text(
         f"target: {{path: {target.path}, max_model_len: {sizes.tokens}, aux_layers: {LAYER_IDS}}}\n"
