@@ -121,10 +121,19 @@ def verify(
     once: Annotated[
         bool, typer.Option("--once", help="Skip a store that was proven before and has not changed.")
     ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Read all samples, also those that were proven and have not changed.")
+    ] = False,
     reference: Annotated[int, typer.Option(help="Samples whose layers are compared with transformers.")] = 8,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Check only so many samples, drawn with --seed.", show_default="all")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Check only so many samples, drawn with --seed.",
+            show_default="the recipe's dump.verify_samples",
+        ),
     ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Check all samples, whatever the recipe says.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     shard: ShardOption = None,
     set_: OverridesOption = None,
@@ -133,8 +142,11 @@ def verify(
     from dump.verify import Part
     from dump.verify import verify as verify_store
 
-    part = Part(samples, seed, parse_shard(shard))
-    verify_store(load_checked(recipe, set_), store, once=once, num_reference=reference, part=part)
+    if samples is not None and all_:
+        raise typer.BadParameter("give either --samples or --all")
+    loaded = load_checked(recipe, set_)
+    part = Part(None if all_ else samples or loaded.dump.verify_samples, seed, parse_shard(shard))
+    verify_store(loaded, store, once=once, again=again, num_reference=reference, part=part)
 
 
 @app.command(epilog="Example: dump inspect runs/store 3f9c --html sample.html")

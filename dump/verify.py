@@ -2,7 +2,8 @@
 
 Reads:  a finished store, the target's head, the conversations (if they still exist), and the whole target with
         transformers for a few samples, if it fits into memory.
-Writes: verified.json in the store, unless it is read-only: the counts, and the checksum of the proven ledger.
+Writes: in the store, unless it is read-only: verified.jsonl, the proof of each sample, so that the next run reads only
+        what has changed (dump/proofs.py); verified.json, the counts and the checksum of a wholly proven ledger.
 
 Greedy samples: argmax(lm_head(final_norm(hidden_states[t]))), with the sampling penalties applied, must be the token at
 t + 1 if that one was generated. Batches of other shapes round differently, so a token whose logit is within the
@@ -14,23 +15,27 @@ entropy (see `sampled_deviations`).
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from common.cores import count_cores
 from common.errors import IncompleteError
-from common.files import UnwritableError, read_json, write_json
+from common.files import UnwritableError, hash_json, read_json, write_json
 from common.progress import track
 from contracts.conversation import CONVERSATIONS_FILE, Sample, hash_conversations
 from contracts.ledger import Ledger
 from contracts.run import read_run
 from contracts.store import Manifest, Store, StoredSample, open_store
 from drafts.moving import find_device, to_device
-from dump.judge import TIE_TOLERANCE, judge_states
+from dump.judge import TIE_TOLERANCE, Judgement, judge_states
+from dump.proofs import Proofs
 from dump.reference import compare_layers, fits_memory
 from dump.rendered import TemplateMasks
 from dump.samples import cut_sample, read_rows
@@ -38,10 +43,16 @@ from recipe.recipe import Recipe
 from target.head import TargetHead, read_head
 from target.target import Target
 
+MAX_READERS = 8
+"""Threads that check and read files; each holds a sample."""
+
 
 @dataclass
 class Counts:
-    """Numbers of checked files, samples and tokens. `coverage`: tokens by thinking mode."""
+    """Numbers of checked files, samples and tokens. `coverage`: tokens by thinking mode.
+
+    `known`: how many of the files were proven before.
+    """
 
     files: int = 0
     greedy: int = 0
@@ -53,14 +64,38 @@ class Counts:
     compared: int = 0
     reference: int = 0
     unknown: int = 0
+    known: int = 0
     coverage: dict[str, Counter[str]] = field(default_factory=dict)
 
-    def add(self, sample: StoredSample) -> None:
-        """Count a sample that passed."""
-        self.files += 1
-        covered = self.coverage.setdefault(sample.metadata.get("thinking_mode") or "(none)", Counter())
-        covered["tokens"] += sample.num_tokens
-        covered["supervised"] += int(sample.loss_mask.sum())
+    @classmethod
+    def of(cls, sample: StoredSample, judged: Judgement, *, compared: bool) -> Counts:
+        """Return the counts of one sample that passed. `compared`: with its conversation."""
+        mode = sample.metadata.get("thinking_mode") or "(none)"
+        covered = Counter(tokens=sample.num_tokens, supervised=int(sample.loss_mask.sum()))
+        found = cls(files=1, compared=int(compared), coverage={mode: covered})
+        if judged.temperature is None:
+            found.unknown = 1
+        elif judged.temperature != 0.0:
+            found.sampled, found.sampled_tokens = 1, judged.tokens
+        else:
+            found.greedy, found.tokens, found.matches, found.ties = 1, judged.tokens, judged.matches, judged.ties
+        return found
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Counts:
+        """Return the counts that `to_json` gave."""
+        return cls(**{**value, "coverage": {mode: Counter(part) for mode, part in value["coverage"].items()}})
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "coverage": {mode: dict(part) for mode, part in sorted(self.coverage.items())}}
+
+    def add(self, other: Counts) -> None:
+        """Add the counts of further samples."""
+        for name, value in vars(other).items():
+            if name != "coverage":
+                setattr(self, name, getattr(self, name) + value)
+        for mode, part in other.coverage.items():
+            self.coverage.setdefault(mode, Counter()).update(part)
 
 
 @dataclass(frozen=True)
@@ -84,13 +119,19 @@ class Part:
 
 
 def verify(
-    recipe: Recipe, folder: Path, *, once: bool = False, num_reference: int = 8, part: Part | None = None
+    recipe: Recipe,
+    folder: Path,
+    *,
+    once: bool = False,
+    again: bool = False,
+    num_reference: int = 8,
+    part: Part | None = None,
 ) -> dict[str, Any]:
     """Check the samples of a part of the store, and the layers of `num_reference` of them; return the counts.
 
-    `once` accepts an earlier proof of the same ledger and does not notice damage since then. Only the proof of a whole
-    store is kept for it. Raises UserError for a broken file, IncompleteError with the defect and the first sample that
-    has it.
+    Samples that were proven before are read only if their file has changed, or with `again`. `once` accepts an earlier
+    proof of the same ledger and does not look for damage since then. Raises UserError for a broken file,
+    IncompleteError with the defect and the first sample that has it.
     """
     target, part = Target.here(recipe.target), part or Part()
     store, manifest = open_store(folder, target)
@@ -99,43 +140,96 @@ def verify(
         print(f"verify: {folder} is proven already, skipped")
         return dict(read_json(report_path, "a proof"))
     _check_manifest(store, manifest, target)
-    ledger = Ledger(store.ledger_path)
-    done = sorted(ledger.ids("done"))
-    chosen = part.choose(done)
+    entries = {id_: entry for id_, entry in sorted(Ledger(store.ledger_path).entries.items()) if _is_done(entry)}
+    chosen, sources = part.choose(list(entries)), _find_sources(manifest)
+    proofs = Proofs(store, _terms(manifest, target, sources), again=again)
+    counts, todo = _split(proofs, chosen, entries)
     device = find_device()
-    head, counts = read_head(target).to(device, torch.float32), Counts()
-    for sample_id, source in track(_walk(store, recipe, target, manifest, chosen), "verify", "sample", len(chosen)):
-        store.check_file(sample_id, ledger.entries[sample_id])
-        sample = store.read_sample(sample_id)
+    head = read_head(target).to(device, torch.float32)
+    walked = _read_ahead(store, entries, _walk(store, recipe, target, sources, todo))
+    for sample_id, source, sample in track(walked, "verify", "sample", len(todo)):
         if source is not None:
             _check_tokens(store, sample_id, sample, source)
-            counts.compared += 1
-        _check_states(store, manifest, sample_id, to_device(sample, device), head, counts)
-        counts.add(sample)
+        judged = _check_states(store, manifest, sample_id, to_device(sample, device), head)
+        found = Counts.of(sample, judged, compared=source is not None)
+        proofs.add(sample_id, entries[sample_id], found.to_json())
+        counts.add(found)
     if counts.files != len(chosen):
         raise IncompleteError(
             f"{store.ledger_path}: found {len(chosen)} samples, expected the {counts.files} that the conversations "
             "have. Dump again."
         )
-    if num_reference and chosen and fits_memory(target):
-        reference = chosen[:: max(1, len(chosen) // num_reference)][:num_reference]
+    counts.reference = sum(proofs.has_layers(id_, entries[id_]) for id_ in chosen)
+    wanted = num_reference - counts.reference
+    if wanted > 0 and chosen and fits_memory(target):
+        reference = chosen[:: max(1, len(chosen) // wanted)][:wanted]
         compare_layers(recipe, target, store, manifest, reference)
-        counts.reference = len(reference)
+        counts.reference += len(reference)
+        for sample_id in reference:
+            proofs.add(sample_id, entries[sample_id], None)
+    proofs.flush()
     report = {"ledger": checksum, "samples": counts.greedy, **_to_report(counts)}
     _print_counts(counts, manifest)
     if part.is_whole:
         _write_report(report_path, report)
     else:
-        print(f"verify: {len(chosen)} of {len(done)} samples were checked")
+        print(f"verify: {len(chosen)} of {len(entries)} samples were checked")
     return report
+
+
+def _split(proofs: Proofs, chosen: list[str], entries: Mapping[str, Mapping[str, Any]]) -> tuple[Counts, list[str]]:
+    """Return the counts of the samples that were proven before, and the other samples."""
+    counts, todo = Counts(), []
+    for sample_id in chosen:
+        if (known := proofs.find(sample_id, entries[sample_id])) is None:
+            todo.append(sample_id)
+        else:
+            counts.add(Counts.from_json({**known, "known": 1}))
+    return counts, todo
+
+
+def _is_done(entry: Mapping[str, Any]) -> bool:
+    return bool(entry["status"] == "done")
+
+
+def _terms(manifest: Manifest, target: Target, sources: Path | None) -> dict[str, Any]:
+    """Return what a sample's proof depends on, besides its file."""
+    return {
+        "manifest": hash_json(manifest.model_dump(exclude={"target", "conversations_folder"})),
+        "target": target.fingerprint,
+        "final_norm": target.final_norm,
+        "with_conversations": sources is not None,
+    }
+
+
+def _read_ahead(
+    store: Store, entries: Mapping[str, Mapping[str, Any]], walked: Iterable[tuple[str, Sample | None]]
+) -> Iterator[tuple[str, Sample | None, StoredSample]]:
+    """Yield each sample with its source, in order. Threads check the files and read them ahead."""
+
+    def read(sample_id: str) -> StoredSample:
+        store.check_file(sample_id, dict(entries[sample_id]))
+        return store.read_sample(sample_id)
+
+    num_threads = min(count_cores(), MAX_READERS)
+    waiting: deque[tuple[str, Sample | None, Future[StoredSample]]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for sample_id, source in walked:
+                waiting.append((sample_id, source, pool.submit(read, sample_id)))
+                if len(waiting) > num_threads:
+                    first_id, first_source, first = waiting.popleft()
+                    yield first_id, first_source, first.result()
+            for first_id, first_source, first in waiting:
+                yield first_id, first_source, first.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _write_report(path: Path, report: dict[str, Any]) -> None:
     """Write the proof for `--once`, unless the store is read-only."""
-    try:
+    with suppress(UnwritableError):  # dump/proofs.py says so
         write_json(path, report)
-    except UnwritableError as error:
-        print(f"verify: the proof is not kept for --once: {error}")
 
 
 def _check_manifest(store: Store, manifest: Manifest, target: Target) -> None:
@@ -164,15 +258,14 @@ def _find_sources(manifest: Manifest) -> Path | None:
 
 
 def _walk(
-    store: Store, recipe: Recipe, target: Target, manifest: Manifest, chosen: list[str]
+    store: Store, recipe: Recipe, target: Target, sources: Path | None, chosen: list[str]
 ) -> Iterator[tuple[str, Sample | None]]:
     """Yield the chosen samples with their sources, cut where the dump cut them; None where the sources are gone."""
-    conversations = _find_sources(manifest)
-    if conversations is None:
+    if sources is None or not chosen:
         yield from ((sample_id, None) for sample_id in chosen)
         return
     max_tokens, wanted = read_run(store.folder, "dump run")["settings"]["max_tokens"], set(chosen)
-    for row in read_rows([conversations], TemplateMasks(recipe.target, target)):
+    for row in read_rows([sources], TemplateMasks(recipe.target, target)):
         if row.sample_id in wanted:
             yield row.sample_id, cut_sample(row.sample, max_tokens)
 
@@ -202,29 +295,19 @@ def _check_tokens(store: Store, sample_id: str, sample: StoredSample, source: Sa
 
 
 def _check_states(
-    store: Store, manifest: Manifest, sample_id: str, sample: StoredSample, head: TargetHead, counts: Counts
-) -> None:
+    store: Store, manifest: Manifest, sample_id: str, sample: StoredSample, head: TargetHead
+) -> Judgement:
     """Raise IncompleteError with the defect unless the final states predict the generated tokens."""
     judged = judge_states(head, sample, manifest.layer_ids, manifest.dtype, manifest.tensor_parallel_size)
     if judged.found:
         raise IncompleteError(
             f"{store.sample_path(sample_id)}: found {judged.found}, expected {judged.expected}. Dump again."
         )
-    if judged.temperature is None:
-        counts.unknown += 1
-    elif judged.temperature != 0.0:
-        counts.sampled += 1
-        counts.sampled_tokens += judged.tokens
-    else:
-        counts.greedy += 1
-        counts.tokens += judged.tokens
-        counts.matches += judged.matches
-        counts.ties += judged.ties
+    return judged
 
 
 def _to_report(counts: Counts) -> dict[str, Any]:
-    coverage = {mode: dict(counter) for mode, counter in sorted(counts.coverage.items())}
-    return {**{k: v for k, v in vars(counts).items() if k not in ("greedy", "coverage")}, "coverage": coverage}
+    return {name: value for name, value in counts.to_json().items() if name != "greedy"}
 
 
 def _print_counts(counts: Counts, manifest: Manifest) -> None:
@@ -240,9 +323,11 @@ def _print_counts(counts: Counts, manifest: Manifest) -> None:
         print(f"verify: {counts.unknown} samples have no temperature on record: their tokens were not predicted")
     if counts.compared:
         print(f"verify: tokens and masks of {counts.compared} samples are the conversations'")
+    for mode, covered in sorted(counts.coverage.items()):
+        print(f"verify: mode {mode}: {covered['supervised']} of {covered['tokens']} tokens supervised")
+    if counts.known:
+        print(f"verify: {counts.known} of the files were proven before and have not changed (--again reads them)")
     if counts.reference:
         print(f"verify: all layers of {counts.reference} samples are as transformers computes them")
     else:
         print("verify: the layers were not compared with transformers: the target does not fit, or --reference is 0")
-    for mode, covered in sorted(counts.coverage.items()):
-        print(f"verify: mode {mode}: {covered['supervised']} of {covered['tokens']} tokens supervised")

@@ -25,6 +25,9 @@ class DumpSection(Retries):
     preflight: bool = operational(
         default=True, description="prove the engine on a few samples before the first one is stored"
     )
+    verify_samples: int | None = operational(
+        default=None, gt=0, description="samples that `dump verify` draws and checks; default: all"
+    )
     args: Args = Field(default={}, description="vLLM's engine arguments, over serve.args")
     env: dict[str, str] = operational(default={}, description="environment of the engine, over serve.env")
     engines: int = operational(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -287,7 +288,8 @@ def test_a_store_whose_reference_model_does_not_fit_is_verified_without_it_and_s
     recipe_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit_host_memory(monkeypatch, 100_000)
-    code, printed = verify(recipe_path, good)
+    result = run_here("dump", "verify", "-r", recipe_path, "--store", good, "--again", check=False)
+    code, printed = result.returncode, result.stderr + result.stdout
     assert code == 0, printed
     assert "60 files whole" in printed
     assert "the layers were not compared with transformers: the target does not fit" in printed
@@ -303,6 +305,9 @@ def test_a_drawn_part_is_checked_in_shards_and_is_no_proof_of_the_whole(
     args = ("dump", "verify", "-r", recipe_path, "--store", folder, "--reference", 0)
     assert "12 of 60 samples were checked" in run_here(*args, "--samples", 12, "--seed", 3).stdout
     assert not (folder / "verified.json").exists()
+    of_recipe = (*args, "--set", "dump.verify_samples=12")
+    assert "12 of 60 samples were checked" in run_here(*of_recipe).stdout
+    assert "60 files whole" in run_here(*of_recipe, "--all").stdout
     ids = Store(folder).sample_ids()
     drawn = Part(12, 3).choose(ids)
     assert drawn == sorted(set(drawn)) != Part(12, 4).choose(ids)
@@ -313,3 +318,55 @@ def test_a_drawn_part_is_checked_in_shards_and_is_no_proof_of_the_whole(
     for number in range(5):
         result = run_here(*args, "--samples", 12, "--seed", 3, "--shard", f"{number}/5", check=False)
         assert (result.returncode == 2) == (drawn[5] in shards[number]), result.stderr
+
+
+def test_a_second_verify_reads_only_what_has_changed(recipe_path: Path, good: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(good, folder)
+    for name in ("verified.json", "verified.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    args = ("dump", "verify", "-r", recipe_path, "--store", folder, "--reference", 0)
+    run_here(*args, "--samples", 12)  # a part is proven for later, too
+    assert "12 of the files were proven before and have not changed" in run_here(*args).stdout
+    whole = json.loads((folder / "verified.json").read_text())
+    printed = run_here(*args).stdout
+    assert "60 files whole; 600 of 600 generated tokens of 60 greedy samples" in printed
+    assert "60 of the files were proven before and have not changed (--again reads them)" in printed
+    assert json.loads((folder / "verified.json").read_text()) == {**whole, "known": 60}
+    assert "proven before" not in run_here(*args, "--again").stdout
+
+    store = Store(folder)
+    path = store.sample_path(store.sample_ids()[7])
+    before, content = path.stat(), path.read_bytes()
+    path.write_bytes(content[:-1] + b"?")
+    assert path.name in run_here(*args, check=False).stderr
+    path.write_bytes(content)
+    assert "59 of the files were proven before" in run_here(*args).stdout
+    # The same size and time: only --again finds it.
+    path.write_bytes(content[:-1] + b"?")
+    os.utime(path, ns=(before.st_atime_ns, json.loads(proof_of(folder, path.stem))["mtime_ns"]))
+    assert run_here(*args).returncode == 0
+    assert path.name in run_here(*args, "--again", check=False).stderr
+
+
+def proof_of(folder: Path, sample_id: str) -> str:
+    """Return the last line on a sample."""
+    lines = (folder / "verified.jsonl").read_text().splitlines()
+    return next(line for line in reversed(lines) if f'"{sample_id}"' in line)
+
+
+def test_proofs_are_kept_up_to_a_kill_and_not_for_other_terms(recipe_path: Path, good: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(good, folder)
+    path = folder / "verified.jsonl"
+    args = ("dump", "verify", "-r", recipe_path, "--store", folder, "--reference", 0)
+    run_here(*args, "--again")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:21]) + lines[21][:30])  # torn by a kill
+    assert "20 of the files were proven before" in run_here(*args).stdout
+    printed = run_here(*args[:-2]).stdout
+    assert "60 of the files were proven before" in printed
+    assert "all layers of 8 samples are as transformers computes them" in printed  # not compared until now
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "tokenizer": "another"}))
+    assert "proven before" not in run_here(*args).stdout
