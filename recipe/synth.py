@@ -39,6 +39,11 @@ class SynthSection(Retries):
         "serve.purposes.production, else by the chat template",
     )
     endpoints: list[str] = operational(default=[], description="URLs of running servers; []: start one")
+    draft: str | None = operational(
+        default=None,
+        description="folder of an exported or published draft, or a name of serve.heads: the server that we start "
+        "drafts with it, which is faster and changes no greedy reply",
+    )
     concurrency: int | None = operational(
         default=None, gt=0, description="conversations in flight; default: as many as the server keeps up with"
     )
@@ -75,6 +80,10 @@ class SynthSection(Retries):
     def _bounds_are_in_order(self) -> SynthSection:
         if self.min_concurrency > self.max_concurrency:
             raise ValueError("min_concurrency is above max_concurrency")
+        if self.draft is not None and self.endpoints:
+            raise ValueError(
+                "draft is for the server that synth starts: omit endpoints, or start theirs with the draft"
+            )
         return self
 
 

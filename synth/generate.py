@@ -22,7 +22,7 @@ from contracts.prompt_files import open_prompts
 from contracts.run import Run
 from contracts.shards import folders_by_count, folders_of_others, shard_folder
 from recipe.recipe import Recipe
-from serve.command import Serving, build_command
+from serve.command import Serving, build_command, speculation_of
 from serve.server import find_port, run_server
 from serve.settings import output_settings
 from synth.conversation import check_modes
@@ -59,6 +59,7 @@ def generate(
     sampling = resolve_sampling(recipe)
     target = Target.here(recipe.target)
     tokens = TokenCheck.of(recipe.target, target)
+    _check_draft(recipe, target, sampling)
     prompt_set = open_prompts(prompts)
     if shard is None:
         _refuse_shards(output, retry_failed)
@@ -92,6 +93,21 @@ def generate(
     if stopped:
         raise KeyboardInterrupt
     return _finish(job, source)
+
+
+def _check_draft(recipe: Recipe, target: Target, sampling: SharedSampling) -> None:
+    """Raise UserError if `synth.draft` is not a draft for the target, or if it cannot be served with the sampling."""
+    if recipe.synth.draft is None:
+        return
+    speculation = speculation_of(recipe, target, recipe.synth.draft)
+    if sampling.filters.get("min_p") and any(sampling.temperatures):
+        raise UserError(
+            "synth.draft",
+            found=f"a draft, and min_p {sampling.filters['min_p']:g}",
+            expected="no min_p: vLLM refuses it on a server that drafts",
+            fix="Set synth.min_p=0, which changes what is generated, or omit synth.draft.",
+        )
+    print(f"synth: drafts with {speculation['model']}, {speculation['num_speculative_tokens']} tokens a step")
 
 
 def find_settings(
@@ -186,7 +202,7 @@ def serve_target(recipe: Recipe, target: Target, folder: Path) -> Iterator[tuple
         yield recipe.synth.endpoints, lambda: False
         return
     port = find_port(recipe.serve.host, recipe.serve.port)
-    command = build_command(recipe, target, port=port, serving=Serving(purpose="synth"))
+    command = build_command(recipe, target, port=port, serving=Serving(draft=recipe.synth.draft, purpose="synth"))
     timeout_s = recipe.serve.startup_timeout_s
     with run_server(command, log_path=folder / "server.log", startup_timeout_s=timeout_s) as server:
         yield [f"{server.url}/v1"], lambda: server.process.poll() is not None

@@ -55,6 +55,24 @@ def test_greedy_output_with_the_draft_is_the_output_without_it(report: dict[str,
     assert report["served"]["greedy_identical"] == report["served"]["greedy_total"] > 0
 
 
+def test_synthesis_with_the_draft_writes_the_same_conversations(pipeline: Path, tmp_path: Path) -> None:
+    args = ["--recipe", RECIPE, *overrides(pipeline), "--prompts", pipeline / "prompts/held_out.jsonl"]
+    args += ["--thinking-modes", "enabled,disabled,adaptive", "--output", tmp_path / "synth"]
+    printed = run("synth", "generate", *args, "--set", f"synth.draft={pipeline / 'export'}").stdout
+    assert f"synth: drafts with {pipeline / 'export'}, 7 tokens a step" in printed
+    assert "SpeculativeConfig(method=" in (tmp_path / "synth/server.log").read_text()
+    records = [
+        sorted(read_lines(folder / "conversations.jsonl"), key=lambda record: record["id"])
+        for folder in (tmp_path / "synth", pipeline / "synth/held_out")
+    ]
+    assert records[0] == records[1] != []
+    found, expected = (
+        json.loads((folder / "run.json").read_text())["summary"]
+        for folder in (tmp_path / "synth", pipeline / "synth/held_out")
+    )
+    assert found == expected
+
+
 def test_the_speeds_at_one_and_seven_draft_tokens_predict_those_between_and_are_on_the_card(
     report: dict[str, Any], pipeline: Path
 ) -> None:
