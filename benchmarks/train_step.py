@@ -4,6 +4,7 @@
     peer/bin/python benchmarks/train_step.py [--seq 2048 --anchors 256 [--vocab 65536]]
     peer/bin/python benchmarks/train_step.py --method dspark [--seq 2048 --anchors 256 [--vocab 65536]]
     peer/bin/python benchmarks/train_step.py --method eagle3 [--loss ce] [--seq 1024 --vocab 32768]
+    peer/bin/python benchmarks/train_step.py --method peagle [--seq 1024 --vocab 32768]
 
 Prints the ratio of steps/s (both sides alternate in one process), the first losses, the largest difference of gradients
 (DFlash: on the same anchors), the ratio of peak memory (each side in its own process), and the limit: the matrix
@@ -38,13 +39,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks import train_step_dflash, train_step_dspark, train_step_eagle3  # noqa: E402
+from benchmarks import train_step_dflash, train_step_dspark, train_step_eagle3, train_step_peagle  # noqa: E402
 
 NAME = "draftline"
 MAX_DISTANCE = 1e-4
 """Largest relative difference of losses and gradients at which both sides count as doing the same work."""
 METHODS: dict[str, ModuleType] = {
-    "dflash": train_step_dflash, "dspark": train_step_dspark, "eagle3": train_step_eagle3,
+    "dflash": train_step_dflash, "dspark": train_step_dspark, "eagle3": train_step_eagle3, "peagle": train_step_peagle,
 }  # fmt: skip
 Step = Callable[[], float]
 
@@ -129,7 +130,7 @@ def compare_gradients(ours: Step, peer: Step) -> tuple[float, float, float]:
     theirs = dict(peer.model.named_parameters())  # type: ignore[attr-defined]
     distances = []
     for name, parameter in ours.model.named_parameters():  # type: ignore[attr-defined]
-        expected = theirs[name.replace("midlayer.", "layers.0.")].grad  # the names of EAGLE3's only layer
+        expected = theirs[name.replace("midlayer.", "layers.0.")].grad  # the name of EAGLE3's only layer
         distances.append(float((parameter.grad - expected).norm() / expected.norm()))
     return losses[0], losses[1], max(distances)
 
