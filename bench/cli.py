@@ -312,5 +312,26 @@ def compare(
     compare_sweeps([sweep, other] if other else [sweep], acceptance or [], output)
 
 
+@app.command(
+    epilog="Example: bench variants runs/compare -r recipes/Tiny-DFlash/recipe.yaml --conversations runs/synth/held_out"
+)
+@expand_options
+def variants(
+    folder: Annotated[Path, typer.Argument(help="Folder of `train compare`.")],
+    options: RecipeOptions,
+    *,
+    conversations: Annotated[Path, typer.Option(help="Held-out conversations (`synth generate`).")],
+    variant: Annotated[list[str] | None, typer.Option(help="Only this variant. Repeatable.")] = None,
+    draft_tokens: Annotated[
+        str | None, typer.Option(help="1-7 or 3,7: numbers to measure.", show_default="each draft's own, and 1")
+    ] = None,
+) -> None:
+    """Serve all drafts of `train compare` and name the best one for each concurrency."""
+    from bench.draft_tokens import parse_draft_tokens
+    from bench.variants import serve_variants
+
+    serve_variants(options.load(), folder, conversations, variant, parse_draft_tokens(draft_tokens))
+
+
 def main() -> None:
     run_app(app)

@@ -96,7 +96,7 @@ def compare(
     write_json(output / "compare.json", result)
     write_page(output / "report.html", TEMPLATE, title="Drafts compared", **make_tables(result))
     print_result(result)
-    print(f"compare: -> {output / 'report.html'}. Measure each: bench acceptance ... --draft {output}/NAME/export")
+    print(f"compare: -> {output / 'report.html'}. Serve all of them: bench variants {output} ...")
     return result
 
 
