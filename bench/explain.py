@@ -23,10 +23,11 @@ def explain_config(export: Path, draft: DraftRun, store: Store) -> str:
         "norm (rms_norm_eps)": (served.rms_norm_eps, trained.rms_norm_eps),
     }
     config = read_json(export / "config.json", "a draft exported by `train export`")
-    for path in METHODS[trained.method].served_fields:
+    config = {**config, **(config.get("transformer_layer_config") or {})}
+    for path, wanted in METHODS[trained.method].served_keys(trained).items():
         *nested, key = path.split(".")
         values = reduce(lambda values, name: values.get(name) or {}, nested, config)
-        expected[key] = (values.get(key), getattr(trained, key))
+        expected[key] = (values.get(key), wanted)
     for name, (value, wanted) in expected.items():
         if value != wanted:
             return f"The {name}: the export says {value}, training had {wanted}."

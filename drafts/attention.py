@@ -1,4 +1,6 @@
-"""Attention of a block's queries over the context before its anchor and over the block itself, whole or causally.
+"""Attention of a block's queries over the context before its anchor and over the block itself.
+
+An `AttentionRule` says how much of both a query sees.
 
 On CPUs, blocks are sorted by anchor and computed in groups, each against the prefix of its last anchor, as matrix
 products with a hand-written gradient. Only the columns between the first and the last anchor of a group are masked. On
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from drafts.attention_rule import WHOLE, AttentionRule
 from drafts.flex import FlexLayout, attend_flex, plan_flex
 from drafts.threads import share_out
 
@@ -31,20 +34,20 @@ KEPT_BYTES = 256 << 20
 class Group:
     """Blocks of one document that are computed together, and the context that they share.
 
-    `hidden` (n, w) is True where a block must not see one of the last w columns of the context; all blocks see the
-    columns before. The context may end beyond the last anchor, even in the next document, because of `ALIGNMENT`.
+    `hidden` (n, w) is True where a block must not see one of the last w columns of the context. `early` (n, B, w') is
+    True where the window of a block's place does not reach one of the first w' columns. The context may end beyond the
+    last anchor, even in the next document, because of `ALIGNMENT`.
     """
 
     blocks: slice
     context: slice
     hidden: torch.Tensor
+    early: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Layout:
     """Which context each block of a batch sees: groups of blocks on CPUs, tiles of FlexAttention elsewhere.
-
-    `causal`: a query sees the keys of its own block up to its own place, otherwise all of them.
 
     Shapes: anchor_rows (A,), rows of the anchors in the packed context.
     """
@@ -52,7 +55,7 @@ class Layout:
     anchor_rows: torch.Tensor
     groups: list[Group]
     flex: FlexLayout | None
-    causal: bool = False
+    rule: AttentionRule = WHOLE
 
     def make_masks(self) -> None:
         """Make FlexAttention's masks, once a step and outside of the compiled layers."""
@@ -67,7 +70,7 @@ def lay_out(
     device: torch.device,
     num_queries: Sequence[int] = (),
     *,
-    causal: bool = False,
+    rule: AttentionRule = WHOLE,
 ) -> Layout:
     """Lay out blocks at `anchors[i]`, ascending positions in document i of `lengths[i]` tokens.
 
@@ -79,26 +82,44 @@ def lay_out(
     anchor_rows = torch.cat([offset + positions for offset, positions in zip(offsets, anchors, strict=False)])
     queries = num_queries or (block_size,)
     if device.type == "cpu":
-        return Layout(anchor_rows, plan_groups(lengths, anchors, block_size, queries[0]), None, causal)
+        groups = plan_groups(lengths, anchors, block_size, queries[0], rule.window)
+        return Layout(anchor_rows, groups, None, rule)
     first_rows = torch.cat([torch.full((len(p),), offset) for offset, p in zip(offsets, anchors, strict=False)])
-    flex = plan_flex(first_rows, anchor_rows, offsets[-1], block_size, queries, causal=causal)
-    return Layout(anchor_rows, [], flex, causal)
+    flex = plan_flex(first_rows, anchor_rows, offsets[-1], block_size, queries, rule=rule)
+    return Layout(anchor_rows, [], flex, rule)
 
 
 def plan_groups(
-    lengths: Sequence[int], anchors: Sequence[torch.Tensor], block_size: int, num_queries: int
+    lengths: Sequence[int],
+    anchors: Sequence[torch.Tensor],
+    block_size: int,
+    num_queries: int,
+    window: int | None = None,
 ) -> list[Group]:
-    """Group the blocks at `anchors[i]`, ascending positions in document i of `lengths[i]` tokens."""
+    """Group the blocks at `anchors[i]`, ascending positions in document i of `lengths[i]` tokens.
+
+    A group's context begins where the window of its first query does.
+    """
     groups, first = [], 0
     size = max(1, QUERIES_A_GROUP // num_queries)
     for offset, positions in zip([0, *accumulate(lengths)], anchors, strict=False):
         for members in positions.split(size):
             low, high = int(members[0]), int(members[-1])
-            high += -(high + block_size) % ALIGNMENT
+            start = 0 if window is None else max(0, low + block_size - num_queries - window + 1)
+            high += -(high - start + block_size) % ALIGNMENT
             hidden = torch.arange(low, high)[None] >= members[:, None]
-            groups.append(Group(slice(first, first + len(members)), slice(offset, offset + high), hidden))
+            early = None if window is None else _plan_early(members, start, high, block_size, window)
+            context = slice(offset + start, offset + high)
+            groups.append(Group(slice(first, first + len(members)), context, hidden, early))
             first += len(members)
     return groups
+
+
+def _plan_early(members: torch.Tensor, start: int, end: int, block_size: int, window: int) -> torch.Tensor:
+    """Return `Group.early` for blocks at positions `members`, whose context is `start` to `end`."""
+    oldest = members[:, None] + torch.arange(block_size) - window + 1  # the first key in the window of each place
+    columns = torch.arange(start, max(start, min(end, int(oldest.max()))))
+    return columns < oldest[..., None]
 
 
 class KeyValues(NamedTuple):
@@ -146,7 +167,8 @@ class _BlockAttention(torch.autograd.Function):
         (_, num_queries, num_heads, size), kv_heads = query.shape, context_key.shape[1]
         width, rows = block_key.shape[1], num_heads // kv_heads * num_queries
         groups, scale = layout.groups, size**-0.5
-        later = _later_keys(num_queries, width, query.device) if layout.causal else None
+        later = _later_keys(num_queries, width, query.device) if layout.rule.causal else None
+        own = _Own(num_queries, later)
         # Heads first: (KV, A, R*B', D); the scale goes into the queries once.
         q = _heads_first(query, kv_heads).mul_(scale)
         k, v = _pad(context_key, width), _pad(context_value, width)
@@ -160,15 +182,14 @@ class _BlockAttention(torch.autograd.Function):
             for number in numbers:
                 group = groups[number]
                 weights = scratch.view(shapes[number]) if memory is None else memory.view(number)
-                _weigh(weights, q, k, bk, group, later)
-                own = weights[:, :, -width:].unflatten(1, (-1, rows))
+                _weigh(weights, q, k, bk, group, own)
+                inside = weights[:, :, -width:].unflatten(1, (-1, rows))
                 result = torch.bmm(weights[:, :, :-width], v[:, group.context]).unflatten(1, (-1, rows))
-                output[:, group.blocks] = result.add_(own @ bv[:, group.blocks])
+                output[:, group.blocks] = result.add_(inside @ bv[:, group.blocks])
 
         share_out(work, range(len(groups)))
         ctx.save_for_backward(q, k, v, bk, bv)
-        ctx.groups, ctx.scale, ctx.num_queries, ctx.shapes, ctx.memory = groups, scale, num_queries, shapes, memory
-        ctx.later = later
+        ctx.groups, ctx.scale, ctx.own, ctx.shapes, ctx.memory = groups, scale, own, shapes, memory
         return _heads_last(output, num_queries)
 
     @staticmethod
@@ -188,7 +209,7 @@ class _BlockAttention(torch.autograd.Function):
                 group, shape = groups[number], ctx.shapes[number]
                 if memory is None:
                     weights = again.view(shape)
-                    _weigh(weights, q, k, bk, group, ctx.later)
+                    _weigh(weights, q, k, bk, group, ctx.own)
                 else:
                     weights = memory.view(number)
                 g_own, q_own = grad[:, group.blocks], q[:, group.blocks]
@@ -214,13 +235,20 @@ class _BlockAttention(torch.autograd.Function):
             memory.give_back()
         length = k.shape[1] - width - ALIGNMENT
         return (
-            _heads_last(grad_q.mul_(ctx.scale), ctx.num_queries),
+            _heads_last(grad_q.mul_(ctx.scale), ctx.own.num_queries),
             grad_k[..., :length].permute(2, 0, 1),
             grad_v[..., :length].permute(2, 0, 1),
             grad_bk.permute(1, 2, 0, 3),
             grad_bv.permute(1, 2, 0, 3),
             None,
         )
+
+
+class _Own(NamedTuple):
+    """The queries of a block, B', and which keys of the block each must not see, `(B', B)`; None: it sees all."""
+
+    num_queries: int
+    later: torch.Tensor | None
 
 
 class _Scratch:
@@ -308,7 +336,7 @@ def _weigh(
     k: torch.Tensor,
     bk: torch.Tensor,
     group: Group,
-    later: torch.Tensor | None,
+    own: _Own,
 ) -> None:
     """Write a group's attention weights `(KV, n*R*B', m + B)`: over its context, then own keys."""
     width = bk.shape[2]
@@ -316,8 +344,11 @@ def _weigh(
     torch.bmm(queries.flatten(1, 2), k[:, _padded(group, width)].transpose(1, 2), out=weights)
     by_block = weights.unflatten(1, queries.shape[1:3])
     by_block[..., -width:] = queries @ bk[:, group.blocks].transpose(2, 3)
-    if later is not None:
-        by_block[..., -width:].unflatten(2, (-1, len(later))).masked_fill_(later, -torch.inf)
+    if own.later is not None:
+        by_block[..., -width:].unflatten(2, (-1, own.num_queries)).masked_fill_(own.later, -torch.inf)
+    if group.early is not None and group.early.shape[2]:
+        early = group.early[:, None, -own.num_queries :]  # the queries are those of the block's last places
+        by_block[..., : early.shape[3]].unflatten(2, (-1, own.num_queries)).masked_fill_(early, -torch.inf)
     masked = group.hidden.shape[1]
     if masked:
         by_block[..., -width - masked : -width].masked_fill_(group.hidden[:, None], -torch.inf)

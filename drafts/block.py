@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from drafts.attention import KeyValues, Layout, attend, lay_out
+from drafts.attention_rule import AttentionRule
 from drafts.batch import Batch
 from drafts.block_config import BlockConfig, BlockSection
 from drafts.convolution import BlockConvolution
@@ -46,7 +47,7 @@ class Blocks(Plan):
     the anchor, which the slots must predict; valid (A, K), whether the target generated them, in the same run of
     generated tokens; slots (N,), flat indices of the valid ones. `ends[a]`: number of valid slots up to block a.
     `teacher`: the states that they learn from, if they do. `weight_sum`: what divides the loss in place of the slots'
-    number, if not None.
+    number, if not None. `layouts`: by the rule of the layers' attention.
     """
 
     positions: torch.Tensor
@@ -55,9 +56,14 @@ class Blocks(Plan):
     valid: torch.Tensor
     slots: torch.Tensor
     ends: list[int]
-    layout: Layout
+    layouts: dict[AttentionRule, Layout]
     teacher: TeacherRows | None = None
     weight_sum: float | None = None
+
+    @property
+    def anchor_rows(self) -> torch.Tensor:
+        """Rows of the anchors in the packed context, (A,)."""
+        return next(iter(self.layouts.values())).anchor_rows
 
     @property
     def num_slots(self) -> int:
@@ -70,7 +76,7 @@ class Blocks(Plan):
 
 @dataclass(frozen=True)
 class Places:
-    """What every layer needs of a batch's blocks: rotary tables, and the attention's layout."""
+    """What a layer needs of a batch's blocks: rotary tables, and the attention's layout."""
 
     query_rope: Tables
     context_rope: Tables
@@ -211,8 +217,12 @@ class BlockDraft(Draft):
         width = self.config.num_queries
         skips_anchor = not self.config.anchor_predicts and self.config.convolution is None  # in the last attention
         queries = (width, width - 1) if skips_anchor else (width,)
-        layout = lay_out(lengths, anchors, width, self.fc.weight.device, queries)
-        places = layout.anchor_rows[:, None] + torch.arange(1, self.config.num_draft_tokens + 1)
+        device = self.fc.weight.device
+        layouts = {
+            rule: lay_out(lengths, anchors, width, device, queries, rule=rule)
+            for rule in dict.fromkeys(self.config.rules)
+        }
+        places = layouts[self.config.rules[0]].anchor_rows[:, None] + torch.arange(1, self.config.num_draft_tokens + 1)
         inside = places < len(token_ids)
         places = places.clamp(max=len(token_ids) - 1)
         valid = (loss_mask[places] & inside).long().cumprod(dim=1).bool()
@@ -225,7 +235,7 @@ class BlockDraft(Draft):
             valid=valid,
             slots=slots,
             ends=valid.sum(1).cumsum(0).tolist(),
-            layout=layout,
+            layouts=layouts,
             teacher=TeacherRows.of_slots(places[valid] - 1) if learns_from_states else None,
             weight_sum=None if self.section is None else self.weight_sum(slots),
         )
@@ -238,7 +248,7 @@ class BlockDraft(Draft):
 
     def before(self, token_ids: torch.Tensor, blocks: Blocks) -> torch.Tensor:
         """Return the token before each slot's label, all of them of the data: (T,) -> (A, K)."""
-        anchors = token_ids[blocks.layout.anchor_rows][:, None]
+        anchors = token_ids[blocks.anchor_rows][:, None]
         return torch.cat([anchors, blocks.labels[:, :-1]], dim=1)
 
     def weight_sum(self, slots: torch.Tensor) -> float | None:  # noqa: ARG002 (a method may need them)
@@ -264,14 +274,13 @@ class BlockDraft(Draft):
         self, token_ids: torch.Tensor, context: torch.Tensor, blocks: Blocks, embedding: torch.Tensor
     ) -> torch.Tensor:
         """Return what `hidden` does, from the context's projected features (T, H)."""
-        width, anchor_rows = self.config.num_queries, blocks.layout.anchor_rows
+        width, anchor_rows, rules = self.config.num_queries, blocks.anchor_rows, self.config.rules
         offsets = torch.arange(width, device=anchor_rows.device)
-        blocks.layout.make_masks()
-        places = Places(
-            query_rope=self.rope.at(blocks.positions[:, None] + offsets),
-            context_rope=self.rope.at(blocks.context_positions),
-            layout=blocks.layout,
-        )
+        query_rope = self.rope.at(blocks.positions[:, None] + offsets)
+        context_rope = self.rope.at(blocks.context_positions)
+        places = {rule: Places(query_rope, context_rope, layout) for rule, layout in blocks.layouts.items()}
+        for layout in blocks.layouts.values():
+            layout.make_masks()
         slots = torch.full((len(anchor_rows), width), self.config.mask_token_id or 0, device=token_ids.device)
         slots[:, 0] = token_ids[anchor_rows]
         x = functional.embedding(slots, embedding)
@@ -280,9 +289,9 @@ class BlockDraft(Draft):
             # In the fill-in layout, the last layer's output at the anchor is not used.
             skip = int(number == len(self.layers) - 1 and not self.config.anchor_predicts)
             x = (
-                checkpoint(layer, x, context, places, skip, use_reentrant=False)
+                checkpoint(layer, x, context, places[rules[number]], skip, use_reentrant=False)
                 if save_memory
-                else layer(x, context, places, skip)
+                else layer(x, context, places[rules[number]], skip)
             )
         hidden: torch.Tensor = self.norm(x)
         return hidden

@@ -1,12 +1,14 @@
-"""Recipe section and config shared by drafts that predict a whole block in one pass; no torch."""
+"""Recipe section, config and method shared by drafts that predict a whole block in one pass; no torch."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from drafts.method import SlotWeights, TransformerConfig, TransformerSection
+from contracts.draft import DraftConfig
+from drafts.attention_rule import FULL, SLIDING, AttentionRule, LayerType, rule_keys, rules_of
+from drafts.method import DraftMethod, SlotWeights, TransformerConfig, TransformerSection
 
 
 class BlockSection(TransformerSection):
@@ -17,12 +19,55 @@ class BlockSection(TransformerSection):
     slot_weights: SlotWeights = "dpace"
     loss_decay: float = Field(default=4.0, gt=0, description="decay: gamma; slot k weighs exp(-(k-1)/gamma)")
 
+    sliding_window: int | None = Field(
+        default=None, gt=0, description="keys that a query of a sliding layer sees, its own included, as vLLM counts"
+    )
+    layer_types: list[LayerType] | None = Field(
+        default=None, description="of each layer; by default all are full, or with sliding_window all are sliding"
+    )
+    is_causal: bool | None = Field(
+        default=None,
+        description="whether a draft token sees none of those after it, in all layers; by default, as in vLLM, in "
+        "sliding layers alone",
+    )
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> BlockSection:
+        kinds, window = self.layer_types, self.sliding_window
+        if kinds is not None and len(kinds) != self.num_layers:
+            raise ValueError(f"layer_types has {len(kinds)} entries for num_layers {self.num_layers}")
+        if kinds is not None and (SLIDING in kinds) != (window is not None):
+            raise ValueError("sliding_window and sliding_attention in layer_types: give both, or neither")
+        if window is not None and window <= self.num_draft_tokens:
+            raise ValueError(f"sliding_window must hold a block: at least {self.num_draft_tokens + 1}")
+        return self
+
     def to_save_memory(self) -> dict[str, Any]:
         return {"num_anchors": max(1, self.num_anchors // 2)}
 
 
 class BlockConfig(TransformerConfig):
     """A draft whose block has K draft tokens; the anchor's own slot predicts the first of them, or nothing."""
+
+    sliding_window: int | None = None
+    layer_types: list[LayerType] | None = None
+    is_causal: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_defaults(cls, values: Any) -> Any:
+        """Write the same rules in one way: what is the default is None."""
+        kinds, window = values.get("layer_types"), values.get("sliding_window")
+        if kinds and len(set(kinds)) == 1:
+            kinds = None
+        is_default = kinds is None and values.get("is_causal") == (window is not None)
+        return {**values, "layer_types": kinds, **({"is_causal": None} if is_default else {})}
+
+    @property
+    def rules(self) -> list[AttentionRule]:
+        """What the queries of each layer see."""
+        kinds = self.layer_types or [FULL if self.sliding_window is None else SLIDING] * self.num_layers
+        return rules_of(kinds, self.sliding_window, self.is_causal)
 
     @property
     def anchor_predicts(self) -> bool:
@@ -38,3 +83,14 @@ class BlockConfig(TransformerConfig):
     def num_queries(self) -> int:
         """Slots of a block, the anchor's included."""
         return self.num_draft_tokens + (not self.anchor_predicts)
+
+
+class BlockMethod(DraftMethod):
+    """A method whose drafts are block drafts."""
+
+    uses_mask_token = True
+    adjustable: tuple[str, ...] = ("sliding_window", "layer_types", "is_causal")
+
+    def served_keys(self, config: DraftConfig) -> dict[str, Any]:
+        assert isinstance(config, BlockConfig)
+        return {**super().served_keys(config), "sliding_window": None, "is_causal": None, **rule_keys(config.rules)}

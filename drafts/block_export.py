@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from common.errors import UserError
 from contracts.draft import Descriptor
+from drafts.attention_rule import read_rules, rule_keys
 from drafts.block_config import BlockConfig
 from drafts.export import describe_transformer, native_config
 from drafts.method import ExportFacts
 from drafts.reading import DraftFolder, LayerIds, Published, read_transformer, vllm_ids, zero_based
 
-OTHER_LAYOUTS = ("sample_from_anchor", "shift_label", "is_causal", "causal", "use_swa", "use_sliding_window")
+OTHER_LAYOUTS = ("sample_from_anchor", "shift_label")
 
 
 def fill_in_config(
@@ -25,8 +27,7 @@ def fill_in_config(
     own = {
         "architectures": [architecture],
         "model_type": "qwen3",
-        "use_sliding_window": False,
-        "layer_types": ["full_attention"] * config.num_layers,
+        **rule_keys(config.rules),
         "dflash_config": {
             "mask_token_id": config.mask_token_id,
             "target_layer_ids": config.layer_ids,
@@ -34,6 +35,16 @@ def fill_in_config(
         },
     }
     return native_config(config, facts, own)
+
+
+def mixed_causality() -> UserError:
+    """Return the error for layers of both kinds in speculators' format, which has one key for all of them."""
+    return UserError(
+        "train.draft.layer_types",
+        found="layers that are causal in the block, and layers that are not",
+        expected="one kind: vLLM reads speculators' DFlash format as causal in all layers or in none",
+        fix="Export with --format native, or train with is_causal: true or false.",
+    )
 
 
 def describe_fill_in(config: Mapping[str, Any], method: str) -> Descriptor:
@@ -58,19 +69,21 @@ def read_fill_in(folder: DraftFolder, keys: Sequence[str] = ()) -> Published:
     both = fill_in_keys(folder)
     for key in OTHER_LAYOUTS:
         if both.get(key):
-            raise folder.refuse(key, True, "false: slot k predicts token p+k, and attention is full both ways")
-    if "sliding_attention" in (folder.layer.get("layer_types") or []):
-        raise folder.refuse("layer_types", "sliding_attention", "full_attention in all layers")
+            raise folder.refuse(key, True, "false: slot k predicts token p+k")
     own = {key: both.get(key) for key in ("block_size", "mask_token_id", *keys)}
     for key, value in own.items():
         if value is None:
             raise folder.refuse(key, "none", "one")
-    return read_transformer(folder, _layer_ids(folder.config), own=own)
+    return read_transformer(folder, _layer_ids(folder.config), own={**own, **read_rules(folder, both)})
 
 
 def fill_in_keys(folder: DraftFolder) -> dict[str, Any]:
     """Return the keys of config.json, nested ones at the top level."""
-    return {**folder.layer, **(folder.config.get("dflash_config") or {})}
+    keys = {**folder.layer, **(folder.config.get("dflash_config") or {})}
+    if "speculators_model_type" in folder.config:
+        # vLLM's reader: in this format the key decides, not the types of the layers.
+        keys["causal"] = not keys.get("sliding_window_non_causal", True)
+    return keys
 
 
 def _layer_ids(config: Mapping[str, Any]) -> LayerIds:

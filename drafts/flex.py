@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from drafts.attention_rule import WHOLE, AttentionRule
 from drafts.unevaluated import Unevaluated
 
 TILE = 128
@@ -31,9 +32,9 @@ TENSORS = (
 class FlexLayout:
     """What FlexAttention needs of a layout.
 
-    Block a sees the context rows first_rows[a] <= row < anchor_rows[a]. `tiles`: by number of queries of a block, the
-    eight tensors of a BlockMask; `masks`: their BlockMasks, from `make_masks`; `pairs`: the number of pairs of a query
-    and a key that it sees; `causal`: see `drafts.attention.Layout`. Sizes that differ between batches are tensors, so
+    Block a sees the context rows first_rows[a] <= row < anchor_rows[a] that are in the windows of its queries. `tiles`:
+    by number of queries of a block, the eight tensors of a BlockMask; `masks`: their BlockMasks, from `make_masks`;
+    `pairs`: the number of pairs of a query and a key that it sees. Sizes that differ between batches are tensors, so
     that no batch recompiles the kernel.
 
     Shapes: first_rows and anchor_rows (A,); num_context ().
@@ -46,7 +47,7 @@ class FlexLayout:
     seq_lengths: dict[int, tuple[int, int]]
     tiles: dict[int, list[torch.Tensor]]
     pairs: dict[int, int]
-    causal: bool = False
+    rule: AttentionRule = WHOLE
     masks: dict[int, BlockMask] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def make_masks(self) -> None:
@@ -60,14 +61,17 @@ class FlexLayout:
     def _make_rule(self, num_queries: int) -> Callable[..., torch.Tensor]:
         """Return the rule for one query and one key."""
         num_context, block_size = self.num_context, self.block_size
-        first_rows, anchor_rows, causal = self.first_rows, self.anchor_rows, self.causal
+        first_rows, anchor_rows, (causal, window) = self.first_rows, self.anchor_rows, self.rule
 
         def sees(_b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             block = query // num_queries
             in_context = (key < num_context) & (key >= first_rows[block]) & (key < anchor_rows[block])
             own = (key >= num_context) & ((key - num_context) // block_size == block)
+            place = query % num_queries + block_size - num_queries
             if causal:
-                own = own & ((key - num_context) % block_size <= query % num_queries + block_size - num_queries)
+                own = own & ((key - num_context) % block_size <= place)
+            if window is not None:
+                in_context = in_context & (anchor_rows[block] + place - key < window)
             return in_context | own
 
         return sees
@@ -80,23 +84,39 @@ def plan_flex(
     block_size: int,
     num_queries: Sequence[int],
     *,
-    causal: bool = False,
+    rule: AttentionRule = WHOLE,
 ) -> FlexLayout:
     """Plan the tiles of each number of queries in `num_queries`. Shapes: first_rows and anchor_rows (A,)."""
-    num_keys = num_context + len(anchor_rows) * block_size
-    tiles = {
-        number: _to_block_mask(*plan_tiles(first_rows, anchor_rows, num_context, block_size, number))
-        for number in num_queries
-    }
-    seq_lengths = {number: (len(anchor_rows) * number, num_keys) for number in num_queries}
-    keys = int((anchor_rows - first_rows + block_size).sum())  # of the last query of each block
-    unseen = {number: len(anchor_rows) * (number * (number - 1) // 2 if causal else 0) for number in num_queries}
-    pairs = {number: keys * number - unseen[number] for number in num_queries}
-    return FlexLayout(first_rows, anchor_rows, torch.tensor(num_context), block_size, seq_lengths, tiles, pairs, causal)
+    num_blocks, tiles, pairs = len(anchor_rows), {}, {}
+    for number in num_queries:
+        planned = plan_tiles(first_rows, anchor_rows, num_context, block_size, number, rule.window)
+        tiles[number] = _to_block_mask(*planned)
+        oldest = _oldest_rows(first_rows, anchor_rows, block_size, number, rule.window)
+        unseen = num_blocks * (number * (number - 1) // 2 if rule.causal else 0)
+        pairs[number] = int((anchor_rows[:, None] - oldest + block_size).sum()) - unseen
+    num_keys = num_context + num_blocks * block_size
+    seq_lengths = {number: (num_blocks * number, num_keys) for number in num_queries}
+    return FlexLayout(first_rows, anchor_rows, torch.tensor(num_context), block_size, seq_lengths, tiles, pairs, rule)
+
+
+def _oldest_rows(
+    first_rows: torch.Tensor, anchor_rows: torch.Tensor, block_size: int, num_queries: int, window: int | None
+) -> torch.Tensor:
+    """Return the first context row that each query of a block may see, or its anchor's: (A,) -> (A, num_queries)."""
+    oldest = first_rows[:, None].expand(-1, num_queries)
+    if window is None:
+        return oldest
+    places = torch.arange(block_size - num_queries, block_size)
+    return torch.maximum(oldest, anchor_rows[:, None] + places - window + 1).minimum(anchor_rows[:, None])
 
 
 def plan_tiles(
-    first_rows: torch.Tensor, anchor_rows: torch.Tensor, num_context: int, block_size: int, num_queries: int
+    first_rows: torch.Tensor,
+    anchor_rows: torch.Tensor,
+    num_context: int,
+    block_size: int,
+    num_queries: int,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return which tiles hold visible pairs and excluded ones, and which hold visible pairs alone.
 
@@ -104,6 +124,7 @@ def plan_tiles(
 
     Shapes: first_rows and anchor_rows (A,) -> both (tiles of A*num_queries, tiles of num_context + A*block_size).
     """
+    oldest = _oldest_rows(first_rows, anchor_rows, block_size, num_queries, window)
     num_blocks = len(anchor_rows)
     starts = torch.arange(0, num_blocks * num_queries, TILE)
     ends = (starts + TILE).clamp(max=num_blocks * num_queries)
@@ -115,8 +136,8 @@ def plan_tiles(
         parts = [values[a : b + 1] for a, b in zip(low.tolist(), high.tolist(), strict=True)]
         return torch.stack([part.max() if largest else part.min() for part in parts])[:, None]
 
-    some_context = (left < of_rows(anchor_rows, True)) & (right > of_rows(first_rows, False))
-    whole_context = (left >= of_rows(first_rows, True)) & (right <= of_rows(anchor_rows, False))
+    some_context = (left < of_rows(anchor_rows, True)) & (right > of_rows(oldest[:, 0], False))
+    whole_context = (left >= of_rows(oldest[:, -1], True)) & (right <= of_rows(anchor_rows, False))
     own_left = num_context + low[:, None] * block_size
     own_right = num_context + (high[:, None] + 1) * block_size
     own = (left < own_right) & (right > own_left)

@@ -162,6 +162,10 @@ class DraftMethod(ABC):
         own = {key: value for key, value in section.model_dump().items() if key in self.config.model_fields}
         return self.config(**{**shared, **own})
 
+    def served_keys(self, config: DraftConfig) -> dict[str, Any]:
+        """Return the keys that vLLM reads from config.json, as dotted paths, and their values for this draft."""
+        return {path: getattr(config, path.rpartition(".")[2]) for path in self.served_fields}
+
     @abstractmethod
     def module(self) -> Callable[..., Draft]:
         """Return the torch module's class, with the parameters of `build`."""

@@ -3,7 +3,8 @@
 Reads:  a training run's chosen checkpoint, with the rope of its export, or a published draft's folder; and a store of
         held-out conversations.
 Writes: OUTPUT (JSON): acceptance length with its bootstrap interval and per position; by thinking mode, category,
-        length and temperature; the reliability of the draft's confidences, if it has some.
+        length and temperature of the samples, and by the context before each step; the reliability of the draft's
+        confidences, if it has some.
 
 The walk of one reply: the first token comes from the prefill and is the first anchor. Draft a block there, accept the
 prefix that agrees with the generated tokens, add the target's own next token, and continue from it. The last block ends
@@ -45,7 +46,7 @@ from train.plan import Machine, refuse_unfit, suppose_masks, work_of
 from train.processes import Processes, start_processes
 from train.sampled_drafts import Expected, expect_steps
 from train.start import Start, load_start, open_start, own_config
-from train.walk import expected_acceptances, ratios_of, temperature_of, walk, walk_sample
+from train.walk import Walk, expected_acceptances, ratios_of, temperature_of, walk, walk_sample
 
 FEW = 8
 """Samples of an evaluation that only an error message needs."""
@@ -224,7 +225,8 @@ def _check_store(folder: Path, manifest: Manifest, config: DraftConfig, target: 
 class Walked:
     """One walked sample: accepted tokens by reply, their expectation, and the groups that it belongs to.
 
-    `tried`: the draft tokens that were tried, if the draft has confidences. `sampled`: what is expected if draft tokens
+    `by_context`: acceptance by the number of tokens before a step's anchor, as a bucket. `tried`: the draft tokens that
+    were tried, if the draft has confidences. `sampled`: what is expected if draft tokens
     are sampled, for a sampled reply.
     """
 
@@ -232,6 +234,7 @@ class Walked:
     accepted: list[list[int]]
     expected: float
     groups: dict[str, str]
+    by_context: dict[str, Acceptance]
     tried: Tried | None = None
     sampled: Expected | None = None
 
@@ -295,7 +298,15 @@ def _walk(draft: Draft, head: TargetHead, sample: StoredSample, sample_id: str) 
     if temperature_of(sample) > 0.0:
         scores = draft.score(sample, head, temperature_of(sample))
         sampled = expect_steps(ratios_of(sample, head, scores), spans_of(sample.loss_mask))
-    return Walked(sample_id, found.replies, expected, groups, tried, sampled)
+    by_context = _by_context(found, draft.config.num_draft_tokens)
+    return Walked(sample_id, found.replies, expected, groups, by_context, tried, sampled)
+
+
+def _by_context(found: Walk, num_tokens: int) -> dict[str, Acceptance]:
+    steps: dict[str, list[int]] = {}
+    for place, accepted in zip(found.places, found.steps, strict=True):
+        steps.setdefault(length_bucket(place), []).append(accepted)
+    return {bucket: Acceptance.from_steps(of_bucket, num_tokens) for bucket, of_bucket in steps.items()}
 
 
 def _report(walked: list[Walked], num_tokens: int) -> dict[str, Any]:
@@ -305,6 +316,8 @@ def _report(walked: list[Walked], num_tokens: int) -> dict[str, Any]:
     for one, part in zip(walked, parts, strict=True):
         for name, key in one.groups.items():
             groups.setdefault(name, {}).setdefault(key, []).append(part)
+        for bucket, of_bucket in one.by_context.items():
+            groups.setdefault("by_context", {}).setdefault(bucket, []).append(of_bucket)
     expected = sum(one.expected for one in walked)
     return {
         **_summarize(parts),

@@ -18,10 +18,11 @@ ROWS_PER_CHUNK = 1024
 
 @dataclass
 class Walk:
-    """Accepted draft tokens of each step, by reply; and each draft token that was tried, with the row of the state that
-    verifies it and its slot in the block, from 0."""
+    """Accepted draft tokens of each step, by reply, and the place of each step's anchor; and each draft token that was
+    tried, with the row of the state that verifies it and its slot in the block, from 0."""
 
     replies: list[list[int]] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
     tried_rows: list[int] = field(default_factory=list)
     tried_tokens: list[int] = field(default_factory=list)
     tried_slots: list[int] = field(default_factory=list)
@@ -54,6 +55,7 @@ def walk_sample(sample: StoredSample, drafted: torch.Tensor) -> Walk:
                     break
                 count += 1
             accepted.append(count)
+            found.places.append(place)
             place += count + 1
         found.replies.append(accepted)
     return found

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from contracts.draft import Descriptor, DraftConfig
-from drafts.block_config import BlockConfig, BlockSection
-from drafts.block_export import describe_fill_in, fill_in_config, read_fill_in
+from drafts.block_config import BlockConfig, BlockMethod, BlockSection
+from drafts.block_export import describe_fill_in, fill_in_config, mixed_causality, read_fill_in
 from drafts.export import speculators_config, wrong_for_sglang
-from drafts.method import NATIVE, SPECULATORS, DraftMethod, ExportFacts
+from drafts.method import NATIVE, SPECULATORS, ExportFacts
 from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
 from drafts.reading import DraftFolder, Published
 from target.target import Target
@@ -50,13 +50,12 @@ class DFlashConfig(BlockConfig):
         return self.block_size - 1
 
 
-class DFlashMethod(DraftMethod):
+class DFlashMethod(BlockMethod):
     name = "dflash"
     section = DFlashSection
     config = DFlashConfig
     layouts = (NATIVE, SPECULATORS)
-    uses_mask_token = True
-    adjustable = ("block_size",)
+    adjustable = ("block_size", *BlockMethod.adjustable)
 
     def propose(self, target: Target) -> Proposal:
         return Proposal(
@@ -87,13 +86,15 @@ class DFlashMethod(DraftMethod):
         native = fill_in_config(config, facts, "DFlashDraftModel")
         if layout == NATIVE:
             return native, dict(weights)
+        if "is_causal" not in native:
+            raise mixed_causality()
         own = {
             "architectures": ["DFlashSpeculator"],
             "block_size": config.block_size,
             "aux_hidden_state_layer_ids": [layer_id + 1 for layer_id in config.layer_ids],
             "mask_token_id": config.mask_token_id,
             "sample_from_anchor": False,
-            "sliding_window_non_causal": True,
+            "sliding_window_non_causal": not native["is_causal"],
         }
         return speculators_config(config, native, facts, own), dict(weights)
 

@@ -13,9 +13,9 @@ from pydantic import Field, model_validator
 
 from common.errors import UserError
 from contracts.draft import Descriptor, DraftConfig
-from drafts.block_config import BlockConfig, BlockSection
+from drafts.block_config import BlockConfig, BlockMethod, BlockSection
 from drafts.block_export import describe_fill_in, fill_in_config, fill_in_keys, read_fill_in
-from drafts.method import DraftMethod, DraftSection, ExportFacts, Objective, SlotWeights
+from drafts.method import DraftSection, ExportFacts, Objective, SlotWeights
 from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
 from drafts.reading import DraftFolder, Published
 from target.target import Target
@@ -72,12 +72,11 @@ class DFlash2Config(BlockConfig):
         return self.conv_kernel_size, self.conv_group_size
 
 
-class DFlash2Method(DraftMethod):
+class DFlash2Method(BlockMethod):
     name = "dflash2"
     section = DFlash2Section
     config = DFlash2Config
-    uses_mask_token = True
-    adjustable = ("block_size",)
+    adjustable = ("block_size", *BlockMethod.adjustable)
     served_fields = tuple(f"dflash_config.{key}" for key in OWN_KEYS)
     engine_methods = ("compute_candidates", SCORER)
 

@@ -105,7 +105,7 @@ class DFlash2(BlockDraft):
         self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, plan: Blocks, head: TargetHead
     ) -> Drafted:
         hidden = self.hidden(token_ids, aux_hidden_states, plan, head.embedding)
-        anchors = token_ids[plan.layout.anchor_rows]
+        anchors = token_ids[plan.anchor_rows]
         # The codebooks' rows of all candidates and all predecessors are held for one chunk only.
         size = self.config.num_draft_tokens * self.config.selector_top_k * self.config.selector_rank
         parts = chunks(len(anchors), size, device=anchors.device)

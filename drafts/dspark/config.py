@@ -16,12 +16,12 @@ from pydantic import Field
 
 from common.errors import UserError
 from contracts.draft import Descriptor, DraftConfig
-from drafts.block_config import BlockConfig, BlockSection
+from drafts.attention_rule import read_rules, rule_keys
+from drafts.block_config import BlockConfig, BlockMethod, BlockSection
 from drafts.export import describe_transformer, native_config, speculators_config, wrong_for_sglang
 from drafts.method import (
     NATIVE,
     SPECULATORS,
-    DraftMethod,
     ExportFacts,
     Objective,
     ObjectiveName,
@@ -87,14 +87,13 @@ class DSparkConfig(BlockConfig):
         return self.sample_from_anchor
 
 
-class DSparkMethod(DraftMethod):
+class DSparkMethod(BlockMethod):
     name = "dspark"
     section = DSparkSection
     config = DSparkConfig
     layouts = (NATIVE, SPECULATORS)
-    uses_mask_token = True
     autoregressive = True
-    adjustable = ("num_speculative_tokens",)
+    adjustable = ("num_speculative_tokens", *BlockMethod.adjustable)
     optional_tensors = HEADS
     starts_from = ("dflash",)
     served_fields = ("sample_from_anchor", "markov_rank")
@@ -139,9 +138,7 @@ class DSparkMethod(DraftMethod):
         own = {
             "architectures": ["Qwen3DSparkModel"],
             "model_type": "qwen3",
-            "use_sliding_window": False,
-            "layer_types": ["full_attention"] * config.num_layers,
-            "is_causal": False,
+            **rule_keys(config.rules),
         }
         native = {**native_config(config, facts, own), "block_size": config.num_queries}
         if layout == NATIVE:
@@ -171,11 +168,6 @@ class DSparkMethod(DraftMethod):
         for key, wanted in (("markov_head_type", "vanilla"), ("logit_scale", 1.0)):
             if keys.get(key, wanted) != wanted:
                 raise folder.refuse(key, keys[key], str(wanted))
-        for key in ("is_causal", "causal", "use_swa", "use_sliding_window"):
-            if keys.get(key):
-                raise folder.refuse(key, True, "false: attention is full both ways")
-        if "sliding_attention" in (keys.get("layer_types") or []):
-            raise folder.refuse("layer_types", "sliding_attention", "full_attention in all layers")
         if keys.get("draft_vocab_size") not in (None, keys["vocab_size"]):
             raise folder.refuse("draft_vocab_size", keys["draft_vocab_size"], "the whole vocabulary of the target")
         has_confidence = bool(keys.get("enable_confidence_head") or keys.get("use_confidence_head"))
@@ -191,7 +183,7 @@ class DSparkMethod(DraftMethod):
         for key, value in own.items():
             if value is None:
                 raise folder.refuse(key, "none", "one")
-        return read_transformer(folder, _layer_ids(folder.config), _our_name, own)
+        return read_transformer(folder, _layer_ids(folder.config), _our_name, {**own, **read_rules(folder, keys)})
 
     def calibrate(self, weights: Mapping[str, Tensor], scale: float, shift: float) -> dict[str, Tensor]:
         weight, bias = weights["confidence_head.proj.weight"], weights["confidence_head.proj.bias"]

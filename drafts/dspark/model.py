@@ -107,7 +107,7 @@ class DSpark(BlockDraft):
         self, token_ids: torch.Tensor, aux_hidden_states: torch.Tensor, plan: Blocks, head: TargetHead
     ) -> Drafted:
         hidden = self.hidden(token_ids, aux_hidden_states, plan, head.embedding)
-        anchors = token_ids[plan.layout.anchor_rows]
+        anchors = token_ids[plan.anchor_rows]
         parts = chunks(len(anchors), head.lm_head.shape[0], device=anchors.device, parts=4)
         found = [self._walk(hidden[rows], anchors[rows], head) for rows in parts]
         tokens, confidence = (torch.cat(part) for part in zip(*found, strict=True))

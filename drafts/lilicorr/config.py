@@ -14,9 +14,9 @@ from pydantic import Field, model_validator
 
 from common.errors import UserError
 from contracts.draft import Descriptor, DraftConfig
-from drafts.block_config import BlockConfig, BlockSection
+from drafts.block_config import BlockConfig, BlockMethod, BlockSection
 from drafts.block_export import describe_fill_in, fill_in_config, fill_in_keys, read_fill_in
-from drafts.method import DraftMethod, DraftSection, ExportFacts, SlotWeights
+from drafts.method import DraftSection, ExportFacts, SlotWeights
 from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
 from drafts.reading import DraftFolder, Published
 from target.target import Target
@@ -110,11 +110,10 @@ class LiLiCorrConfig(BlockConfig):
         return self.conv_kernel_size, self.conv_group_size
 
 
-class LiLiCorrMethod(DraftMethod):
+class LiLiCorrMethod(BlockMethod):
     name = "lilicorr"
     section = LiLiCorrSection
     config = LiLiCorrConfig
-    uses_mask_token = True
     served_fields = tuple(f"dflash_config.{key}" for key in (*HEAD_KEYS, *CONVOLUTION_KEYS))
     engine_methods = ("compute_candidates", SCORER)
 

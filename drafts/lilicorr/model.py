@@ -163,7 +163,7 @@ class LiLiCorr(BlockDraft):
         self, context: torch.Tensor, blocks: Blocks, chosen: torch.Tensor | slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the features of the token before each anchor (A, H), and whether its document has one (A,)."""
-        rows = (blocks.layout.anchor_rows[chosen] - 1).clamp(min=0)
+        rows = (blocks.anchor_rows[chosen] - 1).clamp(min=0)
         return context.index_select(0, rows), blocks.positions[chosen] > 0
 
     def _scores(

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from contracts.store import StoredSample
 from drafts.attention import KeyValues, Layout, attend, lay_out
+from drafts.attention_rule import AttentionRule
 from drafts.batch import Batch
 from drafts.draft import Drafted, Plan, as_input
 from drafts.layers import GatedMLP, RMSNorm
@@ -258,7 +259,7 @@ class PEagle(VocabularyDraft):
             known_positions=torch.cat(everywhere),
             known=lay_out(lengths, everywhere, 1, device) if len(self.layers) > 1 else None,
             places=layout,
-            masks=lay_out(lengths, rollouts, num_tokens - 1, device, causal=True),
+            masks=lay_out(lengths, rollouts, num_tokens - 1, device, rule=AttentionRule(causal=True)),
             teacher=TeacherRows.of_slots(wanted[valid] - 1) if learns_from_states else None,
         )
 

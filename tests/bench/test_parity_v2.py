@@ -1,4 +1,4 @@
-"""Claims about `bench parity` on vLLM's V2 runner, for the methods that only it serves: seeded defects are named."""
+"""Claims about `bench parity` on vLLM's V2 runner, for the drafts that only it serves: seeded defects are named."""
 
 from __future__ import annotations
 
@@ -20,7 +20,25 @@ from contracts.draft import DraftRun
 
 pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(900)]
 SIZES = "num_attention_heads: 2, num_key_value_heads: 1, head_dim: 32, intermediate_size: 64"
-DRAFTS = {"dspark": f"method: dspark, num_speculative_tokens: 3, num_layers: 1, markov_rank: 16, {SIZES}"}
+CONVOLUTIONS = "conv_kernel_size: 2, conv_group_size: 16"
+HEAD = "lilicorr_candidate_topk: 4, lilicorr_hidden_size: 32, lilicorr_num_heads: 2, lilicorr_factor_dim: 32"
+DRAFTS = {
+    "dspark": f"method: dspark, num_speculative_tokens: 3, num_layers: 1, markov_rank: 16, {SIZES}",
+    "dflash2": f"method: dflash2, block_size: 4, num_layers: 1, selector_rank: 16, {CONVOLUTIONS}, {SIZES}",
+    "lilicorr": f"method: lilicorr, block_size: 4, num_layers: 1, {HEAD}, {CONVOLUTIONS}, {SIZES}",
+    "windows": "method: dflash, block_size: 4, num_layers: 2, sliding_window: 8, "
+    f"layer_types: [sliding_attention, full_attention], {SIZES}",
+}
+"""Values of `train.draft`; `windows` is a DFlash draft whose first layer slides and is causal, the second not."""
+LAYERS = ["layer 1", "layer 2", "teacher argmax", "mask token", "mask embedding"]
+SLOTS = [f"draft slot {number}" for number in (1, 2, 3)]
+CANDIDATES = [f"candidate slot {number}" for number in (1, 2, 3)]
+STAGES = {
+    "dspark": [*LAYERS, "markov bias", *SLOTS, "confidence"],
+    "dflash2": [*LAYERS, *SLOTS, *CANDIDATES],
+    "lilicorr": [*LAYERS, *SLOTS, *CANDIDATES],
+    "windows": [*LAYERS, *SLOTS],
+}
 V2 = {
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
@@ -33,11 +51,11 @@ Change = Callable[[dict[str, Any], Weights], None]
 
 
 class Case:
-    """A trained draft of a method, its export, and the store that it was trained on."""
+    """A trained draft of one of `DRAFTS`, its export, and the store that it was trained on."""
 
-    def __init__(self, method: str, folder: Path, recipe_path: Path, store: Path) -> None:
-        self.store, self.folder, self.method = store, folder, method
-        self.args: list[object] = ["--recipe", recipe_path, "--set", f"train.draft={{{DRAFTS[method]}}}"]
+    def __init__(self, name: str, folder: Path, recipe_path: Path, store: Path) -> None:
+        self.store, self.folder, self.name = store, folder, name
+        self.args: list[object] = ["--recipe", recipe_path, "--set", f"train.draft={{{DRAFTS[name]}}}"]
         self.args += ["--set", "train.num_steps=2"]
         run_here("train", "offline", *self.args, "--store", store, "--output", folder / "draft")
         path = DraftRun(folder / "draft").chosen_weights()
@@ -88,8 +106,7 @@ def test_trainer_and_engine_agree_on_every_stage(engine: Warm, case: Case, tmp_p
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads((tmp_path / "parity/parity.json").read_text())
     stages = [stage["stage"] for stage in report["stages"]]
-    assert stages[:5] == ["layer 1", "layer 2", "teacher argmax", "mask token", "mask embedding"]
-    assert stages[5:] == ["markov bias", "draft slot 1", "draft slot 2", "draft slot 3", "confidence"]
+    assert stages == STAGES[case.name]
     assert max(stage["difference"] for stage in report["stages"]) < 1e-4
 
 
@@ -115,6 +132,30 @@ def change_the_mask(config: dict[str, Any], _: Weights) -> None:
     config["mask_token_id"] = 7
 
 
+def reverse_a_projection(_: dict[str, Any], weights: Weights) -> None:
+    """Exchange rows of one of the selector's projections: scores are of other tokens."""
+    names = [name for name in weights if name.startswith("candidate_selector.") and weights[name].dim() > 1]
+    weights[names[0]] = weights[names[0]].flip(0)
+
+
+def skip_the_convolutions(_: dict[str, Any], weights: Weights) -> None:
+    for name in weights:
+        if "_conv." in name:
+            weights[name] = torch.zeros_like(weights[name])
+
+
+def change_the_scale(config: dict[str, Any], _: Weights) -> None:
+    config["dflash_config"]["lilicorr_logit_scale"] = 4.0
+
+
+def widen_the_window(config: dict[str, Any], _: Weights) -> None:
+    config["sliding_window"] = 12
+
+
+def see_the_whole_block(config: dict[str, Any], _: Weights) -> None:
+    config["is_causal"] = False
+
+
 RARE = pytest.mark.rare
 DEFECTS = [
     ("dspark", shift_slots, ["draft slot 1", "sample_from_anchor: the export says False, training had True"]),
@@ -126,6 +167,12 @@ DEFECTS = [
     ),
     ("dspark", drop_the_confidence_bias, ["found confidence of sample", "confidence head's weight or bias"]),
     pytest.param("dspark", change_the_mask, ["found mask token of sample", "the export says 7"], marks=RARE),
+    ("dflash2", reverse_a_projection, ["found candidate slot 1 of sample", "the head that scores candidates"]),
+    pytest.param("dflash2", skip_the_convolutions, ["found draft slot 1 of sample"], marks=RARE),
+    ("lilicorr", change_the_scale, ["found candidate slot 1", "lilicorr_logit_scale: the export says 4.0, training"]),
+    pytest.param("lilicorr", skip_the_convolutions, ["found draft slot 1 of sample"], marks=RARE),
+    ("windows", widen_the_window, ["found draft slot 1", "sliding_window: the export says 12, training had 8"]),
+    ("windows", see_the_whole_block, ["found draft slot", "is_causal: the export says False, training had None"]),
 ]
 
 

@@ -140,7 +140,9 @@ def dense_hidden(
     x = functional.embedding(slots, embedding).flatten(0, 1)
     positions = (anchors[:, None] + torch.arange(BLOCK)).flatten()
     owner = torch.arange(len(anchors)).repeat_interleave(BLOCK)
-    mask = torch.cat([torch.arange(total)[None] < anchors[owner][:, None], owner[:, None] == owner[None]], dim=1)
+    context_mask, own_mask = torch.arange(total)[None] < anchors[owner][:, None], owner[:, None] == owner[None]
+    away = positions[:, None] - torch.arange(total)
+    earlier = positions[:, None] >= positions[None]
 
     def turn(y: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         half = y.shape[-1] // 2
@@ -148,7 +150,9 @@ def dense_hidden(
         cos, sin = model.rope.at(places)
         return y * cos + turned * sin
 
-    for layer in model.layers:
+    for layer, (causal, window) in zip(model.layers, config.rules, strict=True):
+        seen = context_mask if window is None else context_mask & (away < window)
+        mask = torch.cat([seen, own_mask & earlier if causal else own_mask], dim=1)
         attention, y = layer.self_attn, functional.rms_norm(x, (HIDDEN,), layer.input_layernorm.weight, 1e-6)
         both, places = torch.cat([context, y]), torch.cat([torch.arange(total), positions])
         q = (y @ attention.q_proj.weight.T).unflatten(-1, (config.num_attention_heads, -1))
@@ -165,10 +169,18 @@ def dense_hidden(
     return functional.rms_norm(x, (HIDDEN,), model.norm.weight, 1e-6).unflatten(0, (-1, BLOCK))[:, 1:]
 
 
+MIXED = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+RULES = [{}, MIXED, {**MIXED, "is_causal": False}, {"sliding_window": 7}, {"is_causal": True}]
+
+
 @pytest.mark.parametrize("kept_bytes", [1 << 30, 0])
+@pytest.mark.parametrize(
+    "rules", [{}, MIXED, {**MIXED, "is_causal": False}, {"sliding_window": 7}, {"is_causal": True}]
+)
 def test_values_and_gradients_are_those_of_dense_attention(
-    model: DFlash, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
+    model: DFlash, monkeypatch: pytest.MonkeyPatch, kept_bytes: int, rules: dict[str, object]
 ) -> None:
+    model.config = make_config(**rules)
     monkeypatch.setattr("drafts.attention.KEPT_BYTES", kept_bytes)  # 0: attention weights are computed again
     tokens, aux = make_inputs(60, seed=1)
     embedding = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(9))

@@ -298,7 +298,7 @@ def test_a_folder_is_read_back_as_the_draft_that_it_was(layout: str) -> None:
         ("input_embedding_scale", 2.0, "found 2.0, expected 1.0"),
         ("final_logit_softcapping", 30.0, "found 30.0, expected none"),
         ("selector_rank", None, "found none, expected one"),
-        ("causal", True, "attention is full both ways"),
+        ("shift_label", True, "false: slot k predicts"),
     ],
 )
 def test_what_the_module_does_not_compute_is_refused_by_name(key: str, value: object, told: str) -> None:

@@ -64,7 +64,7 @@ def make_batch() -> Batch:
 def slots_of(draft: DSpark, batch: Batch, anchor: int, head: TargetHead) -> torch.Tensor:
     """Return the states of one block's slots that predict, (K, H), from layers that are only called, not planned."""
     blocks = draft.lay_out(batch.token_ids, batch.loss_mask, batch.lengths, [torch.tensor([anchor])])
-    assert blocks.layout.anchor_rows.tolist() == [anchor]
+    assert blocks.anchor_rows.tolist() == [anchor]
     return draft.hidden(batch.token_ids, batch.aux_hidden_states, blocks, head.embedding)[0]
 
 

@@ -16,15 +16,27 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from drafts import METHODS, moving
 from drafts.attention import KeyValues, attend, lay_out
+from drafts.attention_rule import AttentionRule
 from drafts.batch import Batch
 from drafts.draft import Draft, init_weights
 from drafts.flex import TILE, attend_flex, plan_flex, plan_tiles
 from target.head import TargetHead
 
 GPU = torch.device("cuda")  # only named: layouts are planned on the CPU
-ATTENDS = {"dflash": "drafts.block", "eagle3": "drafts.eagle3.model", "peagle": "drafts.peagle.model"}
-OWN = {"dflash": {"num_layers": 2}, "eagle3": {"ttt_length": 3}, "peagle": {"num_layers": 3}}
-GRAPHS = [("dflash", 2), ("eagle3", 3), ("peagle", 3)]
+ATTENDS = {
+    "dflash": "drafts.block",
+    "windows": "drafts.block",
+    "eagle3": "drafts.eagle3.model",
+    "peagle": "drafts.peagle.model",
+}
+KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+OWN: dict[str, dict[str, object]] = {
+    "dflash": {"num_layers": 2},
+    "windows": {"method": "dflash", "num_layers": 3, "sliding_window": 64, "layer_types": KINDS},
+    "eagle3": {"ttt_length": 3},
+    "peagle": {"num_layers": 3},
+}
+GRAPHS = [("dflash", 2), ("windows", 3), ("eagle3", 3), ("peagle", 3)]
 """Graphs of a method: one for each step; or one for the last layer, the first one if it differs, and the others."""
 BLOCK = 8
 CASES = [
@@ -33,10 +45,11 @@ CASES = [
     ([300, 7, 500], [torch.arange(1, 290, 5), torch.tensor([2]), torch.tensor([1, 2, 450, 451, 480])]),
     ([130], [torch.tensor([128])]),
 ]
+RULES = [AttentionRule(), AttentionRule(causal=True), AttentionRule(window=9), AttentionRule(causal=True, window=150)]
 
 
 def visible(
-    lengths: list[int], anchors: list[torch.Tensor], block_size: int, num_queries: int, *, causal: bool = False
+    lengths: list[int], anchors: list[torch.Tensor], block_size: int, num_queries: int, rule: AttentionRule
 ) -> tuple[torch.Tensor, int]:
     """Return which keys each query sees, pair by pair, and the number of context rows."""
     starts = [sum(lengths[:number]) for number in range(len(lengths))]
@@ -46,8 +59,12 @@ def visible(
     for number, (first, anchor) in enumerate(blocks):
         rows = slice(number * num_queries, (number + 1) * num_queries)
         sees[rows, first:anchor] = True
+        if rule.window is not None:
+            for query in range(num_queries):
+                place = anchor + block_size - num_queries + query
+                sees[rows.start + query, : max(0, place - rule.window + 1)] = False
         own = torch.ones(num_queries, block_size, dtype=torch.bool)
-        if causal:  # the queries are those of the block's last places
+        if rule.causal:  # the queries are those of the block's last places
             own = own.tril(block_size - num_queries)
         sees[rows, context + number * block_size : context + (number + 1) * block_size] = own
     return sees, context
@@ -55,16 +72,17 @@ def visible(
 
 @pytest.mark.parametrize(("lengths", "anchors"), CASES)
 @pytest.mark.parametrize(("block_size", "num_queries"), [(BLOCK, BLOCK), (BLOCK, BLOCK - 1), (3, 1)])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rule", RULES)
 def test_tiles_hold_what_the_mask_shows_and_are_few(
-    lengths: list[int], anchors: list[torch.Tensor], block_size: int, num_queries: int, causal: bool
+    lengths: list[int], anchors: list[torch.Tensor], block_size: int, num_queries: int, rule: AttentionRule
 ) -> None:
-    sees, context = visible(lengths, anchors, block_size, num_queries, causal=causal)
-    layout = lay_out(lengths, anchors, block_size, GPU, (num_queries,), causal=causal)
+    sees, context = visible(lengths, anchors, block_size, num_queries, rule)
+    layout = lay_out(lengths, anchors, block_size, GPU, (num_queries,), rule=rule)
     assert layout.flex is not None
     assert layout.flex.pairs[num_queries] == int(sees.sum())
     assert torch.equal(_rule(layout.flex, num_queries, sees.shape), sees)
-    partial, full = plan_tiles(layout.flex.first_rows, layout.anchor_rows, context, block_size, num_queries)
+    first_rows, anchor_rows = layout.flex.first_rows, layout.anchor_rows
+    partial, full = plan_tiles(first_rows, anchor_rows, context, block_size, num_queries, rule.window)
     assert not (partial & full).any()
     for row in range(partial.shape[0]):
         for column in range(partial.shape[1]):
@@ -75,7 +93,7 @@ def test_tiles_hold_what_the_mask_shows_and_are_few(
             elif not partial[row, column]:
                 assert not tile.any()
     if len(lengths) == 1 and lengths[0] == 600:
-        assert full.any()
+        assert full.any() == (rule.window is None)
         assert (partial | full).float().mean() < 0.8
 
 
@@ -87,21 +105,21 @@ def _rule(flex: object, num_queries: int, shape: torch.Size) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("lengths", "anchors"), CASES)
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("kept_bytes", [0, 1 << 28])
 def test_the_grouped_products_and_their_gradients_are_those_of_masked_attention(
     lengths: list[int],
     anchors: list[torch.Tensor],
-    causal: bool,
+    rule: AttentionRule,
     kept_bytes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("drafts.attention.KEPT_BYTES", kept_bytes)
     generator = torch.Generator().manual_seed(0)
     blocks = sum(len(part) for part in anchors)
-    layout = lay_out(lengths, anchors, BLOCK, torch.device("cpu"), (BLOCK, BLOCK - 1), causal=causal)
+    layout = lay_out(lengths, anchors, BLOCK, torch.device("cpu"), (BLOCK, BLOCK - 1), rule=rule)
     for num_queries in (BLOCK, BLOCK - 1):
-        sees, _ = visible(lengths, anchors, BLOCK, num_queries, causal=causal)
+        sees, _ = visible(lengths, anchors, BLOCK, num_queries, rule)
         shapes = [(blocks, num_queries, 4, 8), *[(sum(lengths), 2, 8)] * 2, *[(blocks, BLOCK, 2, 8)] * 2]
         inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
         query, *pairs = inputs
@@ -117,14 +135,14 @@ def test_the_grouped_products_and_their_gradients_are_those_of_masked_attention(
 
 
 @pytest.mark.parametrize(("lengths", "anchors"), CASES)
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rule", RULES)
 def test_flex_attention_gives_the_same_as_the_grouped_products(
-    lengths: list[int], anchors: list[torch.Tensor], causal: bool
+    lengths: list[int], anchors: list[torch.Tensor], rule: AttentionRule
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     blocks = sum(len(part) for part in anchors)
-    on_cpu = lay_out(lengths, anchors, BLOCK, torch.device("cpu"), (BLOCK, BLOCK - 1), causal=causal)
-    on_gpu = lay_out(lengths, anchors, BLOCK, GPU, (BLOCK, BLOCK - 1), causal=causal)
+    on_cpu = lay_out(lengths, anchors, BLOCK, torch.device("cpu"), (BLOCK, BLOCK - 1), rule=rule)
+    on_gpu = lay_out(lengths, anchors, BLOCK, GPU, (BLOCK, BLOCK - 1), rule=rule)
     assert on_gpu.flex is not None
     on_gpu.make_masks()
     for num_queries in (BLOCK, BLOCK - 1):  # the last layer has no query for the anchor
@@ -185,7 +203,7 @@ def test_batches_of_other_lengths_compile_nothing_anew(
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize(("method", "graphs"), GRAPHS)
+@pytest.mark.parametrize(("method", "graphs"), [case for case in GRAPHS if case[0] != "windows"])
 def test_with_gradients_too_the_layers_around_attention_compile_once(
     method: str, graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,5 +265,6 @@ def _make_draft(method: str) -> Draft:
         "method": method, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96,
         **OWN[method],
     }  # fmt: skip
-    section = METHODS[method].section.model_validate(values)
-    return METHODS[method].build(METHODS[method].make_config(section, shared), section).requires_grad_(False)
+    of = METHODS[str(values["method"])]
+    section = of.section.model_validate(values)
+    return of.build(of.make_config(section, shared), section).requires_grad_(False)

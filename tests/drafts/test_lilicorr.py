@@ -304,7 +304,7 @@ def test_an_export_has_vllms_names_shapes_and_keys_and_is_read_back(changes: dic
         ("lilicorr_enabled", False, "found False, expected true"),
         ("conv_kernel_size", 2, "found 2 and None, expected both, or neither"),
         ("lilicorr_factor_dim", None, r"\(lilicorr_factor_dim\): found none, expected one"),
-        ("use_swa", True, "attention is full both ways"),
+        ("use_swa", True, "found none, expected a number: layers are sliding"),
     ],
 )
 def test_what_the_module_does_not_compute_is_refused_by_name(key: str, value: object, told: str) -> None:

@@ -94,7 +94,6 @@ def test_dspark_drafts_of_modelopt_are_read_and_others_are_refused_by_name(train
 
     for key, value, told in (
         ("markov_head_type", "gated", "found gated, expected vanilla"),
-        ("is_causal", True, "attention is full both ways"),
         ("draft_vocab_size", 100, "the whole vocabulary"),
         ("confidence_head_with_markov", False, "found False, expected true"),
     ):
