@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(900)]
 
 V1 = "vllm.v1.worker.cpu_model_runner.CPUModelRunner"
 V2 = "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
-V1_MENDS = ["keep_seeded_generators_usable", "expand_sampling_parameters", "accept_empty_top_k"]
+CPU_MENDS = ["keep_seeded_generators_usable", "expand_sampling_parameters", "accept_empty_top_k", "norm_each_layer"]
 METHODS: dict[str, list[str]] = {
     "dflash": [],
     "dflash2": ["block_size=4", "selector_rank=32"],
@@ -56,15 +56,15 @@ class Runner:
 RUNNERS = {
     "v2": Runner(
         V2,
-        ["triton: arguments not copied", "triton: scalar masks"],
+        [*CPU_MENDS, "triton: arguments not copied", "triton: scalar masks"],
         env={
             "TRITON_INTERPRET": "1",
             "VLLM_USE_V2_MODEL_RUNNER": "1",
-            "VLLM_PLUGINS": "triton_interpreter,vllm_report",
+            "VLLM_PLUGINS": "draftline_cpu,triton_interpreter,vllm_report",
             "PYTHONPATH": str(ROOT / "tests/v2_runner"),
         },
     ),
-    "tp2": Runner(V1, V1_MENDS, 2, args=("--set", "serve.args.tensor-parallel-size=2"), tolerance=1e-3),
+    "tp2": Runner(V1, CPU_MENDS, 2, args=("--set", "serve.args.tensor-parallel-size=2"), tolerance=1e-3),
 }
 
 

@@ -42,7 +42,7 @@ STAGES = {
 V2 = {
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
-    "VLLM_PLUGINS": "triton_interpreter",
+    "VLLM_PLUGINS": "draftline_cpu,triton_interpreter",
     "PYTHONPATH": str(ROOT / "tests/v2_runner"),
 }
 

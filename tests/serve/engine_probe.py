@@ -48,6 +48,23 @@ def top_k_without_rows(target: str, folder: str) -> None:
     assert logits.shape == (0, 50)
 
 
+def a_norm_for_each_layer(target: str, folder: str) -> None:
+    """Norm keys as DFlash does, (layers, tokens, heads, size), with a weight for each layer."""
+    import torch
+    import vllm._C  # noqa: F401 (the CPU kernels)
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    from vllm import _custom_ops
+
+    keys, weight = torch.randn(2, 5, 2, 32), torch.rand(2, 32) + 0.5
+    out = torch.empty_like(keys)
+    _custom_ops.rms_norm(out, keys, weight, 1e-6)
+    for layer in range(2):
+        expected = torch.nn.functional.rms_norm(keys[layer], (32,), weight[layer], 1e-6)
+        assert torch.allclose(out[layer], expected, atol=1e-5), f"layer {layer} has another layer's weight"
+
+
 def draft_kernels(target: str, folder: str) -> None:
     import torch
     import vllm._C  # noqa: F401 (the CPU kernels)

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.proves("plugin"),
     pytest.mark.skipif(not is_cpu_engine(), reason="the fixes are for the CPU build of vLLM"),
 ]
-FIXES = ("keep_seeded_generators_usable", "expand_sampling_parameters", "accept_empty_top_k")
+FIXES = ("keep_seeded_generators_usable", "expand_sampling_parameters", "accept_empty_top_k", "norm_each_layer")
 SCRIPT = Path(__file__).with_name("engine_probe.py")
 
 
@@ -39,6 +39,7 @@ CASES = [
     ("seeded_request_in_chunks", "CPU Generator does not use offset"),
     ("sampling_parameters_a_token", NO_KERNEL if lacks_draft_kernels() else "sampling parameters are garbage"),
     ("top_k_without_rows", "numel() == 0"),
+    ("a_norm_for_each_layer", "layer 1 has another layer's weight"),
     *([("draft_kernels", NO_KERNEL)] if lacks_draft_kernels() else []),
 ]
 

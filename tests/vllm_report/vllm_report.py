@@ -33,6 +33,7 @@ def register() -> None:
 
 def find_mends() -> list[str]:
     from triton.runtime import interpreter
+    from vllm import _custom_ops
     from vllm.v1.sample import rejection_sampler
     from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -41,6 +42,7 @@ def find_mends() -> list[str]:
         "keep_seeded_generators_usable": getattr(GPUModelRunner, "_draftline_seed_fix", False),
         "expand_sampling_parameters": rejection_sampler.expand_batch_to_tokens.__module__ == "serve.vllm_cpu",
         "accept_empty_top_k": getattr(topk_topp_sampler.apply_top_k_only, "_draftline_fix", False),
+        "norm_each_layer": getattr(_custom_ops.rms_norm, "_draftline_fix", False),
         "triton: arguments not copied": interpreter.GridExecutor._init_args_hst.__module__
         == "triton_interpreter.plugin",
         "triton: scalar masks": interpreter.InterpreterBuilder.create_splat.__module__ == "triton_interpreter.plugin",
