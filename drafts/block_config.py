@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from contracts.draft import DraftConfig
 from drafts.attention_rule import FULL, SLIDING, AttentionRule, LayerType, rule_keys, rules_of
 from drafts.method import DraftMethod, SlotWeights, TransformerConfig, TransformerSection
+from drafts.proposal import Proposal, Values, propose_depth, propose_dimensions, propose_spread
+from target.target import Target
 
 
 class BlockSection(TransformerSection):
@@ -90,6 +92,24 @@ class BlockMethod(DraftMethod):
 
     uses_mask_token = True
     adjustable: tuple[str, ...] = ("sliding_window", "layer_types", "is_causal")
+
+    def propose_blocks(
+        self, target: Target, size: Values, own: Values, learning_rate: tuple[float, str], num_epochs: int = 6
+    ) -> Proposal:
+        """Return what to train: the keys of the block's `size`, the dimensions of all block drafts, the `own` keys."""
+        return Proposal(
+            draft={
+                **size,
+                "num_layers": propose_depth(target),
+                **propose_dimensions(target),
+                "num_anchors": (512, "most blocks drawn per sample and step"),
+                **own,
+            },
+            layer_ids=propose_spread(target),
+            train={"learning_rate": learning_rate},
+            num_epochs=num_epochs,
+            warmup_share=0.04,
+        )
 
     def served_keys(self, config: DraftConfig) -> dict[str, Any]:
         assert isinstance(config, BlockConfig)

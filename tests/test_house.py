@@ -117,7 +117,9 @@ class Narrow:
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs Debian's shellcheck")
 def test_shell_scripts_are_clean() -> None:
     scripts = [ROOT / ".ci/run", ROOT / "distributed/worker.sh", *sorted(ROOT.glob("recipes/**/*.sh"))]
-    result = subprocess.run(["shellcheck", "--external-sources", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        ["shellcheck", "--external-sources", *scripts], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout
 
 

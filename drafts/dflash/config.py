@@ -17,7 +17,7 @@ from drafts.block_config import BlockConfig, BlockMethod, BlockSection
 from drafts.block_export import describe_fill_in, fill_in_config, mixed_causality, read_fill_in
 from drafts.export import speculators_config, wrong_for_sglang
 from drafts.method import NATIVE, SPECULATORS, ExportFacts
-from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
+from drafts.proposal import Proposal, Values
 from drafts.reading import DraftFolder, Published
 from target.target import Target
 
@@ -58,21 +58,13 @@ class DFlashMethod(BlockMethod):
     adjustable = ("block_size", *BlockMethod.adjustable)
 
     def propose(self, target: Target) -> Proposal:
-        return Proposal(
-            draft={
-                "block_size": (8, "the anchor and 7 draft tokens"),
-                "num_layers": propose_depth(target),
-                **propose_dimensions(target),
-                "num_anchors": (512, "most blocks drawn per sample and step"),
-                "objective": ("distill", "learn the target's distribution, computed from the stored states"),
-                "slot_weights": ("decay", ""),
-                "loss_decay": (4.0, "for blocks of 8; 7.0 for 16"),
-            },
-            layer_ids=propose_spread(target),
-            train={"learning_rate": (6e-4, "SpecForge's for Qwen3-8B")},
-            num_epochs=6,
-            warmup_share=0.04,
-        )
+        size: Values = {"block_size": (8, "the anchor and 7 draft tokens")}
+        own: Values = {
+            "objective": ("distill", "learn the target's distribution, computed from the stored states"),
+            "slot_weights": ("decay", ""),
+            "loss_decay": (4.0, "for blocks of 8; 7.0 for 16"),
+        }
+        return self.propose_blocks(target, size, own, (6e-4, "SpecForge's for Qwen3-8B"))
 
     def module(self) -> type[DFlash]:
         from drafts.dflash.model import DFlash

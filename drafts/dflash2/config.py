@@ -16,7 +16,7 @@ from contracts.draft import Descriptor, DraftConfig
 from drafts.block_config import BlockConfig, BlockMethod, BlockSection
 from drafts.block_export import describe_fill_in, fill_in_config, fill_in_keys, read_fill_in
 from drafts.method import DraftSection, ExportFacts, Objective, SlotWeights
-from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
+from drafts.proposal import Proposal, Values
 from drafts.reading import DraftFolder, Published
 from target.target import Target
 
@@ -98,21 +98,13 @@ class DFlash2Method(BlockMethod):
             )
 
     def propose(self, target: Target) -> Proposal:
-        return Proposal(
-            draft={
-                "block_size": (8, "the anchor and 7 draft tokens"),
-                "num_layers": propose_depth(target),
-                **propose_dimensions(target),
-                "num_anchors": (512, "most blocks drawn per sample and step"),
-                "selector_rank": (256, "speculators'"),
-                "selector_top_k": (16, "speculators'"),
-                "loss_decay": (4.0, "for blocks of 8; 7.0 for 16"),
-            },
-            layer_ids=propose_spread(target),
-            train={"learning_rate": (6e-4, "SpecForge's of DFlash for Qwen3-8B")},
-            num_epochs=6,
-            warmup_share=0.04,
-        )
+        size: Values = {"block_size": (8, "the anchor and 7 draft tokens")}
+        own: Values = {
+            "selector_rank": (256, "speculators'"),
+            "selector_top_k": (16, "speculators'"),
+            "loss_decay": (4.0, "for blocks of 8; 7.0 for 16"),
+        }
+        return self.propose_blocks(target, size, own, (6e-4, "SpecForge's of DFlash for Qwen3-8B"))
 
     def module(self) -> type[DFlash2]:
         from drafts.dflash2.model import DFlash2

@@ -27,7 +27,7 @@ from drafts.method import (
     ObjectiveName,
     SlotWeights,
 )
-from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
+from drafts.proposal import Proposal, Values
 from drafts.reading import DraftFolder, LayerIds, Published, read_transformer, vllm_ids, zero_based
 from target.target import Target
 
@@ -101,20 +101,12 @@ class DSparkMethod(BlockMethod):
     engine_methods = ("compute_draft_logits", "markov_embed", "markov_bias")
 
     def propose(self, target: Target) -> Proposal:
-        return Proposal(
-            draft={
-                "num_speculative_tokens": (7, "draft tokens of a block"),
-                "num_layers": propose_depth(target),
-                **propose_dimensions(target),
-                "num_anchors": (512, "most blocks drawn per sample and step"),
-                "markov_rank": (256, "DeepSpec's"),
-                "loss_decay": (4.0, "DeepSpec's"),
-            },
-            layer_ids=propose_spread(target),
-            train={"learning_rate": (6e-4, "DeepSpec's for Qwen3-8B")},
-            num_epochs=10,
-            warmup_share=0.04,
-        )
+        size: Values = {"num_speculative_tokens": (7, "draft tokens of a block")}
+        own: Values = {
+            "markov_rank": (256, "DeepSpec's"),
+            "loss_decay": (4.0, "DeepSpec's"),
+        }
+        return self.propose_blocks(target, size, own, (6e-4, "DeepSpec's for Qwen3-8B"), num_epochs=10)
 
     def module(self) -> type[DSpark]:
         from drafts.dspark.model import DSpark

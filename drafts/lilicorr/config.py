@@ -17,7 +17,7 @@ from contracts.draft import Descriptor, DraftConfig
 from drafts.block_config import BlockConfig, BlockMethod, BlockSection
 from drafts.block_export import describe_fill_in, fill_in_config, fill_in_keys, read_fill_in
 from drafts.method import DraftSection, ExportFacts, SlotWeights
-from drafts.proposal import Proposal, propose_depth, propose_dimensions, propose_spread
+from drafts.proposal import Proposal, Values
 from drafts.reading import DraftFolder, Published
 from target.target import Target
 
@@ -128,20 +128,12 @@ class LiLiCorrMethod(BlockMethod):
             )
 
     def propose(self, target: Target) -> Proposal:
-        return Proposal(
-            draft={
-                "block_size": (16, "the anchor and 15 draft tokens"),
-                "num_layers": propose_depth(target),
-                **propose_dimensions(target),
-                "num_anchors": (512, "most blocks drawn per sample and step"),
-                "lilicorr_candidate_topk": (8, "ModelOpt's"),
-                "loss_decay": (7.0, "for blocks of 16; 4.0 for 8"),
-            },
-            layer_ids=propose_spread(target),
-            train={"learning_rate": (6e-4, "ModelOpt's for Qwen3-8B")},
-            num_epochs=6,
-            warmup_share=0.04,
-        )
+        size: Values = {"block_size": (16, "the anchor and 15 draft tokens")}
+        own: Values = {
+            "lilicorr_candidate_topk": (8, "ModelOpt's"),
+            "loss_decay": (7.0, "for blocks of 16; 4.0 for 8"),
+        }
+        return self.propose_blocks(target, size, own, (6e-4, "ModelOpt's for Qwen3-8B"))
 
     def module(self) -> type[LiLiCorr]:
         from drafts.lilicorr.model import LiLiCorr
