@@ -22,7 +22,11 @@ from target.target import Target
 pytestmark = [pytest.mark.vllm, pytest.mark.proves("token ids"), pytest.mark.timeout(900)]
 
 MT_BENCH = ROOT.parent / "shared/data/prompts/mt_bench.jsonl"
-MODES = ("enabled", *(pytest.param(mode, marks=pytest.mark.long) for mode in ("disabled", "adaptive")))
+MODES = (
+    "enabled",
+    pytest.param("disabled", marks=pytest.mark.long),
+    pytest.param("adaptive", marks=pytest.mark.rare),
+)
 SAMPLED = ("--set", "synth.temperature=1.0", "--set", "synth.max_tokens=64", "--set", "target.max_model_len=4096")
 
 

@@ -59,7 +59,7 @@ def server_process(fail_fraction: float = 0.0, port: int | None = None) -> Itera
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("kills", "rows"), [(10, 400), pytest.param(50, 2000, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("kills", "rows"), [(10, 400), pytest.param(50, 2000, marks=pytest.mark.rare)])
 def test_after_kills_over_a_failing_server_it_equals_an_uninterrupted_run(
     recipe_path: Path, tmp_path: Path, kills: int, rows: int
 ) -> None:

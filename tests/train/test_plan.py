@@ -48,7 +48,7 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], list[int]]] = {
     ),
 }
 
-RARE = ("dflash, twice as wide", "peagle")
+RARE = ("dflash, twice as wide", "eagle3", "peagle")
 
 
 @pytest.mark.parametrize("size", [pytest.param(size, marks=pytest.mark.rare if size in RARE else []) for size in SIZES])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from trained import IDS, LAYERS, NATIVE_ONLY, SETS, Trained, logits_of_first_reply, set_key
+from trained import IDS, LAYERS, SETS, Trained, logits_of_first_reply, set_key
 
 from common.errors import UserError
 from drafts import METHODS
@@ -37,7 +37,9 @@ BOTH_LAYOUTS = ("dflash", "dspark", "dspark fill-in", "eagle3", "eagle3 reduced"
     ("kind", "layout"),
     [
         *product(BOTH_LAYOUTS, ["native"]),
-        *product(NATIVE_ONLY, ["native"]),
+        ("dflash2", "native"),
+        ("lilicorr convolution", "native"),
+        pytest.param("lilicorr", "native", marks=pytest.mark.rare),
         *(pytest.param(kind, "speculators", marks=pytest.mark.rare if kind in RARE else []) for kind in BOTH_LAYOUTS),
     ],
 )
