@@ -28,8 +28,9 @@ demo-real: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --durations 15
 
-# Tests of one engine each, two at a time; then the others in turn: some of them keep all cores busy on purpose.
-IN_PAIRS := tests/test_families.py tests/test_runners.py tests/bench
+# Tests of one engine each, two files at a time; then the others in turn: some of them keep all cores busy on purpose.
+IN_PAIRS := tests/test_families.py tests/test_runners.py tests/test_pipeline.py tests/bench tests/dump \
+  tests/distributed tests/synth
 
 test-long: $(VENV)/installed
 	$(BIN)/python -m pytest $(IN_PAIRS) -m 'long and not rare' -n 2 --timeout 1500 --durations 0

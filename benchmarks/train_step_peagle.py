@@ -58,7 +58,7 @@ def build_ours(ctx: dict[str, Any]) -> tuple[torch.nn.Module, Callable[[], torch
     def compute_loss() -> torch.Tensor:
         if ctx.get("there", True):
             first, depth = draw_rollouts(dims)
-            depths = torch.zeros(dims.seq, dtype=torch.long).index_reduce(0, first + 1, depth, "amax")[places]
+            depths = torch.zeros(dims.seq, dtype=torch.long).scatter_reduce(0, first + 1, depth, "amax")[places]
         else:
             depths = draw_depths(len(places), section, torch.Generator().manual_seed(0))
         rollouts = model.lay_out(longer.token_ids, longer.loss_mask, longer.lengths, [places], [depths])

@@ -138,6 +138,7 @@ def equal_stores(folder: Path, alone: Path) -> None:
             assert (getattr(a, name) - getattr(b, name)).norm() / getattr(b, name).norm() < 1e-5
 
 
+@pytest.mark.long
 def test_arrays_of_workers_write_and_dump_what_one_process_does(
     slurm: dict[str, str], tiny: Path, tmp_path: Path
 ) -> None:

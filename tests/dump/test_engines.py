@@ -135,6 +135,7 @@ def start(recipe_path: Path, many: Path, tmp_path: Path) -> Iterator[Start]:
 
 
 @pytest.mark.vllm
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 def test_a_killed_engine_ends_the_run_and_the_next_one_completes_the_store_of_one_engine(
     start: Start, engine: Warm, recipe_path: Path, many: Path, tmp_path: Path

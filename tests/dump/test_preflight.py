@@ -61,6 +61,7 @@ def test_an_engine_with_a_seeded_defect_is_refused_by_name_before_anything_is_st
 
 
 @pytest.mark.vllm
+@pytest.mark.long
 def test_a_preflight_is_repeated_only_when_the_engine_or_the_target_changes(
     recipe_path: Path, rows: Path, tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def test_special_tokens_are_one_token_and_rows_above_them_are_free(tokenizer: An
     assert max(tokenizer.get_vocab().values()) < make_target.NUM_TOKENS < make_target.EMBEDDING_ROWS
 
 
+@pytest.mark.long
 def test_a_killed_target_training_goes_on_and_ends_with_the_same_weights(tmp_path: Path) -> None:
     sizes = ["--steps", "8", "--checkpoint-every", "3", "--num-train", "4", "--num-held-out", "2"]
     subprocess.run([*SCRIPT, str(tmp_path / "whole"), *sizes], check=True, cwd=ROOT)
