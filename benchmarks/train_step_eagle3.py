@@ -100,20 +100,26 @@ def build_peer(ctx: dict[str, Any], model: Any) -> Callable[[], torch.Tensor]:
     return compute_loss
 
 
-def make_peer_model(dims: argparse.Namespace) -> Any:
-    """Make speculators' random model."""
-    from speculators.models.eagle3 import Eagle3SpeculatorConfig
-    from speculators.models.eagle3.core import Eagle3DraftModel
+def make_llama_config(dims: argparse.Namespace, num_layers: int) -> Any:
+    """Make the config of speculators' layers."""
     from transformers.models.llama.modeling_llama import LlamaConfig
 
     layer_config = LlamaConfig(
-        vocab_size=dims.vocab, hidden_size=dims.hidden, intermediate_size=dims.inter, num_hidden_layers=1,
+        vocab_size=dims.vocab, hidden_size=dims.hidden, intermediate_size=dims.inter, num_hidden_layers=num_layers,
         num_attention_heads=dims.heads, num_key_value_heads=dims.kv_heads, head_dim=dims.head_dim, rms_norm_eps=1e-6,
         max_position_embeddings=4096, tie_word_embeddings=False, pad_token_id=None,
     )  # fmt: skip
     layer_config._attn_implementation = dims.peer_attention
+    return layer_config
+
+
+def make_peer_model(dims: argparse.Namespace) -> Any:
+    """Make speculators' random model."""
+    from speculators.models.eagle3 import Eagle3SpeculatorConfig
+    from speculators.models.eagle3.core import Eagle3DraftModel
+
     config = Eagle3SpeculatorConfig(
-        transformer_layer_config=layer_config, draft_vocab_size=dims.vocab,
+        transformer_layer_config=make_llama_config(dims, 1), draft_vocab_size=dims.vocab,
         eagle_aux_hidden_state_layer_ids=list(range(2, 2 + dims.n_aux)),
     )  # fmt: skip
     return Eagle3DraftModel(config)

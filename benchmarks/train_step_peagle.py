@@ -109,17 +109,10 @@ def make_peer_model(dims: argparse.Namespace) -> Any:
     """Make speculators' random model."""
     from speculators.models.peagle.config import PEagleSpeculatorConfig
     from speculators.models.peagle.core import PEagleDraftModel
-    from transformers.models.llama.modeling_llama import LlamaConfig
 
-    layer_config = LlamaConfig(
-        vocab_size=dims.vocab, hidden_size=dims.hidden, intermediate_size=dims.inter,
-        num_hidden_layers=dims.draft_layers, num_attention_heads=dims.heads, num_key_value_heads=dims.kv_heads,
-        head_dim=dims.head_dim, rms_norm_eps=1e-6, max_position_embeddings=4096, tie_word_embeddings=False,
-        pad_token_id=None,
-    )  # fmt: skip
-    layer_config._attn_implementation = dims.peer_attention
     config = PEagleSpeculatorConfig(
-        transformer_layer_config=layer_config, draft_vocab_size=dims.vocab, embed_requires_grad=False,
+        transformer_layer_config=train_step_eagle3.make_llama_config(dims, dims.draft_layers),
+        draft_vocab_size=dims.vocab, embed_requires_grad=False,
         eagle_aux_hidden_state_layer_ids=list(range(2, 2 + dims.n_aux)), mask_token_id=dims.vocab - 1,
     )  # fmt: skip
     return PEagleDraftModel(config)

@@ -12,7 +12,9 @@ found by `dump verify --again` alone.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from common.files import UnwritableError, explain_unwritable, write_atomic
@@ -27,13 +29,17 @@ class Proofs:
     """The proofs of a store's samples under some terms: those on record, and those that are added."""
 
     def __init__(self, store: Store, terms: Mapping[str, Any], *, again: bool = False) -> None:
-        """Read the store's proofs. `again`: forget them."""
+        """Read the store's proofs. `again`: delete them first, or one would outlive the defect that is found now."""
         self._store, self._path = store, store.folder / PROOFS_FILE
+        if again:
+            with suppress(OSError):  # a read-only store
+                self._path.unlink(missing_ok=True)
         self._terms = json.dumps({"terms": terms}, sort_keys=True)
         self._begun, self._torn = False, False
         self._known: dict[tuple[str, bool], dict[str, Any]] = {} if again else self._read()
         self._lines: list[str] = []
         self._is_writable = True
+        self._started_ns = time.time_ns()
 
     def find(self, sample_id: str, entry: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the counts of a sample that was proven and whose file has not changed since, or None."""
@@ -56,8 +62,13 @@ class Proofs:
         return known if is_same else None
 
     def add(self, sample_id: str, entry: Mapping[str, Any], counts: Mapping[str, Any] | None) -> None:
-        """Record a sample that passed; without `counts`, that its layers were compared."""
+        """Record a sample that passed; without `counts`, that its layers were compared.
+
+        A file that was written since the proof began may be another one than was read: it is not recorded.
+        """
         mtime_ns = self._store.sample_path(sample_id).stat().st_mtime_ns
+        if mtime_ns >= self._started_ns:
+            return
         line = {"id": sample_id, "sha256": entry["sha256"], "mtime_ns": mtime_ns}
         self._lines.append(json.dumps(line if counts is None else {**line, "counts": counts}))
         if len(self._lines) >= LINES_AT_ONCE:

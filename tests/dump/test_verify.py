@@ -347,6 +347,7 @@ def test_a_second_verify_reads_only_what_has_changed(recipe_path: Path, good: Pa
     os.utime(path, ns=(before.st_atime_ns, json.loads(proof_of(folder, path.stem))["mtime_ns"]))
     assert run_here(*args).returncode == 0
     assert path.name in run_here(*args, "--again", check=False).stderr
+    assert path.name in run_here(*args, check=False).stderr  # its old proof is gone
 
 
 def proof_of(folder: Path, sample_id: str) -> str:
