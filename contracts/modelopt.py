@@ -67,6 +67,15 @@ class ModelOptStore:
         ids: torch.Tensor = _load(self.sample_path(sample_id))["input_ids"]
         return ids
 
+    def read_mask(self, sample_id: str) -> torch.Tensor:
+        """Read a sample's loss mask `(T,)`."""
+        mask: torch.Tensor = _load(self.sample_path(sample_id))["loss_mask"]
+        return mask.bool()
+
+    def lengths(self) -> dict[str, int]:
+        """Return nothing: this layout has no lengths."""
+        return {}
+
     def read_sample(self, sample_id: str, *, final_states: bool = True, decode: bool = True) -> StoredSample:  # noqa: ARG002
         """Read one sample; its states are memory-mapped, and read when they are used.
 

@@ -26,24 +26,48 @@ FolderArgument = Annotated[Path, typer.Argument(metavar="OUTPUT", help="The --ou
 )
 @expand_options
 def submit(
-    stage: Annotated[str, typer.Argument(help="synth, dump, train, or pipeline for all three.")],
+    stage: Annotated[
+        str,
+        typer.Argument(
+            help="synth, dump, train, pipeline for all three, or rolling: dump and train at the same time.",
+        ),
+    ],
     recipe: RecipeOption,
     input_: Annotated[Path, typer.Option("--input", help="Prompts (synth, pipeline), conversations (dump), store.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The stage's folder; of a pipeline, all of them.")],
     resources: Resources,
     shards: Annotated[int, typer.Option(min=1, help="Tasks that share the work.")] = 1,
+    window: Annotated[
+        float | None, typer.Option(min=0, help="rolling: GiB of the store that dump fills and train reads.")
+    ] = None,
+    in_turns: Annotated[
+        bool, typer.Option("--in-turns", help="rolling: dump and train in turns, in one job on one node.")
+    ] = False,
     set_: OverridesOption = None,
 ) -> None:
-    """Submit a stage as an array of tasks, or a pipeline: each shard is dumped once it is written; then training."""
+    """Submit a stage as an array of tasks, or a pipeline: each shard is dumped once it is written; then training.
+
+    Or `rolling`, from conversations: a training, and tasks that capture its samples just before it reads them.
+    """
     from distributed.plan import STAGES, StagePlan
     from distributed.secrets import hide
 
-    if stage not in (*STAGES, "pipeline"):
-        raise UserError("stage", found=stage, expected="synth, dump, train or pipeline", fix="Correct it.")
+    if stage not in (*STAGES, "pipeline", "rolling"):
+        raise UserError("stage", found=stage, expected="synth, dump, train, pipeline or rolling", fix="Correct it.")
+    if (stage == "rolling") != (window is not None) or (in_turns and stage != "rolling"):
+        raise UserError("--window", found=f"stage {stage}", expected="it for rolling alone", fix="Correct them.")
     loaded, given = load_checked(recipe, set_), DEFAULTS.override(resources)
-    if stage in ("train", "pipeline"):
+    if stage == "rolling" and not in_turns and given.cluster != "slurm":
+        raise UserError(
+            "--cluster",
+            found=str(given.cluster),
+            expected="slurm: dump and train run at the same time",
+            fix="Give --in-turns, or start `dump run --window` and `train offline --follow` yourself.",
+        )
+    if stage in ("train", "pipeline", "rolling"):
         loaded.training().check_processes(given.num_processes)
-    folders = {name: output / name for name in STAGES} if stage == "pipeline" else {stage: output}
+    names = {"pipeline": STAGES, "rolling": ("dump", "train")}.get(stage, ())
+    folders = {name: output / name for name in names} or {stage: output}
     plans, source, overrides = [], input_.absolute(), hide(set_ or [])
     for name, folder in folders.items():
         plans.append(
@@ -54,11 +78,13 @@ def submit(
                 input=str(source),
                 output=str(folder.absolute()),
                 shards=1 if name == "train" else shards,
+                window_gib=window,
+                conversations=str(input_.absolute()) if in_turns and name == "train" else "",
                 resources=given,
             )
         )
         source = folder.absolute()
-    _submit_all(plans)
+    _submit_all(plans[-1:] if in_turns else plans)
 
 
 @app.command(epilog="Example: distributed status runs/synth")

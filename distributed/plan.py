@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.files import read_json, write_json
 from contracts.shards import shard_folder
 from distributed.resources import DEFAULTS, Resources
-from distributed.tasks import Task, TorchrunTask, stage_words, worker_words
+from distributed.tasks import Task, TorchrunTask, TurnsTask, stage_words, worker_words
 
 PLAN_FILE = "distributed.json"
 STAGES = ("synth", "dump", "train")
@@ -22,7 +22,8 @@ STAGES = ("synth", "dump", "train")
 class StagePlan(BaseModel):
     """One stage of a run: `shards` tasks that read `input` and write to `output`.
 
-    `overrides` are the `--set` words, without secrets (distributed/secrets.py).
+    `overrides` are the `--set` words, without secrets (distributed/secrets.py). `window_gib`: of the rolling store that
+    a dump fills or a training reads. A training with `conversations` fills its store itself, in turns.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,6 +34,8 @@ class StagePlan(BaseModel):
     input: str
     output: str
     shards: int = 1
+    window_gib: float | None = None
+    conversations: str = ""
     resources: Resources = DEFAULTS
 
     @property
@@ -55,14 +58,27 @@ class StagePlan(BaseModel):
         if self.stage == "synth":
             return Task(worker_words([self.recipe, self.input, self.output, *sets]), {"SHARD": shard})
         if self.stage == "dump":
-            places = ("--conversations", self.input, "--output", self.output, "--shard", shard)
-            # As many engines as fit on the task's GPUs, unless `--set` says otherwise.
-            return Task(stage_words("dump", "run", *recipe[:2], "--set", "dump.engines=0", *sets, *places))
+            return Task(self._capture(self.input, self.output, ("--shard", shard)))
         words = ("-m", "train.cli", "offline", *recipe, "--store", self.input, "--output", self.output)
+        if self.window_gib is not None:
+            words += ("--follow",)
         # A checkpoint must fit between SLURM's warning and the time limit; torchrun's own default is 30 s.
         patience_s = max(30, (self.resources.signal_delay_s or 0) - 30)
         env = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(patience_s)}
-        return TorchrunTask(words, env, processes_per_node=self.resources.gpus_per_node or 1)
+        processes = self.resources.gpus_per_node or 1
+        if self.conversations:
+            capture = self._capture(self.conversations, self.input, ("--until-full",))
+            words += ("--until-empty",)
+            return TurnsTask(words, env, processes_per_node=processes, capture=capture, output=self.output)
+        return TorchrunTask(words, env, processes_per_node=processes)
+
+    def _capture(self, conversations: str, store: str, more: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the words of a dump."""
+        sets = [word for value in self.overrides for word in ("--set", value)]
+        window = () if self.window_gib is None else ("--window", f"{self.window_gib:g}")
+        places = ("--conversations", conversations, "--output", store, *window, *more)
+        # As many engines as fit on the task's GPUs, unless `--set` says otherwise.
+        return stage_words("dump", "run", "--recipe", self.recipe, "--set", "dump.engines=0", *sets, *places)
 
     def merge_task(self) -> Task:
         """Return what runs once after all tasks of a synthesis. The last shard of a dump joins its shards itself."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from common.files import read_json
 from contracts.ledger import read_entries
+from contracts.rolling import CaptureState, RollingStore, is_rolling
 from contracts.shards import is_at_work, shard_of
 from distributed.plan import PLAN_FILE, StagePlan, read_plan
 from recipe.load import load_recipe
@@ -39,7 +40,10 @@ def task_status(plan: StagePlan, number: int) -> TaskStatus:
         state = read_json(folder / "run.json", "a task's state")
     counts: Counter[str] = Counter()
     rows = _train_steps(folder) if plan.stage == "train" else 0
-    if plan.stage != "train" and (folder / "ledger.jsonl").exists():
+    if plan.window_gib is not None and (folder / "capture.json").exists():
+        captured = CaptureState.model_validate(read_json(folder / "capture.json", "a capture's state"))
+        rows = len(range(number, captured.next_place, plan.shards))
+    elif plan.stage != "train" and (folder / "ledger.jsonl").exists():
         latest = {_row_of(entry): entry["status"] for entry in read_entries(folder / "ledger.jsonl")}
         counts, rows = Counter(latest.values()), len(latest)
     if state.get("complete"):
@@ -69,12 +73,39 @@ def show_status(plan: StagePlan) -> None:
     if total is not None and rate and total > rows:
         remaining += f", about {_duration((total - rows) / rate)} at {rate:.2f} {unit}/s"
     print(f"{plan.stage}: {line}; {rows} {unit}{remaining}")
+    if plan.stage == "train" and is_rolling(Path(plan.input)):
+        show_window(RollingStore(Path(plan.input)))
+
+
+def show_window(store: RollingStore) -> None:
+    """Print where capture and training of a rolling store are, their rates, and which of them waits for the other."""
+    position, window = store.read_position(), store.window
+    states = [
+        CaptureState.model_validate(read_json(path, "a capture's state"))
+        for path in store.folder.glob("shards/*/capture.json")
+    ]
+    total = window.order["train.num_steps"] * window.order["train.global_batch_size"]
+    held = sum(path.stat().st_size for path in store.folder.rglob("*.safetensors"))
+    captured = min((state.next_place for state in states), default=0)
+    print(
+        f"window: {held / 2**30:.2f} of {window.num_bytes / 2**30:.2f} GiB; of {total} places, {position.first_place} "
+        f"are behind the last checkpoint, {position.next_place} trained, {captured} captured"
+    )
+    busy = sum(max(state.seconds - state.waited_s, 1e-3) for state in states)
+    rate = len(states) * sum(state.tokens for state in states) / busy if states else 0.0
+    idle = 1 - busy / max(sum(state.seconds for state in states), 1e-3) if states else 0.0
+    waits = position.waited_s / max(position.seconds, 1e-3)
+    print(f"capture: {len(states)} processes, {rate:.0f} tokens/s at work; {max(idle, 0.0):.0%} of the time they wait")
+    print(f"train: {waits:.0%} of the time it waits for samples")
 
 
 def count_total(plan: StagePlan, tasks: Sequence[TaskStatus] = ()) -> int | None:
     """Return the number of rows or steps of the finished stage, or None if it is unknown. A dump needs its `tasks`."""
     if plan.stage == "train":
         return load_recipe(Path(plan.recipe), plan.overrides).training().num_steps
+    if plan.stage == "dump" and plan.window_gib is not None:
+        section = load_recipe(Path(plan.recipe), plan.overrides).training()
+        return section.num_steps * section.global_batch_size
     if plan.stage == "dump":
         return _count_samples(plan, tasks)
     if plan.input.endswith(".jsonl") and Path(plan.input).exists():

@@ -1,11 +1,12 @@
 """Submit a plan's tasks to SLURM through submitit: arrays, dependencies of stages, a signal before the time limit.
 
 A task of a dump waits only for the task of the synthesis that writes its shard (SLURM's `aftercorr`). A training waits
-for all jobs before it.
+for all jobs before it, unless it follows a rolling store, which is filled at the same time.
 
 Writes: OUTPUT/distributed.json (distributed/plan.py) and OUTPUT/jobs/, submitit's folder with the log of each task.
 
-On "local" every task is a process of this machine, on "debug" all run in this process, and stages run one by one.
+On "local" every task is a process of this machine, on "debug" all run in this process, and stages run one by one: there
+a rolling store needs --in-turns.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def submit(plan: StagePlan, before: Submitted = NOTHING) -> Submitted:
         return _submit_synth(plan, todo)
     if plan.stage == "dump":
         return _submit_dump(plan, todo, before)
-    after = ":".join(("afterok", *before.jobs)) if before.jobs else ""
+    rolls = plan.window_gib is not None  # it is filled meanwhile
+    after = ":".join(("afterok", *before.jobs)) if before.jobs and not rolls else ""
     _submit("train", [plan.task(number) for number in todo], plan, plan.resources, after)
     return NOTHING
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import submitit
 
+from contracts.run import is_complete
 from distributed.secrets import reveal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,9 @@ class Task:
 
     def __call__(self) -> None:
         """Run the command to its end. Raises RuntimeError for any exit code but 0."""
-        words = self.resolve()
+        self._run(self.resolve())
+
+    def _run(self, words: Sequence[str]) -> None:
         print(f"+ {shlex.join(words)}", flush=True)
         environment = {**os.environ, **self.env, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         # SLURM sends its warning to every process of the task; the command would die of it.
@@ -84,6 +87,20 @@ class TorchrunTask(Task):
             "--max-restarts=3",  # when a process dies, all restart from the last checkpoint
             "--rdzv-backend=c10d", f"--rdzv-endpoint={first}:{port}", f"--rdzv-id={job}", *self.words,
         ]  # fmt: skip
+
+
+@dataclass
+class TurnsTask(TorchrunTask):
+    """Fills a rolling store and trains from it in turns on the same node, until the run in `output` is complete."""
+
+    capture: tuple[str, ...] = ()
+    output: str = ""
+
+    def __call__(self) -> None:
+        """Take turns to the end of the training. Raises RuntimeError when a command fails."""
+        while not is_complete(Path(self.output)):
+            self._run(self.capture)
+            self._run(self.resolve())
 
 
 def first_host(nodes: str | None) -> str:

@@ -77,12 +77,22 @@ def run(
         bool | None,
         typer.Option("--preflight/--no-preflight", help="Prove the engine on a few samples first.", show_default="yes"),
     ] = None,
+    window: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="GiB of a store that rolls: filled in the order of `train offline --follow`, deleted behind it."
+        ),
+    ] = None,
+    until_full: Annotated[
+        bool, typer.Option("--until-full", help="With --window: stop once the window is full; do not wait.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Begin even if the disk seems too small.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Capture the failed samples again.")] = False,
     set_: OverridesOption = None,
 ) -> None:
     """Fill the store, one file per sample. Run again to resume. Several shards may fill one store."""
     from dump.run import dump
+    from dump.window import Rolling, dump_window
 
     flags = {
         "dump.backend": backend,
@@ -92,8 +102,20 @@ def run(
         "dump.staging_dir": staging_dir,
         "dump.preflight": preflight,
     }
-    loaded = load_checked(recipe, set_, flags)
-    dump(loaded, conversations, output, shard=parse_shard(shard), force=force, retry_failed=retry_failed)
+    loaded, part = load_checked(recipe, set_, flags), parse_shard(shard)
+    if window is None:
+        if until_full:
+            raise typer.BadParameter("--until-full needs --window")
+        dump(loaded, conversations, output, shard=part, force=force, retry_failed=retry_failed)
+        return
+    rolling = Rolling(
+        num_bytes=int(window * 2**30),
+        shard=part or (0, 1),
+        until_full=until_full,
+        force=force,
+        retry_failed=retry_failed,
+    )
+    dump_window(loaded, conversations, output, rolling)
 
 
 @app.command(

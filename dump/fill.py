@@ -6,7 +6,7 @@ import errno
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from contracts.store import Store
 from dump.backends import make_backend
 from dump.capture import CaptureBackend, Staged, Staging
 from dump.ledger import DumpLedger
-from dump.samples import Row
+from dump.samples import Capturable
 from dump.staging import open_staging
 from dump.writer import StoreJob, make_pool, store_sample
 from recipe.recipe import Recipe
@@ -53,16 +53,23 @@ class Filler:
         self, backend: CaptureBackend, staging: Staging, pool: ProcessPoolExecutor, job: StoreJob, ledger: DumpLedger
     ) -> None:
         self.backend, self.staging, self._pool, self._job, self._ledger = backend, staging, pool, job, ledger
-        self._in_backend: dict[str, Row] = {}
+        self._in_backend: dict[str, Capturable] = {}
         self._storing: set[Future[dict[str, Any]]] = set()
         self._problems: list[BaseException] = []
 
-    def run(self, rows: Iterator[Row], num_rows: int, tick: Callable[[], None] = lambda: None) -> None:
-        """Capture and store all rows; call `tick` after each.
+    def run(
+        self,
+        rows: Iterator[Capturable],
+        num_rows: int,
+        tick: Callable[[], None] = lambda: None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Capture and store all rows; call `tick` after each. May be called again for further rows.
 
-        Raises UserError if the disk is full, IncompleteError if too many samples are rejected or a writer dies.
+        Shows `progress`, which a caller of several runs has opened. Raises UserError if the disk is full,
+        IncompleteError if too many samples are rejected or a writer dies.
         """
-        with Progress(num_rows, "dump", "sample") as progress:
+        with nullcontext(progress) if progress else Progress(num_rows, "dump", "sample") as progress:
             note = self._make_note()
             try:
                 for staged in self.backend.capture(self._send(rows), self.staging):
@@ -82,7 +89,7 @@ class Filler:
         if self._problems:
             raise self._explain(self._problems[0]) from None
 
-    def _send(self, rows: Iterator[Row]) -> Iterator[tuple[str, list[int]]]:
+    def _send(self, rows: Iterator[Capturable]) -> Iterator[tuple[str, list[int]]]:
         for row in rows:
             self._in_backend[row.sample_id] = row
             yield row.sample_id, row.sample.token_ids
@@ -93,7 +100,7 @@ class Filler:
         self._storing.add(future)
         future.add_done_callback(partial(self._account, row))
 
-    def _account(self, row: Row, future: Future[dict[str, Any]]) -> None:
+    def _account(self, row: Capturable, future: Future[dict[str, Any]]) -> None:
         """Add the ledger entry of a sample that is now durable. Runs in a thread of the pool."""
         try:
             if not future.cancelled():

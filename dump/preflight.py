@@ -235,9 +235,8 @@ class Checker:
         `is_whole`: whether the states are known to be no partial sums.
         """
         start = row.sample.loss_spans[0][0]
-        sample = cut_sample(row.sample, start + JUDGED_TOKENS)
-        kept = len(sample.token_ids)
-        stored = make_stored(row.conversation, sample, Captured(captured.layers[:kept], captured.final[:kept]))
+        part = replace(row, sample=cut_sample(row.sample, start + JUDGED_TOKENS))
+        stored = make_stored(part, Captured(captured.layers[: part.num_tokens], captured.final[: part.num_tokens]))
         dtype = str(captured.final.dtype).removeprefix("torch.")
         judged = judge_states(self._head, stored, self._layer_ids, dtype, tensor_parallel_size=1 if is_whole else 0)
         if judged.found:

@@ -14,9 +14,11 @@ from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from common.files import hash_file
 from contracts.conversation import check_written_by, find_part, hash_conversations
 from contracts.ledger import check_counts
+from contracts.rolling import is_rolling
 from contracts.run import Run
 from contracts.store import Manifest, Store
 from dump.fill import open_filler
@@ -58,12 +60,14 @@ def dump(
     check_written_by(folders[0], target)
     checksum = hash_conversations(folders, shard)
     store = Store(output)
+    if is_rolling(output):
+        raise UserError(output, found="a rolling store", expected="a new folder", fix="Give --window, or another one.")
     folder = output if shard is None else store.shard_folder(*shard)
     elsewhere = ids_elsewhere(store, shard[1]) if shard else frozenset[str]()
     run = Run.open(
         folder,
         STAGE,
-        settings=_settings(recipe, target, shard),
+        settings=dump_settings(recipe, target, shard),
         inputs={"conversations": checksum, "target": target.fingerprint},
         recipe_yaml=recipe.to_yaml(),
     )
@@ -135,7 +139,7 @@ def _transformers_version() -> tuple[str, str]:
     return "transformers", version("transformers")
 
 
-def _settings(recipe: Recipe, target: Target, shard: tuple[int, int] | None) -> dict[str, Any]:
+def dump_settings(recipe: Recipe, target: Target, shard: tuple[int, int] | None) -> dict[str, Any]:
     """Return the settings that change the output; a resume refuses other values."""
     section = recipe.dump.settings()
     del section["args"]  # "serve" has them, without flags that do not change the states

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from contracts.conversation import Conversation, Sample, read_conversations
 from dump.rendered import TemplateMasks
@@ -13,6 +15,22 @@ from recipe.mask import mask_token_of
 from recipe.recipe import Recipe
 from serve.extraction import longest_sample
 from target.target import Target
+
+
+class Capturable(Protocol):
+    """A sample to capture: its id in the store, and the metadata of its file."""
+
+    @property
+    def sample_id(self) -> str: ...
+
+    @property
+    def sample(self) -> Sample: ...
+
+    @property
+    def metadata(self) -> dict[str, str]: ...
+
+    @property
+    def num_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,22 @@ class Row:
     @property
     def num_tokens(self) -> int:
         return len(self.sample.token_ids)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return metadata_of(self.conversation)
+
+
+def metadata_of(conversation: Conversation) -> dict[str, str]:
+    """Return the metadata of the files of a conversation's samples."""
+    return {
+        "conversation_id": conversation.id,
+        "category": conversation.category,
+        "thinking_mode": conversation.thinking_mode,
+        "finish_reason": conversation.finish_reason,
+        "temperature": str(conversation.sampling.get("temperature", "")),
+        "sampling": json.dumps(conversation.sampling),
+    }
 
 
 def read_rows(folders: Sequence[Path], masks: TemplateMasks, shard: tuple[int, int] | None = None) -> Iterator[Row]:

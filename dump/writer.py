@@ -7,7 +7,6 @@ that the engine leaves idle.
 from __future__ import annotations
 
 import ctypes
-import json
 import multiprocessing
 import os
 import signal
@@ -19,10 +18,9 @@ from typing import Any
 import torch
 
 from common.tensor_file import Buffer
-from contracts.conversation import Conversation, Sample
 from contracts.store import Store, StoredSample
 from dump.capture import Captured, CaptureError, Staged, load_staged
-from dump.samples import Row
+from dump.samples import Capturable
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 LOWEST_PRIORITY = 19
@@ -60,29 +58,20 @@ def _yield_to_the_engine() -> None:
         os.nice(LOWEST_PRIORITY)
 
 
-def store_sample(job: StoreJob, row: Row, staged: Staged) -> dict[str, Any]:
+def store_sample(job: StoreJob, row: Capturable, staged: Staged) -> dict[str, Any]:
     """Check and durably store a staged sample; return its ledger entry. Raises OSError, e.g. for a full disk."""
     try:
         captured = load_staged(staged, row.sample.token_ids, job.num_layers, job.hidden_size)
     except CaptureError as error:
         return {"id": row.sample_id, "status": "failed", "reason": str(error)}
-    stored = make_stored(row.conversation, row.sample, captured)
-    fields = job.store.write_sample(row.sample_id, stored, job.dtype, _buffer)
+    fields = job.store.write_sample(row.sample_id, make_stored(row, captured), job.dtype, _buffer)
     return {"id": row.sample_id, "status": "done", "tokens": row.num_tokens, **fields}
 
 
-def make_stored(conversation: Conversation, sample: Sample, captured: Captured) -> StoredSample:
+def make_stored(row: Capturable, captured: Captured) -> StoredSample:
     """Return the stored form of a sample, with its mask and metadata."""
-    mask = torch.zeros(len(sample.token_ids), dtype=torch.bool)
-    for start, end in sample.loss_spans:
+    mask = torch.zeros(row.num_tokens, dtype=torch.bool)
+    for start, end in row.sample.loss_spans:
         mask[start:end] = True
-    metadata = {
-        "conversation_id": conversation.id,
-        "category": conversation.category,
-        "thinking_mode": conversation.thinking_mode,
-        "finish_reason": conversation.finish_reason,
-        "temperature": str(conversation.sampling.get("temperature", "")),
-        "sampling": json.dumps(conversation.sampling),
-    }
-    ids = torch.tensor(sample.token_ids, dtype=torch.int32)
-    return StoredSample(ids, mask, captured.final, captured.layers.flatten(1), metadata)
+    ids = torch.tensor(row.sample.token_ids, dtype=torch.int32)
+    return StoredSample(ids, mask, captured.final, captured.layers.flatten(1), row.metadata)

@@ -94,6 +94,18 @@ class TrainSection(Section):
                 fix="Raise it, accumulate less, or start fewer processes.",
             )
 
+    def order(self, max_tokens: int) -> dict[str, Any]:
+        """Return what decides which sample is read at which place (drafts/order.py), by key of the recipe."""
+        return {
+            "target.max_model_len": max_tokens,
+            "train.seed": self.seed,
+            "train.max_samples": self.max_samples,
+            "train.held_out_fraction": self.held_out_fraction,
+            "train.evaluate_samples": self.evaluate_samples if self.held_out_fraction else 0,
+            "train.num_steps": self.num_steps,
+            "train.global_batch_size": self.global_batch_size,
+        }
+
     @property
     def batch_size(self) -> int:
         """Samples of one accumulated batch, over all processes."""

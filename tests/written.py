@@ -13,6 +13,7 @@ from contracts.run import Run
 from contracts.store import Manifest, Store
 from dump.capture import Captured
 from dump.hf import load_model
+from dump.samples import Row
 from dump.writer import make_stored
 from target.target import Target
 
@@ -96,10 +97,9 @@ def write_store(folder: Path, target: Target, num_samples: int = 10, layer_ids: 
             states[layer_id] = torch.randn(60, target.hidden_size, generator=of_layer[layer_id])
         layers = torch.stack([states[layer_id] for layer_id in layer_ids], dim=1)
         final = torch.randn(60, target.hidden_size, generator=generator)
-        fields = store.write_sample(
-            f"{conversation.id}-0", make_stored(conversation, conversation.samples[0], Captured(layers, final))
-        )
-        ledger.append([{"id": f"{conversation.id}-0", "status": "done", "tokens": 60, **fields}])
+        row = Row(f"{conversation.id}-0", conversation, conversation.samples[0])
+        fields = store.write_sample(row.sample_id, make_stored(row, Captured(layers, final)))
+        ledger.append([{"id": row.sample_id, "status": "done", "tokens": 60, **fields}])
     ledger.close()
     opened.finish({"samples": num_samples})
     opened._lock.close()

@@ -16,7 +16,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,12 +47,15 @@ STATE = "state"
 class Checkpoints:
     """Writes the checkpoints of a run; every process has one and calls its methods at the same steps."""
 
-    def __init__(self, training: Training) -> None:
+    def __init__(self, training: Training, on_saved: Callable[[int], None] = lambda _: None) -> None:
+        """`on_saved` is called with the step on the first process, by a thread, once a checkpoint is on disk."""
         # For a single process torch warns that it has no process group, from a thread.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        self._training = training
+        self._training, self._on_saved = training, on_saved
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
+        steps = training.run.steps()
+        self.last_step = steps[-1] if steps else 0
 
     def save(self, step: int, best_length: float | None = None) -> None:
         """Begin to write step-<number>; wait for the one before.
@@ -60,6 +63,7 @@ class Checkpoints:
         `best_length`: the predicted acceptance length if this checkpoint is the best so far.
         """
         self.finish()
+        self.last_step = step
         training, processes = self._training, self._training.processes
         temporary = _temporary(training.run.step_folder(step))
         if processes.is_first:
@@ -119,6 +123,7 @@ class Checkpoints:
         for old in run.steps()[: -training.section.keep_checkpoints]:
             if old != best:
                 shutil.rmtree(run.step_folder(old))
+        self._on_saved(step)
 
 
 def load_checkpoint(

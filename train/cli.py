@@ -55,13 +55,23 @@ def offline(
     recipe: RecipeOption,
     store: Annotated[Path, typer.Option(help="A store that `dump run` wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.")],
+    follow: Annotated[
+        bool, typer.Option("--follow", help="The store is one that `dump run --window` fills meanwhile.")
+    ] = False,
+    until_empty: Annotated[
+        bool,
+        typer.Option("--until-empty", help="With --follow: save and stop where samples are missing; do not wait."),
+    ] = False,
     force: ForceOption = False,
     set_: OverridesOption = None,
 ) -> None:
     """Train to the recipe's number of steps; an interrupted run resumes from its last checkpoint."""
-    from train.offline import train_offline
+    from train.offline import Following, train_offline
 
-    train_offline(load_checked(recipe, set_), store, output, force=force)
+    if until_empty and not follow:
+        raise typer.BadParameter("--until-empty needs --follow")
+    following = Following(until_empty) if follow else None
+    train_offline(load_checked(recipe, set_), store, output, force=force, follow=following)
 
 
 @app.command(

@@ -20,16 +20,17 @@ import numpy as np
 import torch
 
 from common.errors import UserError
-from common.files import hash_json
 from common.progress import track
 from contracts.modelopt import ModelOptStore, is_modelopt, open_modelopt
+from contracts.rolling import RollingStore, is_rolling
 from contracts.store import Manifest, Store, StoredSample, find_token, open_store
 from drafts.batch import Batch
 from drafts.moving import tensors_of, to_device
-from drafts.places import anchor_places
+from drafts.order import Order, choose_samples
 from recipe.recipe import Recipe
 from recipe.train import TrainSection
 from target.target import Target
+from train.follow import Follower, open_followed
 from train.processes import Processes
 
 AnyStore = Store | ModelOptStore
@@ -39,8 +40,16 @@ MAX_PLACES = 1_000_000
 """Places of the sequence of samples that `largest_masks` looks at: about a second."""
 
 
-def open_states(recipe: Recipe, folder: Path, target: Target) -> tuple[AnyStore, Manifest]:
-    """Open a store, or a folder in ModelOpt's layout. Raises UserError if it is of another target."""
+def open_states(recipe: Recipe, folder: Path, target: Target, *, follow: bool = False) -> tuple[AnyStore, Manifest]:
+    """Open a whole store, a folder in ModelOpt's layout, or, to `follow` it, a rolling store.
+
+    Raises UserError if it is of another target.
+    """
+    if follow:
+        rolling = open_followed(recipe, folder, target)
+        return rolling, rolling.read_manifest()
+    if is_rolling(folder):
+        raise UserError(folder, found="a rolling store", expected="a whole one", fix="Train on it with --follow.")
     if is_modelopt(folder):
         return open_modelopt(folder, target, recipe.target.aux_layers)
     return open_store(folder, target)
@@ -82,12 +91,9 @@ class Samples:
         """Split the store's samples. Raises UserError if none is left to train on."""
         self.store, self.section, self.max_tokens = store, section, max_tokens
         self._on_gpu = on_gpu
-        ids = store.sample_ids()[: section.max_samples]
-        self.cut_away = _cut_away(store, ids, max_tokens)
-        ids = [id_ for id_ in ids if id_ not in self.cut_away]
-        self.held_out = [id_ for id_ in ids if _share(id_) < section.held_out_fraction]
-        kept_back = set(self.held_out)
-        self.ids = [id_ for id_ in ids if id_ not in kept_back]
+        self.follower = Follower(store, section.batch_size) if isinstance(store, RollingStore) else None
+        chosen = choose_samples(store, max_tokens, section.max_samples, section.held_out_fraction)
+        self.ids, self.held_out, self.cut_away = chosen.train, chosen.held_out, chosen.cut_away
         if not self.ids:
             raise UserError(
                 store.folder,
@@ -98,7 +104,7 @@ class Samples:
         self.truncated: set[str] = set()
         self._cache: dict[str, StoredSample] = {}
         self._room = cache_bytes
-        self._epoch, self._order = -1, list[int]()
+        self._order = Order(len(self.ids), section.seed)
         self._lock = threading.Lock()
 
     def read(self, sample_id: str) -> StoredSample:
@@ -108,11 +114,7 @@ class Samples:
         """
         if sample_id in self._cache:
             return self._cache[sample_id]
-        needed = self.section.draft.needs_final_states
-        sample = self.store.read_sample(sample_id, final_states=needed, decode=not self._on_gpu)
-        if sample.num_tokens > self.max_tokens:
-            self.truncated.add(sample_id)
-            sample = sample.cut(self.max_tokens)
+        sample = self._read_file(sample_id, sample_id)
         size = sample.aux_hidden_states.nbytes + sample.hidden_states.nbytes
         with self._lock:
             if size <= self._room:
@@ -120,12 +122,51 @@ class Samples:
                 self._cache[sample_id] = sample
         return sample
 
+    def _read_file(self, name: str, sample_id: str) -> StoredSample:
+        """Read the sample that has `name` in the store, and cut it."""
+        needed = self.section.draft.needs_final_states
+        sample = self.store.read_sample(name, final_states=needed, decode=not self._on_gpu)
+        if sample.num_tokens > self.max_tokens:
+            self.truncated.add(sample_id)
+            sample = sample.cut(self.max_tokens)
+        return sample
+
+    def _read_at(self, place: int) -> tuple[str, StoredSample]:
+        """Return the id and the sample at a place of the order. Raises UserError if its file has other tokens."""
+        if self.follower is None:
+            sample_id = self._pick(place)
+            return sample_id, self.read(sample_id)
+        sample_id, name = self.follower.locate(place)
+        sample = self._read_file(name, sample_id)
+        if not torch.equal(sample.input_ids, self.store.read_token_ids(sample_id)[: sample.num_tokens]):
+            raise UserError(
+                self.store.sample_path(name),
+                found="other token ids than the index has for this place",
+                expected=f"those of sample {sample_id}",
+                fix="Delete this file: it is captured again. Look for two captures of one place.",
+            )
+        return sample_id, sample
+
+    def close(self) -> None:
+        """Let threads that wait for samples of a rolling store end."""
+        if self.follower is not None:
+            self.follower.stop()
+
+    def read_looks(self, sample_ids: Iterable[str]) -> Iterator[StoredSample]:
+        """Yield samples to evaluate on, decoded. Of a rolling store they are held out; failed captures are left out."""
+        for sample_id in sample_ids:
+            if self.follower is not None:
+                self.follower.wait_for(sample_id)
+            if self.follower is None or self.store.sample_path(sample_id).exists():
+                yield self.read(sample_id).decoded()
+
     def count_supervised(self, vocab_size: int) -> torch.Tensor:
         """Return how often each token is supervised in the training samples, `(V,)`."""
         counts = torch.zeros(vocab_size, dtype=torch.long)
         for sample_id in track(self.ids, desc="vocabulary", unit="sample"):
-            sample = self.read(sample_id)
-            counts += torch.bincount(sample.input_ids[sample.loss_mask].long(), minlength=vocab_size)
+            mask = self.store.read_mask(sample_id)[: self.max_tokens]
+            token_ids = self.store.read_token_ids(sample_id)[: self.max_tokens]
+            counts += torch.bincount(token_ids[mask].long(), minlength=vocab_size)
         return counts
 
     def largest_masks(self, rank: int, world: int) -> list[torch.Tensor]:
@@ -153,9 +194,7 @@ class Samples:
         """Return this process's part of batch `number`."""
         first = number * self.section.batch_size
         places = range(first + rank, first + self.section.batch_size, world)
-        with self._lock:
-            picked = [self._pick(place) for place in places]
-        samples = [self.read(sample_id) for sample_id in picked]
+        picked, samples = zip(*map(self._read_at, places), strict=True)
         return Batch(
             token_ids=torch.cat([sample.input_ids for sample in samples]).long(),
             loss_mask=torch.cat([sample.loss_mask for sample in samples]),
@@ -163,7 +202,7 @@ class Samples:
             hidden_states=self._join([sample.hidden_states for sample in samples]),
             scales={name: self._join([sample.scales[name] for sample in samples]) for name in samples[0].scales},
             lengths=[sample.num_tokens for sample in samples],
-            sample_ids=picked,
+            sample_ids=list(picked),
             seeds=[self.section.seed * 1_000_003 + place for place in places],
         )
 
@@ -181,12 +220,7 @@ class Samples:
 
     def _pick(self, place: int) -> str:
         """Return the id of the sample at `place` in the endless sequence of shuffled epochs."""
-        epoch, offset = divmod(place, len(self.ids))
-        if self._epoch != epoch:
-            generator = torch.Generator().manual_seed(self.section.seed * 7_919 + epoch)
-            self._order = torch.randperm(len(self.ids), generator=generator).tolist()
-            self._epoch = epoch
-        return self.ids[self._order[offset]]
+        return self.ids[self._order.pick(place)]
 
 
 @dataclass(frozen=True)
@@ -271,20 +305,3 @@ def _take(planned: Planned, event: torch.cuda.Event) -> Planned:
     for tensor in tensors_of(planned):
         tensor.record_stream(current)
     return replace(planned, batch=planned.batch.decoded())
-
-
-def _cut_away(store: AnyStore, ids: list[str], max_tokens: int) -> set[str]:
-    """Return the samples with nothing to draft within `max_tokens`; only longer samples are read."""
-    if isinstance(store, ModelOptStore):
-        return set()  # ModelOpt's layout has no lengths: such a sample is an error when a batch plans it
-    lengths = store.lengths()
-    return {
-        id_
-        for id_ in ids
-        if lengths.get(id_, 0) > max_tokens and not len(anchor_places(store.read_mask(id_)[:max_tokens]))
-    }
-
-
-def _share(sample_id: str) -> float:
-    """Hash a sample's conversation to [0, 1): the same for all its samples and in every store."""
-    return int(hash_json(sample_id.rpartition("-")[0] or sample_id)[:8], 16) / 2**32

@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -53,15 +53,25 @@ LOW = 0.2
 """Share of accepted first draft tokens below which a draft that was trained elsewhere is suspect."""
 
 
-def train_offline(recipe: Recipe, store_folder: Path, output: Path, *, force: bool = False) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Following:
+    """How to train from a rolling store. `until_empty`: save and stop where the next samples are not there yet."""
+
+    until_empty: bool = False
+
+
+def train_offline(
+    recipe: Recipe, store_folder: Path, output: Path, *, force: bool = False, follow: Following | None = None
+) -> dict[str, Any] | None:
     """Train to `train.num_steps`, or resume; return the summary (steps, parameters, last loss).
 
-    Raises UserError for a store of another target or with other layers than the recipe's, or, without `force`, for a
+    With `follow`, from a rolling store while it is captured; until_empty may return None before the last step. Raises
+    UserError for a store of another target or with other layers than the recipe's, or, without `force`, for a
     step that does not fit into memory; IncompleteError if SIGTERM stopped the run, after a checkpoint.
     """
     section = recipe.training()
     target = Target.here(recipe.target)
-    store, manifest = open_states(recipe, store_folder, target)
+    store, manifest = open_states(recipe, store_folder, target, follow=follow is not None)
     config, start = make_config(recipe, target, manifest), None
     if section.init_from is not None:
         start = open_start(section.init_from, recipe, target, to_train=True)
@@ -97,8 +107,8 @@ def train_offline(recipe: Recipe, store_folder: Path, output: Path, *, force: bo
         if start is not None:
             _check_layers(start, config, manifest, samples, head)
         training = _prepare(Job(recipe, config, samples, DraftRun(output), start), head, processes)
-        summary = _train(training, run)
-        if run is not None:
+        summary = _train(training, run, follow or Following())
+        if run is not None and summary is not None:
             run.finish(summary)
             print(f"train: {_describe(summary)} in {run.seconds:.0f} s -> {output}")
         return summary
@@ -126,7 +136,7 @@ def _check_layers(start: Start, config: DraftConfig, manifest: Manifest, samples
         draft = start.method.build(config)
         load_start(start, draft, head)
         looked_at = (samples.held_out or samples.ids)[:FEW]
-        return acceptance_of(draft.eval(), head, (samples.read(id_).decoded() for id_ in looked_at))
+        return acceptance_of(draft.eval(), head, samples.read_looks(looked_at))
 
     refuse_layers(start, manifest.layer_ids, predict, exact=True)
 
@@ -203,19 +213,30 @@ def _initialize(job: Job, draft: Draft, head: TargetHead) -> list[str]:
     return [f"starts from {start.folder}", *load_start(start, draft, head), *list_changes(start, config), *taken]
 
 
-def _train(training: Training, run: Run | None) -> dict[str, Any]:
-    """Run the loop from the last checkpoint to the last step; return the summary."""
-    section, processes = training.section, training.processes
+def _train(training: Training, run: Run | None, following: Following) -> dict[str, Any] | None:
+    """Run the loop from the last checkpoint to the last step; return the summary, or None if samples are missing."""
+    section, processes, follower = training.section, training.processes, training.samples.follower
     num_parameters = sum(p.numel() for p in training.draft.parameters())
     first_step = load_checkpoint(training.run, processes, training.model, training.optimizers)
     loss = cut_metrics(training.run.metrics_path, first_step) if processes.is_first else math.nan
     best_length = training.run.best_length()
     batches = read_ahead(training.samples, first_step, processes, training.draft.plan)
-    log, checkpoints = Log(training.run, section, processes, first_step), Checkpoints(training)
-    with log, stop_at_sigterm() as stopped:
+    log = Log(training.run, section, processes, first_step)
+    if follower is None:
+        checkpoints = Checkpoints(training)
+    else:
+        follower.start(first_step, processes)
+        checkpoints = Checkpoints(training, follower.note_saved)
+    with log, closing(training.samples), stop_at_sigterm() as stopped:
         if training.at_start is not None and training.samples.held_out:
             log.note_start(training.at_start.acceptance_length)
         for step in range(first_step, section.num_steps):
+            if follower is not None:
+                log.start("data")
+                found = follower.wait_for_step(step, processes, stopped, until_empty=following.until_empty)
+                if found != "ready":
+                    _pause(training, checkpoints, step, found)
+                    return None
             counts, normalizer, norm = _step(training, batches, step, log)
             log.start("rest")
             log.count()
@@ -228,18 +249,29 @@ def _train(training: Training, run: Run | None) -> dict[str, Any]:
                 log.note_acceptance(step, length)
                 improved, best_length = length > best_length, max(length, best_length)
             stop = bool(processes.sum(torch.tensor(int(stopped["signal"]))))
-            if (step + 1) % section.checkpoint_every == 0 or last or stop or improved:
+            moves = follower is not None and follower.must_save(step + 1, checkpoints.last_step)
+            if (step + 1) % section.checkpoint_every == 0 or last or stop or improved or moves:
                 checkpoints.save(step + 1, best_length if improved else None)
                 log.draw(at_once=last or stop)
             if stop and not last:
-                checkpoints.finish()
-                raise IncompleteError(
-                    f"{training.run.folder}: stopped by SIGTERM after step {step + 1}, which is saved. Run again."
-                )
+                _pause(training, checkpoints, step + 1, "stop")
             if run is not None:
                 run.tick()
         checkpoints.finish()
     return _summarize(training, num_parameters, loss, best_length)
+
+
+def _pause(training: Training, checkpoints: Checkpoints, step: int, why: Literal["stop", "empty"]) -> None:
+    """Save a checkpoint after `step` steps. Raises IncompleteError if the run was told to stop."""
+    if step > checkpoints.last_step:
+        checkpoints.save(step)
+    checkpoints.finish()
+    if why == "stop":
+        raise IncompleteError(
+            f"{training.run.folder}: stopped by SIGTERM after step {step}, which is saved. Run again."
+        )
+    if training.processes.is_first:
+        print(f"train: saved after step {step}; the samples of the next step are not there yet")
 
 
 def _step(
@@ -331,7 +363,7 @@ def predicted_acceptance(
     draft.eval()
     own = sample_ids[: samples.section.evaluate_samples][processes.rank :: processes.world]
     with processes.autocast():
-        found = acceptance_of(draft, head, (samples.read(id_).decoded() for id_ in own))
+        found = acceptance_of(draft, head, samples.read_looks(own))
     draft.train()
     return Acceptance(tuple(processes.sum(torch.tensor(found.histogram)).tolist()))
 

@@ -21,7 +21,7 @@ from distributed.plan import StagePlan, read_plan
 from distributed.resources import DEFAULTS, Resources
 from distributed.secrets import VARIABLE, hide, hide_again, reveal
 from distributed.submit import Submitted, submit
-from distributed.tasks import Task
+from distributed.tasks import Task, TurnsTask
 from recipe.load import load_recipe
 
 Job = tuple[str, list[str], str]
@@ -283,3 +283,43 @@ def test_torchrun_leaves_a_checkpoint_the_time_that_slurms_warning_gives(
     assert (tmp_path / "said").read_text() == f"{timeout}\n"
     monkeypatch.setenv(variable, timeout)
     assert LaunchConfig(1, 1, 1).shutdown_timeout == int(timeout)  # torchrun's own word for it
+
+
+def submit_rolling(recipe_path: Path, folder: Path, *more: object, check: bool = True) -> str:
+    return run_here(
+        "distributed", "submit", "rolling", "--recipe", recipe_path, "--input", folder / "conversations", "--output",
+        folder, "--window", 0.5, *more, check=check,
+    ).stderr  # fmt: skip
+
+
+def test_a_rolling_store_is_filled_and_read_by_jobs_that_wait_for_nothing(
+    recipe_path: Path, jobs: list[Job], tmp_path: Path
+) -> None:
+    submit_rolling(recipe_path, tmp_path, "--shards", 2)
+    assert jobs == [("dump", ["0/2", "1/2"], ""), ("train", [], "")]
+    dump, train = (read_plan(tmp_path / stage) for stage in ("dump", "train"))
+    assert "--window 0.5 --shard 1/2" in " ".join(dump.task(1).words)
+    assert train.task(0).words[-3:] == ("--output", str(tmp_path / "train"), "--follow")
+    assert train.input == dump.output
+
+
+def test_in_turns_one_task_fills_the_store_and_trains(recipe_path: Path, jobs: list[Job], tmp_path: Path) -> None:
+    submit_rolling(recipe_path, tmp_path, "--in-turns")
+    assert [job[0] for job in jobs] == ["train"]
+    task = read_plan(tmp_path / "train").task(0)
+    assert isinstance(task, TurnsTask)
+    assert " ".join(task.capture).endswith(f"--output {tmp_path / 'dump'} --window 0.5 --until-full")
+    assert task.words[-2:] == ("--follow", "--until-empty")
+
+
+def test_rolling_at_the_same_time_needs_a_scheduler(recipe_path: Path, tmp_path: Path) -> None:
+    assert "Give --in-turns" in submit_rolling(recipe_path, tmp_path, "--cluster", "local", check=False)
+
+
+def test_turns_go_on_until_the_training_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_file, said = tmp_path / "run.json", tmp_path / "said"
+    train = f"echo train >> {said}; [ $(wc -l < {said}) -lt 6 ] || echo '{{\"complete\": true}}' > {run_file}"
+    task = TurnsTask(("ignored",), capture=("sh", "-c", f"echo capture >> {said}"), output=str(tmp_path))
+    monkeypatch.setattr(TurnsTask, "resolve", lambda _: ["sh", "-c", train])
+    task()
+    assert said.read_text().split() == ["capture", "train"] * 3

@@ -136,8 +136,7 @@ def test_shards_hold_every_sample_once_whatever_the_order(recipe_path: Path, tmp
 
 def test_the_mask_covers_the_loss_spans_and_nothing_else() -> None:
     conversation = make_conversation(samples=[Sample(token_ids=[1, 2, 3, 4, 5], loss_spans=[(1, 2), (3, 5)])])
-    stored = make_stored(
-        conversation, conversation.samples[0], Captured(torch.zeros(5, 2, HIDDEN), torch.zeros(5, HIDDEN))
-    )
+    row = Row(f"{conversation.id}-0", conversation, conversation.samples[0])
+    stored = make_stored(row, Captured(torch.zeros(5, 2, HIDDEN), torch.zeros(5, HIDDEN)))
     assert stored.loss_mask.tolist() == [False, True, False, True, True]
     assert stored.aux_hidden_states.shape == (5, 2 * HIDDEN)

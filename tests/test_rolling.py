@@ -1,0 +1,320 @@
+"""Rolling stores: weights equal to the bit to those of a whole store, whatever is killed; a bounded disk."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, command, read_lines, run_here
+from safetensors.torch import load_file
+from written import write_conversations
+
+from contracts.rolling import RollingStore, place_key
+from contracts.run import is_complete
+from dump.capture import Staged, Staging
+from dump.hf import Transformers
+
+SETTINGS = ["--set", "dump.backend=hf", "--set", "train.num_steps=24", "--set", "train.checkpoint_every=1000"]
+PLACES = 96
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def conversations(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_conversations(target_folder, tmp_path_factory.mktemp("conversations"), 60)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe_path: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a whole store; its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    args = ["--recipe", recipe_path, *SETTINGS]
+    run_here("dump", "run", *args, "--conversations", conversations, "--output", folder / "store")
+    run_here("train", "offline", *args, "--store", folder / "store", "--output", folder / "draft")
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "draft/step-000024/weights.safetensors")
+
+
+def store_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def capture(recipe: Path, conversations: Path, folder: Path, window: float, *more: object) -> list[str]:
+    places = ["--conversations", conversations, "--output", folder / "store", "--window", window]
+    return command("dump", "run", "--recipe", recipe, *SETTINGS, *places, *more)
+
+
+def follow(recipe: Path, folder: Path, *more: object) -> list[str]:
+    places = ["--store", folder / "store", "--output", folder / "draft", "--follow"]
+    return command("train", "offline", "--recipe", recipe, *SETTINGS, *places, *more)
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[list[int]]:
+    """The bytes of a store while it is filled; the largest comes first."""
+    peak, stop = [0], threading.Event()
+
+    def look() -> None:
+        while not stop.wait(0.01):
+            found = 0
+            for path in folder.rglob("*"):
+                try:
+                    found += path.stat().st_size
+                except FileNotFoundError:
+                    continue
+            peak[0] = max(peak[0], found)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def run_together(*commands: list[str], logs: Path, timeout_s: float = 240.0) -> list[str]:
+    """Run commands at the same time to their ends, and return what each said; none may fail."""
+    files = [(logs / f"{number}.log").open("w+") for number in range(len(commands))]
+    running = [
+        subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        for words, file in zip(commands, files, strict=True)
+    ]
+    deadline = time.monotonic() + timeout_s
+    try:
+        while any(process.poll() is None for process in running):
+            assert time.monotonic() < deadline, [file.name for file in files]
+            assert not any(process.returncode for process in running), [Path(file.name).read_text() for file in files]
+            time.sleep(0.05)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    said = [Path(file.name).read_text() for file in files]
+    assert not any(process.returncode for process in running), said
+    return said
+
+
+def same_weights(folder: Path, other: Path) -> bool:
+    ours, theirs = weights(folder), weights(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_window_gives_the_weights_of_the_whole_store_within_its_bytes(
+    recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path
+) -> None:
+    window = 0.3 * store_bytes(whole / "store")
+    with watched(tmp_path / "store") as peak:
+        run_together(
+            capture(recipe_path, conversations, tmp_path, window / GIB, "--shard", "0/2"),
+            capture(recipe_path, conversations, tmp_path, window / GIB, "--shard", "1/2"),
+            follow(recipe_path, tmp_path),
+            logs=tmp_path,
+        )
+    assert same_weights(tmp_path, whole)
+    assert 0.8 * window < peak[0] < 1.1 * window
+    assert not list((tmp_path / "store/places").rglob("*"))
+
+
+def take_turns(
+    recipe: Path, conversations: Path, folder: Path, window: float, *more: object, max_turns: int = 100
+) -> Iterator[str]:
+    """Fill the window and train from it in turns, in this process; yield what each turn of the trainer said."""
+    for _ in range(max_turns):
+        run_here(*names(capture(recipe, conversations, folder, window / GIB, "--until-full", *more)))
+        yield run_here(*names(follow(recipe, folder, "--until-empty", *more))).stdout
+        if is_complete(folder / "draft"):
+            return
+    raise AssertionError("the training does not end")
+
+
+def names(words: list[str]) -> list[str]:
+    """The words of a command with its name in place of its path."""
+    return [Path(words[0]).name, *words[1:]]
+
+
+def test_capture_and_training_may_take_turns_and_go_back_to_an_earlier_checkpoint(
+    recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path
+) -> None:
+    window, went_back = 0.4 * store_bytes(whole / "store"), False
+    for number, said in enumerate(take_turns(recipe_path, conversations, tmp_path, window)):
+        steps = sorted((tmp_path / "draft").glob("step-*"))
+        if number == 1:
+            assert len(steps) == 2
+            shutil.rmtree(steps[-1])  # as if it were damaged: the run goes on from the one before
+            went_back = True
+        elif not is_complete(tmp_path / "draft"):
+            assert "the samples of the next step are not there yet" in said
+    assert went_back
+    assert same_weights(tmp_path, whole)
+    assert "is finished, skipped" in run_here(*names(follow(recipe_path, tmp_path))).stdout
+    said = run_here(*names(capture(recipe_path, conversations, tmp_path, window / GIB))).stdout
+    assert f"{PLACES} samples in the trainer's order, 0 failed" in said
+    assert not list((tmp_path / "store/places").rglob("*"))
+
+
+def test_held_out_samples_stay_and_choose_the_same_best_checkpoint(
+    recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path
+) -> None:
+    more = ["--set", "train.held_out_fraction=0.15", "--set", "train.evaluate_every=10"]
+    args = ["--recipe", recipe_path, *SETTINGS, *more]
+    run_here("train", "offline", *args, "--store", whole / "store", "--output", tmp_path / "whole/draft")
+    window = 0.9 * store_bytes(whole / "store")
+    list(take_turns(recipe_path, conversations, tmp_path, window, *more))
+    assert same_weights(tmp_path, tmp_path / "whole")
+    best = [(folder / "draft/best.json").read_text() for folder in (tmp_path, tmp_path / "whole")]
+    assert best[0] == best[1]
+
+
+def test_a_sample_that_cannot_be_captured_is_replaced_by_one_of_its_batch_and_counted(
+    recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = Transformers.capture
+
+    def fail_at(self: Transformers, samples: Iterator[tuple[str, list[int]]], staging: Staging) -> Iterator[Staged]:
+        for name, token_ids in samples:
+            if name in (place_key(5), place_key(9)):
+                yield Staged(name, None, "the engine says no")
+            else:
+                yield from captured(self, iter([(name, token_ids)]), staging)
+
+    monkeypatch.setattr(Transformers, "capture", fail_at)
+    window, more = 0.5 * store_bytes(whole / "store"), ("--set", "dump.max_reject_fraction=0.03")
+    list(take_turns(recipe_path, conversations, tmp_path, window, *more))
+    said = run_here(*names(capture(recipe_path, conversations, tmp_path, window / GIB, *more))).stdout
+    assert f"{PLACES - 2} samples in the trainer's order, 2 failed" in said
+    entries = read_lines(tmp_path / "store/shards/00000-of-00001/ledger.jsonl")
+    assert {entry["id"]: entry["reason"] for entry in entries} == {
+        place_key(5): "the engine says no",
+        place_key(9): "the engine says no",
+    }
+    assert not same_weights(tmp_path, whole)
+
+
+def test_too_many_failures_stop_the_capture(
+    recipe_path: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_self: Transformers, samples: Iterator[tuple[str, list[int]]], _staging: Staging) -> Iterator[Staged]:
+        for name, _ in samples:
+            yield Staged(name, None, "the engine says no")
+
+    monkeypatch.setattr(Transformers, "capture", fail)
+    words = names(capture(recipe_path, conversations, tmp_path, 0.01, "--until-full", "--no-preflight"))
+    result = run_here(*words, check=False)
+    assert result.returncode == 1
+    assert "samples rejected (the first: the engine says no)" in result.stderr
+
+
+def test_what_cannot_work_is_refused_beforehand(
+    recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path
+) -> None:
+    def refused(words: list[str]) -> str:
+        result = run_here(*names(words), check=False)
+        assert result.returncode == 2, result.stderr
+        return result.stderr.splitlines()[-1]
+
+    small = refused(capture(recipe_path, conversations, tmp_path / "small", 1e-5))
+    assert "--window: found 1e-05 GiB, expected at least" in small
+    assert "the largest step" in small
+    assert "found a whole store" in refused(capture(recipe_path, conversations, whole, 0.01))
+    assert "found a whole store, expected a rolling one" in refused(follow(recipe_path, whole))
+    window = ["--until-full", "--no-preflight"]
+    run_here(*names(capture(recipe_path, conversations, tmp_path, 0.001, *window)))
+    assert "(num_bytes)" in refused(capture(recipe_path, conversations, tmp_path, 0.002, "--shard", "0/2"))
+    other_seed = refused(follow(recipe_path, tmp_path, "--set", "train.seed=7"))
+    assert "window.json (train.seed): found 0, expected 7" in other_seed
+    args = ["--recipe", recipe_path, *SETTINGS]
+    whole_store = command("dump", "run", *args, "--conversations", conversations, "--output", tmp_path / "store")
+    assert "found a rolling store" in refused(whole_store)
+    without = command("train", "offline", *args, "--store", tmp_path / "store", "--output", tmp_path / "draft")
+    assert "Train on it with --follow" in refused(without)
+    start = refused(follow(recipe_path, tmp_path, "--set", f"train.init_from={whole / 'draft'}"))
+    assert "train.held_out_fraction" in start
+
+
+def test_a_sample_with_other_tokens_than_the_index_is_refused(
+    recipe_path: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run_here(*names(capture(recipe_path, conversations, tmp_path, 0.001, "--until-full", "--no-preflight")))
+    store = RollingStore(tmp_path / "store")
+    shutil.copy(store.sample_path(place_key(1)), store.sample_path(place_key(0)))
+    result = run_here(*names(follow(recipe_path, tmp_path, "--until-empty")), check=False)
+    assert result.returncode == 2
+    assert "000000000000.safetensors: found other token ids than the index has for this place" in result.stderr
+
+
+def test_sigterm_saves_and_stops_a_trainer_that_waits(recipe_path: Path, conversations: Path, tmp_path: Path) -> None:
+    run_here(*names(capture(recipe_path, conversations, tmp_path, 0.001, "--until-full", "--no-preflight")))
+    store = RollingStore(tmp_path / "store")
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(follow(recipe_path, tmp_path), cwd=ROOT, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while store.read_position().waited_s < 1.0:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 1
+    assert "stopped by SIGTERM after step" in (tmp_path / "log").read_text()
+    steps = [int(path.name[5:]) for path in (tmp_path / "draft").glob("step-*")]
+    assert store.read_position().first_place == 4 * max(steps)
+
+
+@pytest.mark.long
+def test_twenty_kills_of_either_side_change_nothing(
+    recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path
+) -> None:
+    window, rng = 0.15 * store_bytes(whole / "store"), random.Random(0)
+    sides = {
+        "capture 0": capture(recipe_path, conversations, tmp_path, window / GIB, "--shard", "0/2"),
+        "capture 1": capture(recipe_path, conversations, tmp_path, window / GIB, "--shard", "1/2"),
+        "trainer": follow(recipe_path, tmp_path),
+    }
+    kills, running = 0, dict[str, subprocess.Popen[bytes]]()
+    deadline = time.monotonic() + 900
+    with watched(tmp_path / "store") as peak, (tmp_path / "log").open("w") as log:
+        try:
+            while not all(process.poll() == 0 for process in running.values()) or len(running) < len(sides):
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+                for name, words in sides.items():
+                    code = running[name].poll() if name in running else -signal.SIGKILL
+                    assert code in (None, 0, -signal.SIGKILL), (name, (tmp_path / "log").read_text()[-3000:])
+                    if code == -signal.SIGKILL:
+                        running[name] = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
+                time.sleep(rng.uniform(0.2, 6.0))
+                at_work = [process for process in running.values() if process.poll() is None]
+                if kills < 20 and at_work:
+                    rng.choice(at_work).send_signal(signal.SIGKILL)
+                    kills += 1
+        finally:
+            for process in running.values():
+                process.kill()
+                process.wait()
+    assert kills == 20
+    assert same_weights(tmp_path, whole)
+    assert peak[0] < 1.1 * window
+    assert not list((tmp_path / "store/places").rglob("*"))
+
+
+@pytest.mark.long
+def test_two_processes_follow_together(recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path) -> None:
+    window = 0.3 * store_bytes(whole / "store")
+    ranks = ["--nproc-per-node", "2", "--no-python", *follow(recipe_path, tmp_path)]
+    alone = [*command("train", "offline", "--recipe", recipe_path, *SETTINGS), "--store", str(whole / "store")]
+    torchrun = command("torchrun", "--standalone")
+    run_together([*torchrun, *ranks], capture(recipe_path, conversations, tmp_path, window / GIB), logs=tmp_path)
+    whole_by_two = [*torchrun, "--nproc-per-node", "2", "--no-python", *alone, "--output", str(tmp_path / "two/draft")]
+    run_together(whole_by_two, logs=tmp_path)
+    assert same_weights(tmp_path, tmp_path / "two")
