@@ -174,7 +174,9 @@ class RollingStore(Store):
     def file_sizes(self, lengths: np.ndarray) -> np.ndarray:
         """Return the bytes of the files of samples of these lengths; no file is larger."""
         manifest = self.read_manifest()
-        per_token = sample_bytes(1, manifest.hidden_size, len(manifest.layer_ids), manifest.dtype)
+        size, num_layers = manifest.hidden_size, len(manifest.layer_ids)
+        has_final = manifest.final_state != "none"
+        per_token = sample_bytes(1, size, num_layers, manifest.dtype, final_states=has_final)
         return lengths.astype(np.int64) * per_token + HEADER_BYTES
 
     def kept_bytes(self, held_out: Iterable[int]) -> int:

@@ -17,8 +17,18 @@ from common.errors import UserError
 from common.files import hash_bytes
 from common.tensor_file import Buffer, plan_file
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "int4": torch.uint8,
+}
+"""The dtype of the captured layers' states by its name in the recipe. With int4, final states are fp8_e4m3."""
 FP8_MAX = 448.0
+INT4_MAX = 7
+INT4_BLOCK = 32
+"""Neighbouring values of a token's states that share a scale."""
+FP16_TINY, FP16_MAX = 6e-8, 65504.0
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, SafetensorError)
 """Exceptions from reading a torn file, or one with other tensors."""
 STATES = ("hidden_states", "aux_hidden_states")
@@ -28,7 +38,8 @@ STATES = ("hidden_states", "aux_hidden_states")
 class StoredSample:
     """One sample in memory. Shapes: (T,) int32; (T,) bool; (T, H); (T, n*H); metadata: str -> str.
 
-    `hidden_states` is (T, 0) where they were not read. `scales`: of states that are still in fp8, by the states' name.
+    `hidden_states` is (T, 0) where they were not read or not stored. `scales`: of states that are still coded (fp8,
+    int4), by the states' name.
     """
 
     input_ids: torch.Tensor
@@ -59,32 +70,39 @@ class StoredSample:
         )
 
     def of_layers(self, places: Sequence[int], num_layers: int) -> StoredSample:
-        """Return the sample with the captured layers at `places` of its `num_layers` ones. fp8 states are decoded."""
+        """Return the sample with the captured layers at `places` of its `num_layers` ones, decoded."""
         decoded = self.decoded()
         layers = decoded.aux_hidden_states.unflatten(1, (num_layers, -1))[:, list(places)]
         return replace(decoded, aux_hidden_states=layers.flatten(1))
 
     def decoded(self) -> StoredSample:
-        """Return the sample with bf16 states in place of fp8 ones."""
+        """Return the sample with bf16 states in place of coded ones."""
         decoded: dict[str, Any] = {
             name: decode_states(getattr(self, name), scale) for name, scale in self.scales.items()
         }
         return replace(self, scales={}, **decoded)
 
 
-def write_sample_file(path: Path, sample: StoredSample, dtype: str | None, buffer: Buffer) -> dict[str, Any]:
+def write_sample_file(
+    path: Path, sample: StoredSample, dtype: str | None, buffer: Buffer, *, final_states: bool = True
+) -> dict[str, Any]:
     """Write one sample durably (temporary name, sync, rename); return its `{size, sha256}`.
 
-    The states are stored in `dtype`; None keeps theirs. `buffer` is reused for every sample.
+    The states are stored in `dtype`; None keeps theirs. Without `final_states`, only the captured layers' are. `buffer`
+    is reused for every sample.
     """
-    tensors = {
-        "input_ids": sample.input_ids.to(torch.int32),
-        "loss_mask": sample.loss_mask,
-        **_encode("hidden_states", sample.hidden_states[:, None], dtype),
-        **_encode("aux_hidden_states", sample.aux_hidden_states.unflatten(1, (sample.num_layers, -1)), dtype),
-    }
-    stored = DTYPES[dtype] if dtype else sample.hidden_states.dtype
-    places = {name: (stored if name in STATES else t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    layers = sample.aux_hidden_states.unflatten(1, (sample.num_layers, -1))
+    coded = {"aux_hidden_states": (dtype, layers)}
+    if final_states:
+        coded["hidden_states"] = ("fp8_e4m3" if dtype == "int4" else dtype, sample.hidden_states[:, None])
+    tensors = {"input_ids": sample.input_ids.to(torch.int32), "loss_mask": sample.loss_mask}
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    for name, (stored, states) in coded.items():
+        parts = _encode(name, states, stored)
+        tensors |= parts
+        dtypes |= {part: tensor.dtype for part, tensor in parts.items()}
+        dtypes[name] = DTYPES[stored] if stored else states.dtype
+    places = {name: (dtypes[name], tuple(tensor.shape)) for name, tensor in tensors.items()}
     layout = plan_file(places, sample.metadata)
     data = buffer.fill(layout, tensors)
     fields = {"size": layout.size, "sha256": hash_bytes(data)}
@@ -100,7 +118,7 @@ def write_sample_file(path: Path, sample: StoredSample, dtype: str | None, buffe
 
 
 def read_sample_file(path: Path, *, final_states: bool = True, decode: bool = True) -> StoredSample:
-    """Read one sample, with or without its final states, and with fp8 states as bf16 if `decode`.
+    """Read one sample, with or without its final states, and with coded states as bf16 if `decode`.
 
     Raises UserError if the file is missing or broken.
     """
@@ -109,7 +127,7 @@ def read_sample_file(path: Path, *, final_states: bool = True, decode: bool = Tr
             skipped = () if final_states else ("hidden_states", "hidden_states_scale")
             tensors = {name: file.get_tensor(name) for name in file.keys() if name not in skipped}  # noqa: SIM118
             scales = {name: tensors.pop(f"{name}_scale") for name in STATES if f"{name}_scale" in tensors}
-            if not final_states:
+            if "hidden_states" not in tensors:
                 tensors["hidden_states"] = tensors["aux_hidden_states"].new_empty((len(tensors["input_ids"]), 0))
             sample = StoredSample(**tensors, metadata=file.metadata() or {}, scales=scales)
             return sample.decoded() if decode else sample
@@ -127,14 +145,20 @@ def read_sample_tensor(path: Path, name: str) -> torch.Tensor:
     return tensor
 
 
-def sample_bytes(num_tokens: int, hidden_size: int, num_layers: int, dtype: str) -> int:
+def sample_bytes(num_tokens: int, hidden_size: int, num_layers: int, dtype: str, *, final_states: bool = True) -> int:
     """Return the bytes of a sample's tensors (ids, mask, states, scales) without the file's header.
 
     `num_layers` is the number of captured layers, without the final state.
     """
-    states = (num_layers + 1) * hidden_size * DTYPES[dtype].itemsize
-    scales = (num_layers + 1) * 4 if dtype == "fp8_e4m3" else 0
-    return num_tokens * (states + scales + 5)
+    layer, final = (_state_bytes(hidden_size, name) for name in (dtype, "fp8_e4m3" if dtype == "int4" else dtype))
+    return num_tokens * (num_layers * layer + final_states * final + 5)
+
+
+def _state_bytes(hidden_size: int, dtype: str) -> int:
+    """Return the bytes of one state and its scales."""
+    if dtype == "int4":
+        return hidden_size // 2 + hidden_size // INT4_BLOCK * 2
+    return hidden_size * DTYPES[dtype].itemsize + (4 if dtype == "fp8_e4m3" else 0)
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
@@ -147,7 +171,10 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def _encode(name: str, states: torch.Tensor, dtype: str | None) -> dict[str, torch.Tensor]:
-    """Flatten `states (T, n, H)` to `(T, n*H)`; for fp8, scale them and add the scales. The copy to the file casts."""
+    """Flatten `states (T, n, H)` to `(T, n*H)`; code them and add the scales. The copy to the file casts."""
+    if dtype == "int4":
+        coded, scales = encode_int4(states.flatten(1))
+        return {name: coded, f"{name}_scale": scales}
     if dtype != "fp8_e4m3":
         return {name: states.flatten(1)}
     scale = (states.float().abs().amax(-1) / FP8_MAX).clamp_min(1e-30)
@@ -155,7 +182,29 @@ def _encode(name: str, states: torch.Tensor, dtype: str | None) -> dict[str, tor
     return {name: scaled.flatten(1), f"{name}_scale": scale}
 
 
+def encode_int4(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return 4-bit codes `(T, W/2)` uint8 of states `(T, W)`, and the scales `(T, W/32)` fp16 of their blocks.
+
+    A value is (code - 8) * scale, with code - 8 in [-7, 7]. The lower half of a byte has the value of even number.
+    """
+    blocks = states.float().unflatten(1, (-1, INT4_BLOCK))
+    scale = (blocks.abs().amax(-1) / INT4_MAX).clamp_(FP16_TINY, FP16_MAX).half()
+    levels = (blocks / scale.float()[..., None]).round_().clamp_(-INT4_MAX, INT4_MAX)
+    codes = (levels + 8).to(torch.uint8).flatten(1)
+    return codes[:, 0::2] | (codes[:, 1::2] << 4), scale
+
+
+def _decode_int4(coded: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    values = torch.stack([coded & 15, coded >> 4], dim=-1).flatten(1).to(torch.bfloat16) - 8
+    return (values.unflatten(1, (-1, INT4_BLOCK)).float() * scale.float()[..., None]).flatten(1).to(torch.bfloat16)
+
+
 def decode_states(coded: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return bf16 states `(T, n*H)` from fp8 ones and their scales `(T, n)`, on their device."""
+    """Return bf16 states `(T, n*H)` from coded ones and their scales, on their device.
+
+    fp8 ones have scales `(T, n)`, one per token and layer; for int4 see `encode_int4`.
+    """
+    if coded.dtype == torch.uint8:
+        return _decode_int4(coded, scale)
     states = coded.float().unflatten(1, (scale.shape[1], -1)) * scale[..., None]
     return states.flatten(1).to(torch.bfloat16)

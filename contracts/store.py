@@ -14,6 +14,10 @@ Metadata: conversation_id, category, thinking_mode, finish_reason, temperature, 
 With dtype fp8_e4m3 (OCP 8-bit float, no infinities, largest value 448) each token of each layer is scaled so that its
 largest value becomes 448: hidden_states_scale (T, 1), aux_hidden_states_scale (T, n), fp32. A state is fp8 * scale.
 
+With dtype int4 the captured layers have 4 bits per value and an fp16 scale per 32 neighbouring ones (`encode_int4`):
+aux_hidden_states (T, n*H/2) uint8, aux_hidden_states_scale (T, n*H/32); the final states are fp8_e4m3. A store may lack
+the final states (`final_state` "none" in the manifest).
+
 Several processes may fill one folder, each with a shard of the conversations: their ledgers are in
 shards/<i>-of-<n>/ until the last one joins them. Readers never write: a store may be read-only.
 """
@@ -46,7 +50,16 @@ from contracts.sample_file import (
 from contracts.shards import shard_folder
 from contracts.target_identity import TargetIdentity
 
-__all__ = ["DTYPES", "Manifest", "Store", "StoredSample", "find_token", "open_store", "sample_bytes"]
+__all__ = [
+    "DTYPES",
+    "Manifest",
+    "Store",
+    "StoredSample",
+    "find_token",
+    "open_store",
+    "require_final_states",
+    "sample_bytes",
+]
 
 SAMPLE_ID = re.compile(r"[0-9a-f]{32}-[0-9]+")
 READERS = 16
@@ -149,10 +162,17 @@ class Store:
             ) from None
 
     def write_sample(
-        self, sample_id: str, sample: StoredSample, dtype: str | None = None, buffer: Buffer | None = None
+        self,
+        sample_id: str,
+        sample: StoredSample,
+        dtype: str | None = None,
+        buffer: Buffer | None = None,
+        *,
+        final_states: bool = True,
     ) -> dict[str, Any]:
         """Write one sample durably; see `write_sample_file`."""
-        return write_sample_file(self.sample_path(sample_id), sample, dtype, buffer or Buffer())
+        path = self.sample_path(sample_id)
+        return write_sample_file(path, sample, dtype, buffer or Buffer(), final_states=final_states)
 
     def read_sample(self, sample_id: str, *, final_states: bool = True, decode: bool = True) -> StoredSample:
         """Read one sample; see `read_sample_file`."""
@@ -204,6 +224,17 @@ def open_store(folder: Path, target: TargetIdentity) -> tuple[Store, Manifest]:
             fix="Give the store that was dumped from this target, or dump again.",
         )
     return store, manifest
+
+
+def require_final_states(folder: Path, manifest: Manifest) -> None:
+    """Raise UserError if a store lacks the final states."""
+    if manifest.final_state == "none":
+        raise UserError(
+            folder,
+            found="a store without final states (dump.final_states=drop)",
+            expected="final states, from which the target's logits are computed",
+            fix="Give a store that has them. Only a training whose objective is on tokens does without.",
+        )
 
 
 class TokenSource(Protocol):

@@ -23,7 +23,7 @@ from common.files import make_folder, write_json
 from common.progress import track
 from contracts.modelopt import write_modelopt
 from contracts.run import read_run
-from contracts.store import Store, StoredSample
+from contracts.store import Store, StoredSample, require_final_states
 
 LAYOUTS = ("modelopt", "speculators")
 ROWS_IN_MEMORY = 16
@@ -36,6 +36,7 @@ def convert(folder: Path, output: Path, layout: str) -> int:
     store = Store(folder)
     manifest = store.read_manifest()
     read_run(folder, "dump run")
+    require_final_states(folder, manifest)
     ids = store.sample_ids()
     if not ids:
         raise UserError(

@@ -34,7 +34,8 @@ def open_filler(recipe: Recipe, target: Target, store: Store, ledger: DumpLedger
     The writers end first, because closing a backend may delete the files that they read.
     """
     layer_ids = captured_layers(recipe.target, target)
-    job = StoreJob(store, recipe.dump.dtype, len(layer_ids), target.hidden_size)
+    keeps = recipe.dump.final_states == "keep"
+    job = StoreJob(store, recipe.dump.dtype, len(layer_ids), target.hidden_size, keeps)
     with (
         open_staging(recipe.dump, store.folder) as staging,
         make_pool(recipe.dump.writers) as pool,

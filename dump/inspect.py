@@ -43,10 +43,12 @@ def inspect_sample(folder: Path, id_: str, html: Path | None) -> None:
 
 def _norms(sample: StoredSample, manifest: Manifest) -> dict[str, str]:
     """Return the mean and range over all tokens of each layer's state norms."""
-    aux = sample.aux_hidden_states.float().unflatten(1, (sample.num_layers, -1)).norm(dim=-1)
-    final = sample.hidden_states.float().norm(dim=-1, keepdim=True)
-    names = [f"norm of layer {layer_id}" for layer_id in manifest.layer_ids] + ["norm of the final state"]
-    columns = torch.cat([aux, final], dim=1).T
+    states = sample.aux_hidden_states.float().unflatten(1, (len(manifest.layer_ids), -1))
+    names = [f"norm of layer {layer_id}" for layer_id in manifest.layer_ids]
+    if manifest.final_state != "none":
+        states = torch.cat([states, sample.hidden_states.float()[:, None]], dim=1)
+        names.append("norm of the final state")
+    columns = states.norm(dim=-1).T
     return {
         name: f"{float(column.mean()):.2f} ({float(column.min()):.2f} to {float(column.max()):.2f})"
         for name, column in zip(names, columns, strict=True)

@@ -11,7 +11,7 @@ from dump.predictions import logit_gaps, sampled_deviations, sampling_of
 from target.head import TargetHead
 
 # Largest logit gap that rounding explains, by the dtype of the stored states (logits are around 10).
-TIE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.25, "fp8_e4m3": 2.0}
+TIE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.25, "fp8_e4m3": 2.0, "int4": 2.0}
 MAX_DEVIATIONS = 8.0
 
 

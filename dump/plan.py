@@ -82,7 +82,8 @@ def show_plan(recipe: Recipe, plan: Plan, target: Target, rate: float | None, sh
     supervised = f"{plan.supervised} of them supervised; " if plan.supervised else ""
     print(f"tokens       {plan.tokens}, {supervised}the longest sample has {plan.longest}")
     layer_ids = captured_layers(recipe.target, target)
-    print(f"layers       {layer_ids} and the final state, {target.hidden_size} wide, {recipe.dump.dtype}")
+    final = " and the final state" if recipe.dump.final_states == "keep" else ", no final state"
+    print(f"layers       {layer_ids}{final}, {target.hidden_size} wide, {recipe.dump.dtype}")
     print(f"bytes        {plan.bytes} ({plan.bytes / 1e9:.2f} GB), {plan.bytes / max(1, plan.tokens):.0f} per token")
     print(f"files        {plan.samples}, in at most 256 folders")
     if rate:
@@ -105,10 +106,13 @@ def refuse_full_disk(folder: Path, num_bytes: int) -> None:
             folder,
             found=f"{free / 1e9:.2f} GB free",
             expected=f"{num_bytes / 1e9:.2f} GB that this dump and its unfinished shards will write (`dump plan`)",
-            fix="Make room, choose another --output, set dump.dtype to fp8_e4m3, or pass --force.",
+            fix="Make room, choose another --output, set dump.dtype to fp8_e4m3 or int4, or pass --force.",
         )
 
 
 def _stored_bytes(recipe: Recipe, target: Target, num_tokens: int) -> int:
-    num_layers = len(captured_layers(recipe.target, target))
-    return FILE_OVERHEAD_BYTES + sample_bytes(num_tokens, target.hidden_size, num_layers, recipe.dump.dtype)
+    num_layers, section = len(captured_layers(recipe.target, target)), recipe.dump
+    keeps = section.final_states == "keep"
+    return FILE_OVERHEAD_BYTES + sample_bytes(
+        num_tokens, target.hidden_size, num_layers, section.dtype, final_states=keeps
+    )

@@ -16,7 +16,7 @@ from recipe.recipe import Recipe
 from target.target import Target
 
 # Largest relative difference (norm over norm of the reference). Wrong layers differ several times more.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2, "fp8_e4m3": 8e-2}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2, "fp8_e4m3": 8e-2, "int4": 2e-1}
 QUANTIZED = 0.5
 """States of the right layer that are less than this off may be rounded; wrong weights differ more."""
 
@@ -40,7 +40,8 @@ def compare_layers(recipe: Recipe, target: Target, store: Store, manifest: Manif
     for sample_id in sample_ids:
         sample = store.read_sample(sample_id)
         layers = sample.aux_hidden_states.unflatten(1, (len(manifest.layer_ids), -1))
-        states = torch.cat([layers, sample.hidden_states[:, None]], dim=1)
+        has_final = manifest.final_state != "none"
+        states = torch.cat([layers, sample.hidden_states[:, None]], dim=1) if has_final else layers
         tolerance = TOLERANCE[manifest.dtype]
         if defect := reference.find_defect(sample.input_ids.tolist(), states, manifest.layer_ids, tolerance):
             raise IncompleteError(
@@ -72,10 +73,10 @@ class Reference:
     ) -> LayerDefect | None:
         """Return what the first wrong slot of `states (T, n+1, H)` holds; None if all are right.
 
-        The last slot is the final state before the final norm.
+        The last slot is the final state before the final norm; it may be missing.
         """
         outputs, states = self._model.forward(token_ids).float(), states.float().cpu()  # outputs: (T, L + 1, H)
-        for slot, layer_id in enumerate([*layer_ids, self._num_layers]):
+        for slot, layer_id in enumerate([*layer_ids, self._num_layers][: states.shape[1]]):
             errors = [distance(states[:, slot], output) for output in outputs.unbind(1)]
             if errors[layer_id] <= tolerance:
                 continue

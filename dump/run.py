@@ -20,6 +20,7 @@ from contracts.conversation import check_written_by, find_part, hash_conversatio
 from contracts.ledger import check_counts
 from contracts.rolling import is_rolling
 from contracts.run import Run
+from contracts.sample_file import INT4_BLOCK
 from contracts.store import Manifest, Store
 from dump.fill import open_filler
 from dump.ledger import DumpLedger
@@ -106,6 +107,13 @@ def dump(
 
 def make_manifest(recipe: Recipe, target: Target, conversations: Path, checksum: str) -> Manifest:
     """Return the manifest of this dump. `checksum`: of all conversations; "" in a shard."""
+    if recipe.dump.dtype == "int4" and target.hidden_size % INT4_BLOCK:
+        raise UserError(
+            "dump.dtype",
+            found=f"int4 for states {target.hidden_size} wide",
+            expected=f"a width that blocks of {INT4_BLOCK} divide",
+            fix="Use fp8_e4m3.",
+        )
     engine = engine_name() if recipe.dump.backend != "hf" else _transformers_version()
     return Manifest(
         target=str(target.path),
@@ -115,6 +123,7 @@ def make_manifest(recipe: Recipe, target: Target, conversations: Path, checksum:
         num_layers=target.num_layers,
         hidden_size=target.hidden_size,
         final_norm=target.final_norm,
+        final_state="pre-norm" if recipe.dump.final_states == "keep" else "none",
         tokenizer=target.tokenizer_checksum,
         template=target.template_checksum,
         engine=engine[0],
@@ -143,6 +152,8 @@ def dump_settings(recipe: Recipe, target: Target, shard: tuple[int, int] | None)
     """Return the settings that change the output; a resume refuses other values."""
     section = recipe.dump.settings()
     del section["args"]  # "serve" has them, without flags that do not change the states
+    if section["final_states"] == "keep":
+        del section["final_states"]  # stores of earlier versions have no such key
     template = recipe.target.training_template
     return {
         "dump": section,

@@ -238,7 +238,8 @@ def _check_manifest(store: Store, manifest: Manifest, target: Target) -> None:
         "final_state": "Dump again.",
         "num_layers": "Dump again.",
     }
-    expected = {"final_norm": target.final_norm, "final_state": "pre-norm", "num_layers": target.num_layers}
+    stored = manifest.final_state if manifest.final_state == "none" else "pre-norm"
+    expected = {"final_norm": target.final_norm, "final_state": stored, "num_layers": target.num_layers}
     for key, value in expected.items():
         if getattr(manifest, key) != value:
             raise IncompleteError(
@@ -297,7 +298,9 @@ def _check_tokens(store: Store, sample_id: str, sample: StoredSample, source: Sa
 def _check_states(
     store: Store, manifest: Manifest, sample_id: str, sample: StoredSample, head: TargetHead
 ) -> Judgement:
-    """Raise IncompleteError with the defect unless the final states predict the generated tokens."""
+    """Raise IncompleteError with the defect unless the final states, if there are any, predict the generated tokens."""
+    if manifest.final_state == "none":
+        return Judgement()
     judged = judge_states(head, sample, manifest.layer_ids, manifest.dtype, manifest.tensor_parallel_size)
     if judged.found:
         raise IncompleteError(
@@ -311,16 +314,12 @@ def _to_report(counts: Counts) -> dict[str, Any]:
 
 
 def _print_counts(counts: Counts, manifest: Manifest) -> None:
-    print(
-        f"verify: {counts.files} files whole; {counts.matches} of {counts.tokens} generated tokens of {counts.greedy} "
-        f"greedy samples are the states' argmax, {counts.ties} ties within {TIE_TOLERANCE[manifest.dtype]}"
-    )
-    if counts.sampled:
+    if manifest.final_state == "none":
         print(
-            f"verify: {counts.sampled_tokens} tokens of {counts.sampled} sampled rows are as likely as they should be"
+            f"verify: {counts.files} files whole; without final states (dump.final_states=drop) no tokens are predicted"
         )
-    if counts.unknown:
-        print(f"verify: {counts.unknown} samples have no temperature on record: their tokens were not predicted")
+    else:
+        _print_predicted(counts, manifest)
     if counts.compared:
         print(f"verify: tokens and masks of {counts.compared} samples are the conversations'")
     for mode, covered in sorted(counts.coverage.items()):
@@ -331,3 +330,16 @@ def _print_counts(counts: Counts, manifest: Manifest) -> None:
         print(f"verify: all layers of {counts.reference} samples are as transformers computes them")
     else:
         print("verify: the layers were not compared with transformers: the target does not fit, or --reference is 0")
+
+
+def _print_predicted(counts: Counts, manifest: Manifest) -> None:
+    print(
+        f"verify: {counts.files} files whole; {counts.matches} of {counts.tokens} generated tokens of {counts.greedy} "
+        f"greedy samples are the states' argmax, {counts.ties} ties within {TIE_TOLERANCE[manifest.dtype]}"
+    )
+    if counts.sampled:
+        print(
+            f"verify: {counts.sampled_tokens} tokens of {counts.sampled} sampled rows are as likely as they should be"
+        )
+    if counts.unknown:
+        print(f"verify: {counts.unknown} samples have no temperature on record: their tokens were not predicted")

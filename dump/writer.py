@@ -35,6 +35,7 @@ class StoreJob:
     dtype: str
     num_layers: int
     hidden_size: int
+    final_states: bool = True
 
 
 def make_pool(num_writers: int) -> ProcessPoolExecutor:
@@ -64,7 +65,8 @@ def store_sample(job: StoreJob, row: Capturable, staged: Staged) -> dict[str, An
         captured = load_staged(staged, row.sample.token_ids, job.num_layers, job.hidden_size)
     except CaptureError as error:
         return {"id": row.sample_id, "status": "failed", "reason": str(error)}
-    fields = job.store.write_sample(row.sample_id, make_stored(row, captured), job.dtype, _buffer)
+    stored = make_stored(row, captured)
+    fields = job.store.write_sample(row.sample_id, stored, job.dtype, _buffer, final_states=job.final_states)
     return {"id": row.sample_id, "status": "done", "tokens": row.num_tokens, **fields}
 
 

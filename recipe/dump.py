@@ -16,8 +16,13 @@ class DumpSection(Retries):
     backend: Literal["vllm", "server", "hf"] = Field(
         default="vllm", description="vLLM on this machine, vLLM servers (dump.endpoints), or transformers"
     )
-    dtype: Literal["bfloat16", "float32", "fp8_e4m3"] = Field(
-        default="bfloat16", description="of the stored states; fp8: one scale per token and layer"
+    dtype: Literal["bfloat16", "float32", "fp8_e4m3", "int4"] = Field(
+        default="bfloat16",
+        description="of the stored states; fp8: a scale per token and layer; int4: one per 32 values, final states fp8",
+    )
+    final_states: Literal["keep", "drop"] = Field(
+        default="keep",
+        description="drop: store the captured layers alone, which is all that objectives on tokens need",
     )
     include_truncated: bool = Field(default=False, description="whether conversations with a cut reply are dumped")
     include_loops: bool = Field(default=False, description="whether conversations that fell into a loop are dumped")

@@ -37,7 +37,7 @@ def make_config(recipe: Recipe, target: Target, manifest: Manifest) -> DraftConf
             manifest.target,
             found=f"final states that are {manifest.final_state}",
             expected="the states before the final norm, from which the target's distribution is computed",
-            fix="Dump them un-normed, or set train.draft.objective to tokens.",
+            fix="Dump them so (dump.final_states=keep), or set train.draft.objective to tokens.",
         )
     source = {"target_fingerprint": target.fingerprint, "store": manifest.conversations}
     return _make(recipe, target, manifest.layer_ids, source)

@@ -31,7 +31,7 @@ from common.files import hash_file, read_json, write_json
 from contracts.acceptance import Acceptance
 from contracts.draft import DraftConfig, DraftRun
 from contracts.run import read_run
-from contracts.store import Manifest, Store, StoredSample
+from contracts.store import Manifest, Store, StoredSample, require_final_states
 from drafts.draft import Draft
 from drafts.places import spans_of
 from drafts.published import read_config
@@ -91,6 +91,7 @@ def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
     """
     target = Target.here(recipe.target)
     store, manifest = open_states(recipe, asked.store, target)
+    require_final_states(asked.store, manifest)
     subject = _open_draft(recipe, target, manifest, asked)
     config = subject.config
     inputs = {

@@ -240,8 +240,9 @@ def make_plan(recipe: Recipe, target: Target, config: DraftConfig, question: Que
     memory = {name: _peak_of(of, section, size, layout) for name, layout in _layouts(question.num_gpus).items()}
     usual_masks = suppose_masks(1, question.mean_tokens, question.prompt_share)
     usual = work_of(section, config, target, usual_masks, machine.on_gpu)
-    num_layers = len(config.layer_ids) - (not section.draft.needs_final_states)
-    read = sample_bytes(question.mean_tokens, config.hidden_size, num_layers, question.dtype)
+    needed = section.draft.needs_final_states
+    num_layers, width = len(config.layer_ids), config.hidden_size
+    read = sample_bytes(question.mean_tokens, width, num_layers, question.dtype, final_states=needed)
     plan = TrainPlan(
         config=config,
         section=section,

@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.files import lock_file
 from contracts.ledger import LedgerWriter
 from contracts.modelopt import ModelOptStore, write_modelopt
+from contracts.sample_file import decode_states, encode_int4
 from contracts.store import Manifest, Store, StoredSample, find_token
 
 ID = "0123456789abcdef0123456789abcdef-0"
@@ -117,3 +118,17 @@ def test_a_token_is_found_in_the_first_sample_that_holds_it_in_our_layout_and_in
     store.sample_path(f"{5:032x}-0").write_bytes(b"torn")
     with pytest.raises(UserError, match="unreadable sample"):
         find_token(store, 101, ids)
+
+
+def test_four_bits_are_off_by_half_a_level_of_their_block_at_most_whatever_other_blocks_hold() -> None:
+    states = torch.randn(40, 128, generator=torch.Generator().manual_seed(0))
+    states[:, 64] *= 1e5  # a massive activation spoils its own block alone
+    states[0] = 0.0
+    coded, scale = encode_int4(states)
+    assert (coded.dtype, coded.shape, scale.dtype, scale.shape) == (torch.uint8, (40, 64), torch.float16, (40, 4))
+    found = decode_states(coded, scale).float()
+    level = scale.float().repeat_interleave(32, dim=1)
+    assert bool(((found - states).abs() <= 0.51 * level + 0.01 * states.abs()).all())
+    assert torch.equal(found[0], torch.zeros(128))
+    others = [column for column in range(128) if not 64 <= column < 96]
+    assert float((found - states)[:, others].norm() / states[:, others].norm()) < 0.12

@@ -275,7 +275,7 @@ def test_the_server_backend_asks_for_a_server_and_names_one_that_is_not_there(
         make_backend(recipe, Target.read(recipe.target.path), [1, 2], Staging(tmp_path, 1 << 20))
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 1.03), ("fp8_e4m3", 0.56)])
+@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 1.03), ("fp8_e4m3", 0.56), ("int4", 0.39)])
 def test_bytes_are_as_planned_and_the_store_is_proven_in_every_dtype(
     recipe_path: Path, conversations: Path, tmp_path: Path, dtype: str, limit: float
 ) -> None:
@@ -290,3 +290,30 @@ def test_bytes_are_as_planned_and_the_store_is_proven_in_every_dtype(
     assert summary["bytes"] <= planned <= summary["bytes"] + 1024 * summary["samples"]
     assert summary["bytes"] - headers <= limit * 2 * 3 * 64 * summary["tokens"]
     assert "60 files whole" in run_here("dump", "verify", "-r", recipe_path, "--store", tmp_path / "out", *more).stdout
+
+
+def test_a_store_without_final_states_trains_on_tokens_and_refuses_what_needs_them(
+    recipe_path: Path, conversations: Path, tmp_path: Path
+) -> None:
+    stores = {name: tmp_path / name for name in ("keep", "drop")}
+    losses, sizes = {}, {}
+    for name, store in stores.items():
+        dump(recipe_path, conversations, store, *HF, "--set", f"dump.final_states={name}")
+        sizes[name] = json.loads((store / "run.json").read_text())["summary"]
+        trained = ("--store", store, "--output", tmp_path / f"draft-{name}")
+        losses[name] = run_here("train", "offline", "-r", recipe_path, *trained).stdout.split("loss ")[1].split(" in ")
+    assert sizes["keep"]["bytes"] - sizes["drop"]["bytes"] >= 4 * 64 * sizes["drop"]["tokens"]  # 64 values in fp32
+    assert losses["keep"][0] == losses["drop"][0]
+    store = stores["drop"]
+    assert "no tokens are predicted" in run_here("dump", "verify", "-r", recipe_path, "--store", store).stdout
+    distill = ("--set", "train.draft.objective=distill", "--output", tmp_path / "draft")
+    refused = run_here("train", "offline", "-r", recipe_path, "--store", store, *distill, check=False)
+    assert (refused.returncode, "found final states that are none" in refused.stderr) == (2, True)
+    evaluated = ("--run", tmp_path / "draft-drop", "--store", store, "--output", tmp_path / "eval.json")
+    for words in (
+        ("dump", "convert", store, "--to", "modelopt", "--output", tmp_path / "converted"),
+        ("train", "eval", "-r", recipe_path, *evaluated),
+    ):
+        refused = run_here(*words, check=False)
+        assert (refused.returncode, "found a store without final states" in refused.stderr) == (2, True)
+    assert "norm of layer" in run_here("dump", "inspect", store, Store(store).sample_ids()[0]).stdout

@@ -44,12 +44,16 @@ def test_final_states_are_read_only_if_the_objective_needs_them(
     assert batch.aux_hidden_states.shape[1] > 0
 
 
-def test_a_gpu_gets_fp8_states_as_they_are_stored_and_decodes_them_to_the_same(recipe_path: Path, store: Store) -> None:
+@pytest.mark.parametrize(("dtype", "stored_as"), [("fp8_e4m3", torch.float8_e4m3fn), ("int4", torch.uint8)])
+def test_a_gpu_gets_coded_states_as_they_are_stored_and_decodes_them_to_the_same(
+    recipe_path: Path, store: Store, dtype: str, stored_as: torch.dtype
+) -> None:
     section = load_recipe(recipe_path, ["train.draft.objective=distill"]).training()
     for id_ in store.sample_ids():
-        store.write_sample(id_, store.read_sample(id_), "fp8_e4m3")
+        store.write_sample(id_, store.read_sample(id_), dtype)
     stored = Samples(store, section, 256, on_gpu=True).batch(0)
-    assert stored.aux_hidden_states.dtype == stored.hidden_states.dtype == torch.float8_e4m3fn
+    assert stored.aux_hidden_states.dtype == stored_as
+    assert stored.hidden_states.dtype == torch.float8_e4m3fn
     expected = Samples(store, section, 256).batch(0)
     assert expected.aux_hidden_states.dtype == torch.float32
     decoded = stored.decoded()
