@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 
 from common.errors import UserError
 from common.files import hash_bytes
@@ -32,6 +34,7 @@ FP16_TINY, FP16_MAX = 6e-8, 65504.0
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, SafetensorError)
 """Exceptions from reading a torn file, or one with other tensors."""
 STATES = ("hidden_states", "aux_hidden_states")
+FINAL_STATES = ("hidden_states", "hidden_states_scale")
 
 
 @dataclass
@@ -83,13 +86,10 @@ class StoredSample:
         return replace(self, scales={}, **decoded)
 
 
-def write_sample_file(
-    path: Path, sample: StoredSample, dtype: str | None, buffer: Buffer, *, final_states: bool = True
-) -> dict[str, Any]:
-    """Write one sample durably (temporary name, sync, rename); return its `{size, sha256}`.
+def fill_sample(sample: StoredSample, dtype: str | None, buffer: Buffer, *, final_states: bool = True) -> memoryview:
+    """Return the bytes of a sample's file, in `buffer`.
 
-    The states are stored in `dtype`; None keeps theirs. Without `final_states`, only the captured layers' are. `buffer`
-    is reused for every sample.
+    The states are stored in `dtype`; None keeps theirs. Without `final_states`, only the captured layers' are.
     """
     layers = sample.aux_hidden_states.unflatten(1, (sample.num_layers, -1))
     coded = {"aux_hidden_states": (dtype, layers)}
@@ -103,13 +103,19 @@ def write_sample_file(
         dtypes |= {part: tensor.dtype for part, tensor in parts.items()}
         dtypes[name] = DTYPES[stored] if stored else states.dtype
     places = {name: (dtypes[name], tuple(tensor.shape)) for name, tensor in tensors.items()}
-    layout = plan_file(places, sample.metadata)
-    data = buffer.fill(layout, tensors)
-    fields = {"size": layout.size, "sha256": hash_bytes(data)}
+    return buffer.fill(plan_file(places, sample.metadata), tensors)
+
+
+def write_sample_file(
+    path: Path, sample: StoredSample, dtype: str | None, buffer: Buffer, *, final_states: bool = True
+) -> dict[str, Any]:
+    """Write one sample durably (temporary name, sync, rename); return its `{size, sha256}`. See `fill_sample`."""
+    data = fill_sample(sample, dtype, buffer, final_states=final_states)
+    fields = {"size": len(data), "sha256": hash_bytes(data)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        buffer.write(temporary, layout.size)
+        buffer.write(temporary, len(data))
     except OSError:
         temporary.unlink(missing_ok=True)  # on a full disk, free the space that the partial file used
         raise
@@ -124,15 +130,31 @@ def read_sample_file(path: Path, *, final_states: bool = True, decode: bool = Tr
     """
     try:
         with safe_open(path, framework="pt") as file:
-            skipped = () if final_states else ("hidden_states", "hidden_states_scale")
+            skipped = () if final_states else FINAL_STATES
             tensors = {name: file.get_tensor(name) for name in file.keys() if name not in skipped}  # noqa: SIM118
-            scales = {name: tensors.pop(f"{name}_scale") for name in STATES if f"{name}_scale" in tensors}
-            if "hidden_states" not in tensors:
-                tensors["hidden_states"] = tensors["aux_hidden_states"].new_empty((len(tensors["input_ids"]), 0))
-            sample = StoredSample(**tensors, metadata=file.metadata() or {}, scales=scales)
-            return sample.decoded() if decode else sample
+            return _make_sample(tensors, file.metadata() or {}, decode=decode)
     except UNREADABLE as error:
         raise _unreadable(path, error) from None
+
+
+def parse_sample(where: Path, data: bytes, *, final_states: bool = True, decode: bool = True) -> StoredSample:
+    """Return the sample whose file has the content `data`; see `read_sample_file`."""
+    try:
+        size = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        skipped = () if final_states else FINAL_STATES
+        tensors = {name: tensor for name, tensor in load(data).items() if name not in skipped}
+        return _make_sample(tensors, metadata, decode=decode)
+    except UNREADABLE as error:
+        raise _unreadable(where, error) from None
+
+
+def _make_sample(tensors: dict[str, torch.Tensor], metadata: dict[str, str], *, decode: bool) -> StoredSample:
+    scales = {name: tensors.pop(f"{name}_scale") for name in STATES if f"{name}_scale" in tensors}
+    if "hidden_states" not in tensors:
+        tensors["hidden_states"] = tensors["aux_hidden_states"].new_empty((len(tensors["input_ids"]), 0))
+    sample = StoredSample(**tensors, metadata=metadata, scales=scales)
+    return sample.decoded() if decode else sample
 
 
 def read_sample_tensor(path: Path, name: str) -> torch.Tensor:

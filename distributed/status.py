@@ -12,7 +12,7 @@ from typing import Any
 
 from common.files import read_json
 from contracts.ledger import read_entries
-from contracts.rolling import CaptureState, RollingStore, is_rolling
+from contracts.rolling import CaptureState, Position, RollingStore, is_rolling
 from contracts.shards import is_at_work, shard_of
 from distributed.plan import PLAN_FILE, StagePlan, read_plan
 from recipe.load import load_recipe
@@ -79,7 +79,7 @@ def show_status(plan: StagePlan) -> None:
 
 def show_window(store: RollingStore) -> None:
     """Print where capture and training of a rolling store are, their rates, and which of them waits for the other."""
-    position, window = store.read_position(), store.window
+    position, window = store.read_position() or Position(first_place=0, next_place=0), store.window
     states = [
         CaptureState.model_validate(read_json(path, "a capture's state"))
         for path in store.folder.glob("shards/*/capture.json")

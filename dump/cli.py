@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from common.cli import ShardOption, make_app, parse_shard
+from common.cli import ShardOption, expand_options, make_app, parse_shard
 from common.errors import run_app
-from recipe.cli import OverridesOption, RecipeOption, load_checked
+from recipe.cli import NO_MOONCAKE, MooncakeOptions, OverridesOption, RecipeOption, load_checked
 
 app = make_app("Capture the target's hidden states over its own conversations.")
 
@@ -52,6 +52,7 @@ def plan(
 @app.command(
     epilog="Example: dump run -r recipes/Tiny-DFlash/recipe.yaml --conversations runs/synth --output runs/store"
 )
+@expand_options
 def run(
     recipe: RecipeOption,
     conversations: ConversationsOption,
@@ -86,6 +87,7 @@ def run(
     until_full: Annotated[
         bool, typer.Option("--until-full", help="With --window: stop once the window is full; do not wait.")
     ] = False,
+    mooncake: MooncakeOptions = NO_MOONCAKE,
     force: Annotated[bool, typer.Option("--force", help="Begin even if the disk seems too small.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Capture the failed samples again.")] = False,
     set_: OverridesOption = None,
@@ -104,8 +106,8 @@ def run(
     }
     loaded, part = load_checked(recipe, set_, flags), parse_shard(shard)
     if window is None:
-        if until_full:
-            raise typer.BadParameter("--until-full needs --window")
+        if until_full or mooncake.where():
+            raise typer.BadParameter("--until-full and --mooncake need --window")
         dump(loaded, conversations, output, shard=part, force=force, retry_failed=retry_failed)
         return
     rolling = Rolling(
@@ -114,6 +116,7 @@ def run(
         until_full=until_full,
         force=force,
         retry_failed=retry_failed,
+        mooncake=mooncake.where(),
     )
     dump_window(loaded, conversations, output, rolling)
 

@@ -65,13 +65,13 @@ def make_plan(
         plan.tokens += num_tokens
         plan.supervised += sum(end - start for start, end in verdict.row.sample.loss_spans)
         plan.longest = max(plan.longest, num_tokens)
-        plan.bytes += _stored_bytes(recipe, target, num_tokens)
+        plan.bytes += stored_bytes(recipe, target, num_tokens)
     return plan
 
 
 def suppose_plan(recipe: Recipe, target: Target, samples: int, mean_tokens: int) -> Plan:
     """Plan for conversations that do not exist yet, all `mean_tokens` long."""
-    size = _stored_bytes(recipe, target, mean_tokens)
+    size = stored_bytes(recipe, target, mean_tokens)
     return Plan(samples=samples, tokens=samples * mean_tokens, bytes=samples * size, longest=mean_tokens)
 
 
@@ -110,7 +110,8 @@ def refuse_full_disk(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _stored_bytes(recipe: Recipe, target: Target, num_tokens: int) -> int:
+def stored_bytes(recipe: Recipe, target: Target, num_tokens: int) -> int:
+    """Return the bytes that a sample takes, with its header and ledger line."""
     num_layers, section = len(captured_layers(recipe.target, target)), recipe.dump
     keeps = section.final_states == "keep"
     return FILE_OVERHEAD_BYTES + sample_bytes(

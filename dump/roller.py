@@ -14,10 +14,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from common.files import write_atomic, write_json
+from common.files import write_json
 from common.progress import LINE_INTERVAL_S, Progress
 from contracts.conversation import Sample
-from contracts.rolling import CaptureState, RollingStore, place_key
+from contracts.rolling import CaptureState, Position, RollingStore, place_key
 from contracts.run import Run
 from drafts.order import WindowPlan
 from drafts.places import spans_of
@@ -28,6 +28,8 @@ LOOK_EVERY_S = 0.1
 """How often the trainer's position is read."""
 SAVE_EVERY_S = 2.0
 """How often a process writes where it is."""
+RECHECK_MEMORY_S, RECHECK_FILES_S = 1.0, 30.0
+"""How often a process that waits looks whether its samples are still there."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class WindowLedger(DumpLedger):
         """Count a captured sample; of a failed one, leave the reason in its place, so that the trainer goes on."""
         if entry["status"] == "failed":
             super().add(entry)
-            write_atomic(self._store.failure_path(entry["id"]), entry["reason"])
+            self._store.write_failure(entry["id"], entry["reason"])
             return
         with self._lock:
             self._statuses["done"] += 1
@@ -73,20 +75,20 @@ class Roller:
         self._number, self._count = shard
         self._started = time.monotonic()
         self._waited_s = self._looked = self._saved = 0.0
-        self._went_back = False
-        self._position = store.read_position()
-        self._here = self._find_own()
+        self._checked = time.monotonic()
+        self._position = store.read_position() or Position(first_place=0, next_place=0)
         self._next = self._first_own(self._position.first_place)
+        self._here = self._find_own()
+        self._strays = set[int]()
         self._note_first()
         self.ledger.max_failed = max_reject_fraction * self._num_own
         self._sweep()
 
     def retry_failed(self) -> None:
         """Capture the failed samples in the window again."""
-        for place in list(self._here):
-            if self._store.failure_path(place_key(place)).exists():
-                self._store.delete(place_key(place))
-                self._here.discard(place)
+        for place in [place for place in self._here if self._store.has_failed(place_key(place))]:
+            self._store.delete(place_key(place))
+            self._here.discard(place)
 
     def run(self, filler: Filler, *, until_full: bool) -> dict[str, Any] | None:
         """Capture, wait and delete until the trainer has read all; return the summary.
@@ -98,7 +100,7 @@ class Roller:
         with Progress(self._num_own, "dump", "sample", done) as progress:
             while not self._is_finished:
                 filler.run(self._rows(), self._num_own, self._tick, progress)
-                self._rescan()
+                self._sweep_strays()
                 if until_full and self._find() is None and not self._is_finished:
                     self._save()
                     print(f"dump: the window is full up to place {self._end}, with {num_held_out} held-out samples")
@@ -128,7 +130,11 @@ class Roller:
         return place + (self._number - place) % self._count
 
     def _find_own(self) -> set[int]:
-        """Return this process's places that are on disk."""
+        """Return this process's places that are there; of files, also those outside the window."""
+        in_window = range(self._next, self._end, self._count)
+        if self._store.in_memory:
+            found = self._store.find([place_key(place) for place in in_window])
+            return {place for place in in_window if place_key(place) in found}
         return {place for place in self._store.places() if place % self._count == self._number}
 
     def _note_first(self) -> None:
@@ -165,12 +171,13 @@ class Roller:
         if time.monotonic() - self._looked < LOOK_EVERY_S:
             return
         self._looked = time.monotonic()
-        before, self._position = self._position.first_place, self._store.read_position()
+        before, self._position = self._position.first_place, self._store.read_position() or self._position
         if self._position.first_place == before:
             return
         first = self._first_own(self._position.first_place)
         if self._position.first_place < before:
-            self._went_back, self._next = True, first
+            self._next = first
+            self._strays |= self._here  # some may be on their way
             self._note_first()
         self._next = max(self._next, first)
         self._sweep()
@@ -182,18 +189,30 @@ class Roller:
             self._store.delete(place_key(place))
             self._here.discard(place)
 
-    def _rescan(self) -> None:
-        """Once nothing is on its way: find the samples that were beyond the window when the trainer went back."""
-        if self._went_back:
-            self._went_back = False
-            self._here = self._find_own()
-            self._sweep()
+    def _sweep_strays(self) -> None:
+        """Once nothing is on its way: delete what arrived beyond the window after the trainer went back."""
+        for place in self._strays - self._here:
+            self._store.delete(place_key(place))
+        self._strays.clear()
+
+    def _recheck(self) -> None:
+        """Once nothing is on its way: notice samples that are gone, with the memory they were in or by hand."""
+        every_s = RECHECK_MEMORY_S if self._store.in_memory else RECHECK_FILES_S
+        if time.monotonic() - self._checked < every_s:
+            return
+        self._checked = time.monotonic()
+        found = self._store.find([place_key(place) for place in self._here])
+        lost = {place for place in self._here if place_key(place) not in found}
+        if lost:
+            self._here -= lost
+            self._next = min(self._next, *lost)
 
     def _wait(self) -> None:
         """Wait until there is something to capture, or until the trainer has read all."""
         said = started = time.monotonic()
         while self._find() is None and not self._is_finished:
             time.sleep(LOOK_EVERY_S)
+            self._recheck()
             self._tick()
             if time.monotonic() - said > LINE_INTERVAL_S:
                 said = time.monotonic()

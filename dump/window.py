@@ -15,12 +15,13 @@ from typing import Any
 from common.errors import UserError
 from common.files import lock_file, write_json
 from contracts.conversation import Sample, check_written_by, hash_conversations
+from contracts.mooncake import PART_BYTES, SMALL_SEGMENT, Mooncake, Shelf
 from contracts.rolling import RollingStore, Window, is_rolling, write_index
 from contracts.run import Run
 from contracts.shards import folders_of_others
 from drafts.order import plan_window
 from dump.fill import open_filler
-from dump.plan import refuse_full_disk
+from dump.plan import refuse_full_disk, stored_bytes
 from dump.preflight import prove_engines
 from dump.rendered import TemplateMasks
 from dump.roller import Roller
@@ -28,6 +29,9 @@ from dump.run import STAGE, dump_settings, make_manifest
 from dump.samples import Filter, metadata_of, read_rows
 from recipe.recipe import Recipe
 from target.target import Target
+
+SEGMENT_SHARE = 1.25
+"""Memory that a capture process lends to Mooncake, relative to its share of the window."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Rolling:
     until_full: bool = False
     force: bool = False
     retry_failed: bool = False
+    mooncake: Mooncake | None = None
 
 
 def dump_window(recipe: Recipe, conversations: Path, output: Path, rolling: Rolling) -> dict[str, Any] | None:
@@ -48,6 +53,8 @@ def dump_window(recipe: Recipe, conversations: Path, output: Path, rolling: Roll
     in `output` and for a full disk; IncompleteError for too many rejected samples.
     """
     target, store = Target.here(recipe.target), RollingStore(output)
+    if rolling.mooncake is not None:
+        store = RollingStore(output, _open_shelf(recipe, target, rolling))
     check_written_by(conversations, target)
     if store.ledger_path.exists():
         raise UserError(output, found="a whole store", expected="a new folder", fix="Choose another --output.")
@@ -67,7 +74,9 @@ def dump_window(recipe: Recipe, conversations: Path, output: Path, rolling: Roll
     store.claim(make_manifest(recipe, target, conversations, checksum))
     _open_window(recipe, target, store, conversations, Window(num_bytes=rolling.num_bytes, order=order))
     plan = plan_window(store)
-    if not rolling.force:
+    if rolling.shard[0] == 0:
+        store.publish()
+    if not (rolling.force or store.in_memory):
         refuse_full_disk(output, rolling.num_bytes - _bytes_there(store))
     roller = Roller(store, plan, run, rolling.shard, recipe.dump.max_reject_fraction)
     if rolling.retry_failed:
@@ -77,6 +86,14 @@ def dump_window(recipe: Recipe, conversations: Path, output: Path, rolling: Roll
             rows = read_rows([conversations], TemplateMasks(recipe.target, target))
             prove_engines(recipe, target, filler.backend, filler.staging, rows, run.folder)
         return roller.run(filler, until_full=rolling.until_full)
+
+
+def _open_shelf(recipe: Recipe, target: Target, rolling: Rolling) -> Shelf:
+    """Lend memory for this process's share of the window, and some more: places are shared out by number, not size."""
+    assert rolling.mooncake is not None
+    largest = stored_bytes(recipe, target, recipe.target.max_model_len)
+    segment = int(SEGMENT_SHARE * rolling.num_bytes / rolling.shard[1]) + 4 * largest + SMALL_SEGMENT
+    return Shelf(rolling.mooncake, segment, max(largest, PART_BYTES))
 
 
 def _open_window(recipe: Recipe, target: Target, store: RollingStore, conversations: Path, window: Window) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from common.cli import make_app
 from common.errors import run_app
+from contracts.mooncake import Mooncake
 
 if TYPE_CHECKING:
     from recipe.recipe import Recipe
@@ -18,6 +20,34 @@ OverridesOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, as in train.num_steps=50. Repeatable."),
 ]
+
+
+@dataclass(frozen=True)
+class MooncakeOptions:
+    """Options of both sides of a rolling store that lies in the memory of nodes without a shared disk."""
+
+    mooncake: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Mooncake's master. Samples go from memory to memory, not to disk.",
+        ),
+    ] = None
+    mooncake_name: Annotated[str, typer.Option(help="What the names of this store's objects begin with.")] = "draftline"
+    mooncake_protocol: Annotated[str, typer.Option(help="tcp or rdma.")] = "tcp"
+    mooncake_devices: Annotated[str, typer.Option(help="RDMA devices, separated by commas.")] = ""
+    mooncake_host: Annotated[str, typer.Option(help="This node's address, as the others reach it.")] = "127.0.0.1"
+
+    def where(self) -> Mooncake | None:
+        """Return how to reach Mooncake; None without --mooncake."""
+        if self.mooncake is None:
+            return None
+        return Mooncake(
+            self.mooncake, self.mooncake_name, self.mooncake_protocol, self.mooncake_devices, self.mooncake_host
+        )
+
+
+NO_MOONCAKE = MooncakeOptions()
 
 
 def load_checked(path: Path, overrides: list[str] | None, flags: dict[str, Any] | None = None) -> Recipe:

@@ -6,22 +6,28 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, read_lines, run_here
+from conftest import ROOT, command, read_lines, run, run_here
 from safetensors.torch import load_file
+from slurm import is_installed, run_slurm
 from written import write_conversations
 
+from common.errors import UserError
+from contracts.mooncake import Mooncake, Shelf
 from contracts.rolling import RollingStore, place_key
 from contracts.run import is_complete
 from dump.capture import Staged, Staging
 from dump.hf import Transformers
+from serve.server import find_port
 
 SETTINGS = ["--set", "dump.backend=hf", "--set", "train.num_steps=24", "--set", "train.checkpoint_every=1000"]
 PLACES = 96
@@ -318,3 +324,115 @@ def test_two_processes_follow_together(recipe_path: Path, conversations: Path, w
     whole_by_two = [*torchrun, "--nproc-per-node", "2", "--no-python", *alone, "--output", str(tmp_path / "two/draft")]
     run_together(whole_by_two, logs=tmp_path)
     assert same_weights(tmp_path, tmp_path / "two")
+
+
+@pytest.mark.long
+def test_turns_on_one_node_as_a_submitted_task(
+    recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path
+) -> None:
+    window = 0.5 * store_bytes(whole / "store")
+    words = ["distributed", "submit", "rolling", "--recipe", recipe_path, *SETTINGS, "--input", conversations]
+    run(*words, "--output", tmp_path, "--window", window / GIB, "--in-turns", "--cluster", "debug")
+    shutil.move(tmp_path / "train", tmp_path / "draft")
+    assert same_weights(tmp_path, whole)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not is_installed(), reason="needs root and Debian's slurm-wlm and munge")
+def test_capture_and_training_as_jobs_of_slurm(
+    recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path
+) -> None:
+    window, one_thread = 0.3 * store_bytes(whole / "store"), ["--set", "train.num_threads=1"]
+    args = ["--recipe", recipe_path, *SETTINGS, *one_thread]
+    run_here("train", "offline", *args, "--store", whole / "store", "--output", tmp_path / "alone/draft")
+    with run_slurm(tmp_path / "slurm") as environment:
+
+        def say(*words: object) -> str:
+            return subprocess.run(
+                [str(word) for word in words], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout
+
+        submitted = command(
+            "distributed", "submit", "rolling", *args, "--input", conversations, "--window", window / GIB
+        )
+        say(*submitted, "--output", tmp_path / "run", "--time", 10, "--cpus-per-task", 1)
+        status, seen, deadline = command("distributed", "status", tmp_path / "run"), "", time.monotonic() + 300
+        while say("squeue", "-h", "-o", "%i").strip():
+            assert time.monotonic() < deadline, [path.read_text() for path in (tmp_path / "run").rglob("*log.*")]
+            if "waits for samples" in (shown := say(*status)):
+                seen = shown
+            time.sleep(1.0)
+        assert "% of the time it waits for samples" in seen
+        assert "1 done" in say(*status)
+    shutil.move(tmp_path / "run/train", tmp_path / "draft")
+    assert same_weights(tmp_path, tmp_path / "alone")
+
+
+@pytest.fixture(scope="module")
+def master() -> Iterator[str]:
+    """The address of a Mooncake master."""
+    pytest.importorskip("mooncake.store", exc_type=ImportError)
+    port, metrics = find_port("127.0.0.1", None), find_port("127.0.0.1", None)
+    program = str(Path(sys.executable).with_name("mooncake_master"))
+    words = [program, "--rpc_address=127.0.0.1", f"--rpc_port={port}", f"--metrics_port={metrics}"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(1.0)
+    yield f"127.0.0.1:{port}"
+    process.kill()
+    process.wait()
+
+
+def test_an_object_of_other_content_than_was_put_is_refused(master: str) -> None:
+    shelf, other = Shelf(Mooncake(master, "one")), Shelf(Mooncake(master, "one"), largest_bytes=1 << 20)
+    shelf.put("a", b"content")
+    assert (other.get("a"), other.get("b"), other.find(["a", "b"])) == (b"content", None, {"a"})
+    shelf.put("a", b"other content")
+    assert other.get("a") == b"other content"
+    shelf._client.remove("one/a", True)
+    shelf._client.put("one/a", bytes(32) + b"torn", shelf._pinned())
+    with pytest.raises(UserError, match="not those that were put"):
+        other.get("a")
+
+
+def test_without_a_master_the_command_says_what_to_start(
+    recipe_path: Path, conversations: Path, tmp_path: Path
+) -> None:
+    mooncake = ("--mooncake", f"127.0.0.1:{find_port('127.0.0.1', None)}")
+    result = run_here(*names(capture(recipe_path, conversations, tmp_path, 0.01, *mooncake)), check=False)
+    assert result.returncode == 2
+    assert "Start it: mooncake_master" in result.stderr
+
+
+@pytest.mark.long
+def test_memory_of_other_nodes_gives_the_same_weights_after_a_capture_server_was_killed(
+    recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path, master: str
+) -> None:
+    window = 0.3 * store_bytes(whole / "store")
+    where = ("--mooncake", master, "--mooncake-name", "weights")
+    store = RollingStore(tmp_path / "trainer/store")
+    captures = [
+        capture(recipe_path, conversations, tmp_path / f"node-{number}", window / GIB, "--shard", f"{number}/2", *where)
+        for number in range(2)
+    ]
+    with (tmp_path / "log").open("w") as log:
+        start = partial(subprocess.Popen, cwd=ROOT, stdout=log, stderr=log)
+        trainer = start(follow(recipe_path, tmp_path / "trainer", *where))
+        nodes = [start(words) for words in captures]
+        try:
+            deadline = time.monotonic() + 300
+            while not (tmp_path / "trainer/draft/metrics.jsonl").exists() or not read_lines(
+                tmp_path / "trainer/draft/metrics.jsonl"
+            ):
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+                assert trainer.poll() is None, (tmp_path / "log").read_text()[-3000:]
+                time.sleep(0.02)
+            nodes[0].kill()  # its samples are gone with its memory
+            nodes[0].wait()
+            nodes[0] = start(captures[0])
+            assert [process.wait(300) for process in (trainer, *nodes)] == [0, 0, 0], (tmp_path / "log").read_text()
+        finally:
+            for process in (trainer, *nodes):
+                process.kill()
+                process.wait()
+    assert same_weights(tmp_path / "trainer", whole)
+    assert not list(store.folder.rglob("*.safetensors"))

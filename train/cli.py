@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from common.cli import make_app
+from common.cli import expand_options, make_app
 from common.errors import UserError, run_app
-from recipe.cli import OverridesOption, RecipeOption, load_checked
+from recipe.cli import NO_MOONCAKE, MooncakeOptions, OverridesOption, RecipeOption, load_checked
 
 app = make_app("Train a draft from a store, evaluate it, export it.")
 
@@ -51,6 +51,7 @@ def plan(
 
 
 @app.command(epilog="Example: train offline -r recipes/Tiny-DFlash/recipe.yaml --store runs/store --output runs/draft")
+@expand_options
 def offline(
     recipe: RecipeOption,
     store: Annotated[Path, typer.Option(help="A store that `dump run` wrote.")],
@@ -62,15 +63,17 @@ def offline(
         bool,
         typer.Option("--until-empty", help="With --follow: save and stop where samples are missing; do not wait."),
     ] = False,
+    mooncake: MooncakeOptions = NO_MOONCAKE,
     force: ForceOption = False,
     set_: OverridesOption = None,
 ) -> None:
     """Train to the recipe's number of steps; an interrupted run resumes from its last checkpoint."""
-    from train.offline import Following, train_offline
+    from train.data import Following
+    from train.offline import train_offline
 
-    if until_empty and not follow:
-        raise typer.BadParameter("--until-empty needs --follow")
-    following = Following(until_empty) if follow else None
+    if (until_empty or mooncake.where()) and not follow:
+        raise typer.BadParameter("--until-empty and --mooncake need --follow")
+    following = Following(until_empty, mooncake.where()) if follow else None
     train_offline(load_checked(recipe, set_), store, output, force=force, follow=following)
 
 

@@ -22,7 +22,8 @@ import torch
 from common.errors import UserError
 from common.progress import track
 from contracts.modelopt import ModelOptStore, is_modelopt, open_modelopt
-from contracts.rolling import RollingStore, is_rolling
+from contracts.mooncake import Mooncake
+from contracts.rolling import GoneError, RollingStore, is_rolling
 from contracts.store import Manifest, Store, StoredSample, find_token, open_store
 from drafts.batch import Batch
 from drafts.moving import tensors_of, to_device
@@ -40,13 +41,26 @@ MAX_PLACES = 1_000_000
 """Places of the sequence of samples that `largest_masks` looks at: about a second."""
 
 
-def open_states(recipe: Recipe, folder: Path, target: Target, *, follow: bool = False) -> tuple[AnyStore, Manifest]:
-    """Open a whole store, a folder in ModelOpt's layout, or, to `follow` it, a rolling store.
+@dataclass(frozen=True)
+class Following:
+    """How to read a rolling store. `until_empty`: stop where the next samples are not there yet, instead of waiting.
+
+    With `mooncake`, the samples are in the memory of other nodes.
+    """
+
+    until_empty: bool = False
+    mooncake: Mooncake | None = None
+
+
+def open_states(
+    recipe: Recipe, folder: Path, target: Target, following: Following | None = None
+) -> tuple[AnyStore, Manifest]:
+    """Open a whole store, a folder in ModelOpt's layout, or, with `following`, a rolling store.
 
     Raises UserError if it is of another target.
     """
-    if follow:
-        rolling = open_followed(recipe, folder, target)
+    if following is not None:
+        rolling = open_followed(recipe, folder, target, following.mooncake)
         return rolling, rolling.read_manifest()
     if is_rolling(folder):
         raise UserError(folder, found="a rolling store", expected="a whole one", fix="Train on it with --follow.")
@@ -136,8 +150,13 @@ class Samples:
         if self.follower is None:
             sample_id = self._pick(place)
             return sample_id, self.read(sample_id)
-        sample_id, name = self.follower.locate(place)
-        sample = self._read_file(name, sample_id)
+        while True:
+            sample_id, name = self.follower.locate(place)
+            try:
+                sample = self._read_file(name, sample_id)
+                break
+            except GoneError:  # it is captured again
+                self.follower.pause()
         if not torch.equal(sample.input_ids, self.store.read_token_ids(sample_id)[: sample.num_tokens]):
             raise UserError(
                 self.store.sample_path(name),
@@ -155,10 +174,11 @@ class Samples:
     def read_looks(self, sample_ids: Iterable[str]) -> Iterator[StoredSample]:
         """Yield samples to evaluate on, decoded. Of a rolling store they are held out; failed captures are left out."""
         for sample_id in sample_ids:
-            if self.follower is not None:
+            if isinstance(self.store, RollingStore) and self.follower is not None:
                 self.follower.wait_for(sample_id)
-            if self.follower is None or self.store.sample_path(sample_id).exists():
-                yield self.read(sample_id).decoded()
+                if self.store.has_failed(sample_id):
+                    continue
+            yield self.read(sample_id).decoded()
 
     def count_supervised(self, vocab_size: int) -> torch.Tensor:
         """Return how often each token is supervised in the training samples, `(V,)`."""

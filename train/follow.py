@@ -15,9 +15,12 @@ from typing import Literal
 import torch
 
 from common.errors import IncompleteError, UserError
-from contracts.rolling import Position, RollingStore, is_rolling, open_rolling, place_key
+from contracts.mooncake import PART_BYTES, Mooncake, Shelf
+from contracts.rolling import HEADER_BYTES, Position, RollingStore, is_rolling, open_rolling, place_key
+from contracts.sample_file import sample_bytes
 from drafts.order import WindowPlan, plan_window
 from recipe.recipe import Recipe
+from target.layers import captured_layers
 from target.target import Target
 from train.processes import Processes
 
@@ -26,20 +29,24 @@ SAY_EVERY_S = 60.0
 WRITE_EVERY_S = 2.0
 
 
-def open_followed(recipe: Recipe, folder: Path, target: Target) -> RollingStore:
-    """Open a rolling store; wait until its capture has begun.
+def open_followed(recipe: Recipe, folder: Path, target: Target, mooncake: Mooncake | None = None) -> RollingStore:
+    """Open a rolling store; wait until its capture has begun. With Mooncake, `folder` is this node's own.
 
     Raises UserError if it is of another target, or was begun with other settings of the order than the recipe's.
     """
-    said = 0.0
-    while not is_rolling(folder):
+    said, shelf = 0.0, None
+    if mooncake is not None:
+        num_layers, length = len(captured_layers(recipe.target, target)), recipe.target.max_model_len
+        largest = sample_bytes(length, target.hidden_size, num_layers, recipe.dump.dtype) + HEADER_BYTES
+        shelf = Shelf(mooncake, largest_bytes=max(largest, PART_BYTES))
+    while not (shelf.fetch(folder) if shelf else is_rolling(folder)):
         if (folder / "ledger.jsonl").exists():
             raise UserError(folder, found="a whole store", expected="a rolling one", fix="Leave out --follow.")
         if time.monotonic() - said > SAY_EVERY_S:
             said = time.monotonic()
             print(f"train: waiting for `dump run --window` to begin {folder}", flush=True)
         time.sleep(POLL_S)
-    store = open_rolling(folder, target)
+    store = open_rolling(folder, target, shelf)
     wanted = recipe.training().order(recipe.target.max_model_len)
     for key, value in store.window.order.items():
         if wanted[key] != value:
@@ -100,7 +107,7 @@ class Follower:
         for other in [place, *reversed(range(first, place)), *range(place + 1, end)]:
             key = place_key(other)
             self.wait_for(key)
-            if self._store.sample_path(key).exists():
+            if not self._store.has_failed(key):
                 return self.plan.chosen.train[self.plan.order.pick(other)], key
         raise IncompleteError(
             f"{self._store.folder}: found no captured sample at the places {first} to {end - 1}, expected at least "
@@ -110,14 +117,18 @@ class Follower:
     def wait_for(self, key: str) -> None:
         """Wait until a sample is there, or the reason why it is not. Raises Stopped when the training ends."""
         while not self._store.has(key):
-            if self._stop.wait(POLL_S):
-                raise Stopped
+            self.pause()
+
+    def pause(self) -> None:
+        """Wait a moment. Raises Stopped when the training ends."""
+        if self._stop.wait(POLL_S):
+            raise Stopped
 
     def is_ready(self, step: int, rank: int, world: int) -> bool:
         """Return whether all samples that a process reads in a step are there."""
         first, per_batch = step * self._per_step, range(rank, self._batch_size, world)
         starts = range(first, first + self._per_step, self._batch_size)
-        return all(self._store.has(place_key(start + offset)) for start in starts for offset in per_batch)
+        return self._store.has(*(place_key(start + offset) for start in starts for offset in per_batch))
 
     def wait_for_step(
         self, step: int, processes: Processes, stopped: dict[str, bool], *, until_empty: bool

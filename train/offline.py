@@ -38,7 +38,7 @@ from recipe.train import TrainSection
 from target.head import TargetHead, read_head
 from target.target import Target
 from train.checkpoint import Checkpoints, load_checkpoint
-from train.data import Planned, Samples, open_states, read_ahead, refuse_mask_token
+from train.data import Following, Planned, Samples, open_states, read_ahead, refuse_mask_token
 from train.draft import make_config
 from train.evaluate import FEW, acceptance_of, refuse_layers
 from train.footprint import measure_step
@@ -53,13 +53,6 @@ LOW = 0.2
 """Share of accepted first draft tokens below which a draft that was trained elsewhere is suspect."""
 
 
-@dataclass(frozen=True)
-class Following:
-    """How to train from a rolling store. `until_empty`: save and stop where the next samples are not there yet."""
-
-    until_empty: bool = False
-
-
 def train_offline(
     recipe: Recipe, store_folder: Path, output: Path, *, force: bool = False, follow: Following | None = None
 ) -> dict[str, Any] | None:
@@ -71,7 +64,7 @@ def train_offline(
     """
     section = recipe.training()
     target = Target.here(recipe.target)
-    store, manifest = open_states(recipe, store_folder, target, follow=follow is not None)
+    store, manifest = open_states(recipe, store_folder, target, follow)
     config, start = make_config(recipe, target, manifest), None
     if section.init_from is not None:
         start = open_start(section.init_from, recipe, target, to_train=True)

@@ -1,0 +1,176 @@
+"""The samples of a rolling store in the memory of Mooncake's clients, for nodes that share no disk.
+
+A capture process lends a segment of its memory and puts samples there; a trainer gets them over TCP or RDMA. Objects
+are pinned, so the master never evicts one: a full segment makes its owner wait. They vanish with the process that lent
+the memory. An object holds the sha256 of its content (32 bytes), then the content.
+
+Return codes of mooncake-transfer-engine 0.3.13: 0 done, -200 no memory free, -704 no such object, below -800 no answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import IncompleteError, UserError
+from common.files import hash_file, write_atomic
+
+DONE, NO_MEMORY = 0, -200
+RETRY_S = 0.1
+PATIENCE_S = 120.0
+"""How long a master may not answer."""
+PART_BYTES = 8 << 20
+DIGEST_BYTES = 32
+SMALL_SEGMENT = 64 << 20
+"""Memory that a client lends which holds only notes."""
+
+
+@dataclass(frozen=True)
+class Mooncake:
+    """How to reach Mooncake. `master`: HOST:PORT; `host`: this node's address; `devices`: RDMA devices, by commas.
+
+    Objects of one rolling store have names that begin with `name`.
+    """
+
+    master: str
+    name: str = "draftline"
+    protocol: str = "tcp"
+    devices: str = ""
+    host: str = "127.0.0.1"
+
+
+class Shelf:
+    """Objects by name. Processes that a shelf is sent to lend no memory: theirs lies in the segment of the sender."""
+
+    def __init__(self, where: Mooncake, segment_bytes: int = SMALL_SEGMENT, largest_bytes: int = PART_BYTES) -> None:
+        """`segment_bytes`: memory to lend; `largest_bytes`: of one object."""
+        self._where, self._segment_bytes, self._largest_bytes = where, segment_bytes, largest_bytes
+        self._preferred = ""
+        self._open: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        preferred = self._preferred or (self._client.get_hostname() if self._segment_bytes else "")
+        return {**self.__dict__, "_open": None, "_segment_bytes": 0, "_preferred": preferred}
+
+    def put(self, name: str, content: memoryview | bytes) -> None:
+        """Put an object in place of the one with this name; wait while there is no memory for it.
+
+        Raises IncompleteError when the master does not answer.
+        """
+        data = hashlib.sha256(content).digest() + bytes(content)
+        self.delete(name)
+        self._insist(f"put {name}", lambda: self._client.put(self._key(name), data, self._pinned()))
+
+    def get(self, name: str) -> bytes | None:
+        """Return an object's content, or None if there is none, or its memory is gone.
+
+        Raises UserError if it is not what was put.
+        """
+        data: bytes = self._client.get(self._key(name))
+        if not data:
+            return None
+        content = data[DIGEST_BYTES:]
+        if hashlib.sha256(content).digest() != data[:DIGEST_BYTES]:
+            raise UserError(
+                f"Mooncake's object {self._key(name)}",
+                found=f"{len(content)} bytes that are not those that were put (sha256)",
+                expected="what the capture wrote",
+                fix="Look for a failing network or memory, and start the training again.",
+            )
+        return content
+
+    def find(self, names: Sequence[str]) -> set[str]:
+        """Return the names of which there is an object. An owner that died a moment ago may still be counted."""
+        found = self._client.batch_is_exist([self._key(name) for name in names]) if names else []
+        return {name for name, answer in zip(names, found, strict=True) if answer == 1}
+
+    def delete(self, name: str) -> None:
+        """Delete an object, if there is one, even if it is being read."""
+        self._client.remove(self._key(name), True)
+
+    def publish(self, folder: Path, names: Sequence[str]) -> None:
+        """Put files of `folder`, in parts, for `fetch`."""
+        contents = {}
+        for name in names:
+            data = memoryview((folder / name).read_bytes())
+            starts = range(0, len(data), PART_BYTES)
+            for start in starts:
+                self.put(f"{name}.{start // PART_BYTES}", data[start : start + PART_BYTES])
+            contents[name] = {"parts": len(starts), "sha256": hash_file(folder / name)}
+        self.put("files.json", json.dumps(contents).encode())
+
+    def fetch(self, folder: Path) -> bool:
+        """Write the published files into `folder`; return False if they are not all there yet."""
+        listed = self.get("files.json")
+        if listed is None:
+            return False
+        for name, entry in json.loads(listed).items():
+            path = folder / name
+            if path.exists() and hash_file(path) == entry["sha256"]:
+                continue
+            parts = [self.get(f"{name}.{number}") for number in range(entry["parts"])]
+            if None in parts:
+                return False
+            write_atomic(path, b"".join(part for part in parts if part is not None))
+        return True
+
+    @property
+    def _client(self) -> Any:
+        """The client of this process. Raises UserError without the package or a master."""
+        if self._open is None:
+            self._open = self._connect()
+        return self._open
+
+    def _connect(self) -> Any:
+        try:
+            from mooncake.store import MooncakeDistributedStore
+        except ImportError as error:
+            raise UserError(
+                "--mooncake",
+                found=f"no Mooncake ({error})",
+                expected="the package mooncake-transfer-engine, and libibverbs1, librdmacm1 and libnuma1",
+                fix="Install draftline[mooncake], on GPU machines mooncake-transfer-engine.",
+            ) from None
+        client, where = MooncakeDistributedStore(), self._where
+        buffer_bytes = 2 * (self._largest_bytes + DIGEST_BYTES) + (16 << 20)
+        code = client.setup(
+            where.host, "P2PHANDSHAKE", self._segment_bytes, buffer_bytes, where.protocol, where.devices, where.master
+        )
+        if code:
+            raise UserError(
+                f"--mooncake {where.master}",
+                found=f"no answer (code {code})",
+                expected="Mooncake's master",
+                fix="Start it: mooncake_master --rpc_port PORT.",
+            )
+        return client
+
+    def _key(self, name: str) -> str:
+        return f"{self._where.name}/{name}"
+
+    def _pinned(self) -> Any:
+        from mooncake.store import ReplicateConfig
+
+        config = ReplicateConfig()
+        config.replica_num, config.with_hard_pin = 1, True
+        if self._preferred:
+            config.preferred_segment = self._preferred
+        return config
+
+    def _insist(self, what: str, act: Callable[[], int]) -> None:
+        """Repeat `act` while there is no memory, or for `PATIENCE_S` no answer. Raises IncompleteError after that."""
+        silent_since: float | None = None
+        while (code := act()) != DONE:
+            now = time.monotonic()
+            silent_since = None if code == NO_MEMORY else (silent_since or now)
+            if silent_since is not None and now - silent_since > PATIENCE_S:
+                raise IncompleteError(
+                    f"Mooncake's master {self._where.master}: found no way to {what} (code {code}), expected an "
+                    "answer. Start it, then run the same command again."
+                )
+            time.sleep(RETRY_S)
