@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import IncompleteError, UserError
-from common.files import hash_file, write_atomic
+from common.files import hash_bytes, hash_file, write_atomic
+from common.tensor_file import Buffer
+from contracts.sample_file import StoredSample, fill_sample, parse_sample
+from contracts.shelf import GoneError, place_key
 
 DONE, NO_MEMORY = 0, -200
 RETRY_S = 0.1
 PATIENCE_S = 120.0
 """How long a master may not answer."""
+CONNECT_S = 10.0
 PART_BYTES = 8 << 20
 DIGEST_BYTES = 32
 SMALL_SEGMENT = 64 << 20
@@ -44,8 +49,8 @@ class Mooncake:
     host: str = "127.0.0.1"
 
 
-class Shelf:
-    """Objects by name. Processes that a shelf is sent to lend no memory: theirs lies in the segment of the sender."""
+class MooncakeShelf:
+    """Samples as objects. Processes that it is sent to lend no memory: what they write lies in the sender's segment."""
 
     def __init__(self, where: Mooncake, segment_bytes: int = SMALL_SEGMENT, largest_bytes: int = PART_BYTES) -> None:
         """`segment_bytes`: memory to lend; `largest_bytes`: of one object."""
@@ -57,13 +62,57 @@ class Shelf:
         preferred = self._preferred or (self._client.get_hostname() if self._segment_bytes else "")
         return {**self.__dict__, "_open": None, "_segment_bytes": 0, "_preferred": preferred}
 
+    in_memory = True
+
+    def find(self, names: Sequence[str]) -> set[str]:
+        """See `Shelf`. An owner that died a moment ago may still be counted."""
+        found = self._find([*names, *map(_reason, names)])
+        return {name for name in names if name in found or _reason(name) in found}
+
+    def find_places(self, window: range) -> set[int]:
+        found = self.find([place_key(place) for place in window])
+        return {place for place in window if place_key(place) in found}
+
+    def has_failed(self, name: str) -> bool:
+        return bool(self._find([_reason(name)]))
+
+    def write(
+        self, name: str, sample: StoredSample, dtype: str | None, buffer: Buffer, *, final_states: bool
+    ) -> dict[str, Any]:
+        data = fill_sample(sample, dtype, buffer, final_states=final_states)
+        self.put(name, data)
+        return {"size": len(data), "sha256": hash_bytes(data)}
+
+    def write_failure(self, name: str, reason: str) -> None:
+        self.put(_reason(name), reason.encode())
+
+    def read(self, name: str, *, final_states: bool, decode: bool) -> StoredSample:
+        data = self.get(name)
+        if data is None:
+            raise GoneError(name)
+        return parse_sample(f"Mooncake's object {self._key(name)}", data, final_states=final_states, decode=decode)
+
+    def delete(self, name: str) -> None:
+        """See `Shelf`. The sample may be being read."""
+        for key in (name, _reason(name)):
+            self._client.remove(self._key(key), True)
+
+    def read_note(self, name: str) -> bytes | None:
+        return self.get(name)
+
+    def write_note(self, name: str, content: bytes) -> None:
+        self.put(name, content)
+
+    def tidy(self) -> None:
+        """Do nothing: there are no folders."""
+
     def put(self, name: str, content: memoryview | bytes) -> None:
         """Put an object in place of the one with this name; wait while there is no memory for it.
 
         Raises IncompleteError when the master does not answer.
         """
         data = hashlib.sha256(content).digest() + bytes(content)
-        self.delete(name)
+        self._client.remove(self._key(name), True)
         self._insist(f"put {name}", lambda: self._client.put(self._key(name), data, self._pinned()))
 
     def get(self, name: str) -> bytes | None:
@@ -83,15 +132,6 @@ class Shelf:
                 fix="Look for a failing network or memory, and start the training again.",
             )
         return content
-
-    def find(self, names: Sequence[str]) -> set[str]:
-        """Return the names of which there is an object. An owner that died a moment ago may still be counted."""
-        found = self._client.batch_is_exist([self._key(name) for name in names]) if names else []
-        return {name for name, answer in zip(names, found, strict=True) if answer == 1}
-
-    def delete(self, name: str) -> None:
-        """Delete an object, if there is one, even if it is being read."""
-        self._client.remove(self._key(name), True)
 
     def publish(self, folder: Path, names: Sequence[str]) -> None:
         """Put files of `folder`, in parts, for `fetch`."""
@@ -137,6 +177,7 @@ class Shelf:
                 fix="Install draftline[mooncake], on GPU machines mooncake-transfer-engine.",
             ) from None
         client, where = MooncakeDistributedStore(), self._where
+        _refuse_unreachable(where.master)
         buffer_bytes = 2 * (self._largest_bytes + DIGEST_BYTES) + (16 << 20)
         code = client.setup(
             where.host, "P2PHANDSHAKE", self._segment_bytes, buffer_bytes, where.protocol, where.devices, where.master
@@ -144,11 +185,16 @@ class Shelf:
         if code:
             raise UserError(
                 f"--mooncake {where.master}",
-                found=f"no answer (code {code})",
-                expected="Mooncake's master",
-                fix="Start it: mooncake_master --rpc_port PORT.",
+                found=f"a client that cannot start (code {code}; its messages are above)",
+                expected=f"{where.protocol} at {where.host}, and {self._segment_bytes + buffer_bytes} bytes of memory",
+                fix="Lower --window, or correct --mooncake-host, --mooncake-protocol and --mooncake-devices.",
             )
         return client
+
+    def _find(self, names: Sequence[str]) -> set[str]:
+        """Return the names of which there is an object."""
+        found = self._client.batch_is_exist([self._key(name) for name in names]) if names else []
+        return {name for name, answer in zip(names, found, strict=True) if answer == 1}
 
     def _key(self, name: str) -> str:
         return f"{self._where.name}/{name}"
@@ -174,3 +220,23 @@ class Shelf:
                     "answer. Start it, then run the same command again."
                 )
             time.sleep(RETRY_S)
+
+
+def _reason(name: str) -> str:
+    """Return the name of the object that holds the reason of a failed capture."""
+    return f"{name}.failed"
+
+
+def _refuse_unreachable(master: str) -> None:
+    """Raise UserError unless something listens at `master`: Mooncake itself would try for minutes."""
+    host, _, port = master.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), CONNECT_S):
+            pass
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--mooncake {master}",
+            found=f"no answer ({error})",
+            expected="HOST:PORT of Mooncake's master",
+            fix="Start it: mooncake_master --rpc_port PORT.",
+        ) from None

@@ -23,10 +23,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,16 +34,15 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from common.errors import UserError
-from common.files import hash_bytes, hash_file, read_json, write_atomic, write_json
+from common.files import hash_file, read_json
 from common.tensor_file import Buffer
 from contracts.conversation import Sample
-from contracts.mooncake import Shelf
-from contracts.sample_file import StoredSample, fill_sample, parse_sample, sample_bytes
+from contracts.sample_file import StoredSample, sample_bytes
+from contracts.shelf import FolderShelf, Shelf, sample_path
 from contracts.store import Store
 from contracts.target_identity import TargetIdentity
 
-PLACE = re.compile(r"[0-9]{12}")
-PLACES_IN_FOLDER = 1000
+POSITION_NOTE = "trainer.json"
 PUBLISHED = ("manifest.json", "index/samples.jsonl", "index/token_ids.bin", "index/masks.bin", "window.json")
 HEADER_BYTES = 1024
 """Room for the header of a sample's file, which names its tensors and metadata."""
@@ -98,38 +95,17 @@ class CaptureState(BaseModel):
     seconds: float = 0.0
 
 
-class GoneError(Exception):
-    """A sample that was there a moment ago: the process that lent its memory has ended."""
-
-
-def _failed(sample_id: str) -> str:
-    return f"{sample_id}.failed"
-
-
-def place_key(place: int) -> str:
-    """Return the name of the sample at a place, its id in this store."""
-    return f"{place:012d}"
-
-
 class RollingStore(Store):
     """A rolling store's folder. `sample_ids`, `lengths`, masks and token ids are those of all samples to capture."""
 
     def __init__(self, folder: Path, shelf: Shelf | None = None) -> None:
+        """`shelf`: where the samples are; default: in the folder."""
         super().__init__(folder)
-        self._shelf = shelf
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether samples vanish with the process that captured them."""
-        return self._shelf is not None
+        self.shelf = shelf or FolderShelf(folder)
 
     @property
     def window_path(self) -> Path:
         return self.folder / "window.json"
-
-    @property
-    def position_path(self) -> Path:
-        return self.folder / "trainer.json"
 
     @property
     def index_folder(self) -> Path:
@@ -150,47 +126,7 @@ class RollingStore(Store):
         return Index(self.index_folder)
 
     def sample_path(self, sample_id: str) -> Path:
-        """Return the path of the sample at a place (`place_key`), or of a held-out sample (its id)."""
-        if PLACE.fullmatch(sample_id):
-            return self.folder / "places" / f"{int(sample_id) // PLACES_IN_FOLDER:06d}" / f"{sample_id}.safetensors"
-        return super().sample_path(sample_id)
-
-    def failure_path(self, sample_id: str) -> Path:
-        """Return the path of the reason why a sample's capture failed."""
-        return self.sample_path(sample_id).with_suffix(".failed")
-
-    def has(self, *sample_ids: str) -> bool:
-        """Return whether all of these samples are there, or the reasons why they are not."""
-        return len(self.find(sample_ids)) == len(sample_ids)
-
-    def find(self, sample_ids: Sequence[str]) -> set[str]:
-        """Return those of the samples that are there, or the reasons why they are not."""
-        if self._shelf is None:
-            return {id_ for id_ in sample_ids if self.sample_path(id_).exists() or self.failure_path(id_).exists()}
-        names = self._shelf.find([*sample_ids, *map(_failed, sample_ids)])
-        return {id_ for id_ in sample_ids if id_ in names or _failed(id_) in names}
-
-    def has_failed(self, sample_id: str) -> bool:
-        """Return whether the reason why a sample's capture failed is there."""
-        if self._shelf is None:
-            return self.failure_path(sample_id).exists()
-        return bool(self._shelf.find([_failed(sample_id)]))
-
-    def write_failure(self, sample_id: str, reason: str) -> None:
-        """Leave the reason of a failed capture in place of the sample."""
-        if self._shelf is None:
-            write_atomic(self.failure_path(sample_id), reason)
-        else:
-            self._shelf.put(_failed(sample_id), reason.encode())
-
-    def delete(self, sample_id: str) -> None:
-        """Delete a sample or the reason of its failure, if they are there."""
-        if self._shelf is None:
-            self.sample_path(sample_id).unlink(missing_ok=True)
-            self.failure_path(sample_id).unlink(missing_ok=True)
-        else:
-            self._shelf.delete(sample_id)
-            self._shelf.delete(_failed(sample_id))
+        return sample_path(self.folder, sample_id)
 
     def write_sample(
         self,
@@ -201,35 +137,14 @@ class RollingStore(Store):
         *,
         final_states: bool = True,
     ) -> dict[str, Any]:
-        """Write one sample; see `Store.write_sample`. On a full shelf it waits."""
-        if self._shelf is None:
-            return super().write_sample(sample_id, sample, dtype, buffer, final_states=final_states)
-        data = fill_sample(sample, dtype, buffer or Buffer(), final_states=final_states)
-        self._shelf.put(sample_id, data)
-        return {"size": len(data), "sha256": hash_bytes(data)}
+        return self.shelf.write(sample_id, sample, dtype, buffer or Buffer(), final_states=final_states)
 
     def read_sample(self, sample_id: str, *, final_states: bool = True, decode: bool = True) -> StoredSample:
-        """Read one sample; see `Store.read_sample`. Raises GoneError if the process that had it is gone."""
-        if self._shelf is None:
-            return super().read_sample(sample_id, final_states=final_states, decode=decode)
-        data = self._shelf.get(sample_id)
-        if data is None:
-            raise GoneError(sample_id)
-        return parse_sample(self.sample_path(sample_id), data, final_states=final_states, decode=decode)
+        return self.shelf.read(sample_id, final_states=final_states, decode=decode)
 
-    def places(self) -> Iterator[int]:
-        """Yield the places whose samples, or failures, are files here; delete what killed writers left."""
-        for path in (self.folder / "places").glob("*/*"):
-            if path.suffix == ".tmp":
-                path.unlink(missing_ok=True)
-            elif PLACE.fullmatch(path.stem):
-                yield int(path.stem)
-
-    def delete_empty_folders(self) -> None:
-        """Delete the folders of places that hold nothing any more."""
-        for folder in (self.folder / "places").glob("*"):
-            with suppress(OSError):  # not empty
-                folder.rmdir()
+    def has(self, *names: str) -> bool:
+        """Return whether all of these samples are there, or the reasons why they are not."""
+        return len(self.shelf.find(names)) == len(names)
 
     def sample_ids(self) -> list[str]:
         return self.index.ids
@@ -258,23 +173,15 @@ class RollingStore(Store):
 
     def read_position(self) -> Position | None:
         """Return where the trainer is; None if that is not known: it has not begun, or is gone with its memory."""
-        if self._shelf is not None:
-            data = self._shelf.get(self.position_path.name)
-            return None if data is None else Position.model_validate_json(data)
-        if not self.position_path.exists():
-            return None
-        return Position.model_validate(read_json(self.position_path, "a trainer's position"))
+        note = self.shelf.read_note(POSITION_NOTE)
+        return None if note is None else Position.model_validate_json(note)
+
+    def write_position(self, position: Position) -> None:
+        self.shelf.write_note(POSITION_NOTE, position.model_dump_json(indent=1).encode())
 
     def publish(self) -> None:
         """Give trainers of other nodes what they need besides the samples."""
-        if self._shelf is not None:
-            self._shelf.publish(self.folder, PUBLISHED)
-
-    def write_position(self, position: Position) -> None:
-        if self._shelf is not None:
-            self._shelf.put(self.position_path.name, position.model_dump_json().encode())
-        else:
-            write_json(self.position_path, position.model_dump())
+        self.shelf.publish(self.folder, PUBLISHED)
 
 
 class Index:

@@ -137,7 +137,7 @@ def read_sample_file(path: Path, *, final_states: bool = True, decode: bool = Tr
         raise _unreadable(path, error) from None
 
 
-def parse_sample(where: Path, data: bytes, *, final_states: bool = True, decode: bool = True) -> StoredSample:
+def parse_sample(where: str, data: bytes, *, final_states: bool = True, decode: bool = True) -> StoredSample:
     """Return the sample whose file has the content `data`; see `read_sample_file`."""
     try:
         size = int.from_bytes(data[:8], "little")
@@ -183,7 +183,7 @@ def _state_bytes(hidden_size: int, dtype: str) -> int:
     return hidden_size * DTYPES[dtype].itemsize + (4 if dtype == "fp8_e4m3" else 0)
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
+def _unreadable(path: object, error: Exception) -> UserError:
     return UserError(
         path,
         found=f"an unreadable sample ({error})",

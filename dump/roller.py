@@ -17,8 +17,9 @@ from typing import Any
 from common.files import write_json
 from common.progress import LINE_INTERVAL_S, Progress
 from contracts.conversation import Sample
-from contracts.rolling import CaptureState, Position, RollingStore, place_key
+from contracts.rolling import CaptureState, Position, RollingStore
 from contracts.run import Run
+from contracts.shelf import place_key
 from drafts.order import WindowPlan
 from drafts.places import spans_of
 from dump.fill import Filler
@@ -56,7 +57,7 @@ class WindowLedger(DumpLedger):
         """Count a captured sample; of a failed one, leave the reason in its place, so that the trainer goes on."""
         if entry["status"] == "failed":
             super().add(entry)
-            self._store.write_failure(entry["id"], entry["reason"])
+            self._store.shelf.write_failure(entry["id"], entry["reason"])
             return
         with self._lock:
             self._statuses["done"] += 1
@@ -86,8 +87,8 @@ class Roller:
 
     def retry_failed(self) -> None:
         """Capture the failed samples in the window again."""
-        for place in [place for place in self._here if self._store.has_failed(place_key(place))]:
-            self._store.delete(place_key(place))
+        for place in [place for place in self._here if self._store.shelf.has_failed(place_key(place))]:
+            self._store.shelf.delete(place_key(place))
             self._here.discard(place)
 
     def run(self, filler: Filler, *, until_full: bool) -> dict[str, Any] | None:
@@ -131,11 +132,8 @@ class Roller:
 
     def _find_own(self) -> set[int]:
         """Return this process's places that are there; of files, also those outside the window."""
-        in_window = range(self._next, self._end, self._count)
-        if self._store.in_memory:
-            found = self._store.find([place_key(place) for place in in_window])
-            return {place for place in in_window if place_key(place) in found}
-        return {place for place in self._store.places() if place % self._count == self._number}
+        found = self._store.shelf.find_places(range(self._next, self._end, self._count))
+        return {place for place in found if place % self._count == self._number}
 
     def _note_first(self) -> None:
         """Remember the first place that the trainer has asked for: a trainer may begin with an own checkpoint."""
@@ -186,22 +184,22 @@ class Roller:
         """Delete this process's samples outside the window."""
         first, end = self._position.first_place, self._end
         for place in [place for place in self._here if not first <= place < end]:
-            self._store.delete(place_key(place))
+            self._store.shelf.delete(place_key(place))
             self._here.discard(place)
 
     def _sweep_strays(self) -> None:
         """Once nothing is on its way: delete what arrived beyond the window after the trainer went back."""
         for place in self._strays - self._here:
-            self._store.delete(place_key(place))
+            self._store.shelf.delete(place_key(place))
         self._strays.clear()
 
     def _recheck(self) -> None:
         """Once nothing is on its way: notice samples that are gone, with the memory they were in or by hand."""
-        every_s = RECHECK_MEMORY_S if self._store.in_memory else RECHECK_FILES_S
+        every_s = RECHECK_MEMORY_S if self._store.shelf.in_memory else RECHECK_FILES_S
         if time.monotonic() - self._checked < every_s:
             return
         self._checked = time.monotonic()
-        found = self._store.find([place_key(place) for place in self._here])
+        found = self._store.shelf.find([place_key(place) for place in self._here])
         lost = {place for place in self._here if place_key(place) not in found}
         if lost:
             self._here -= lost
@@ -244,7 +242,7 @@ class Roller:
     def _finish(self) -> dict[str, Any]:
         """Delete what is left, print the counts and mark the run complete."""
         self._sweep()
-        self._store.delete_empty_folders()
+        self._store.shelf.tidy()
         self.ledger.close()
         failed = self.ledger.counts["failed"]
         summary = {"samples": self._num_own - failed, "failed": failed}

@@ -15,7 +15,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import lock_file, write_json
 from contracts.conversation import Sample, check_written_by, hash_conversations
-from contracts.mooncake import PART_BYTES, SMALL_SEGMENT, Mooncake, Shelf
+from contracts.mooncake import PART_BYTES, SMALL_SEGMENT, Mooncake, MooncakeShelf
 from contracts.rolling import RollingStore, Window, is_rolling, write_index
 from contracts.run import Run
 from contracts.shards import folders_of_others
@@ -76,7 +76,7 @@ def dump_window(recipe: Recipe, conversations: Path, output: Path, rolling: Roll
     plan = plan_window(store)
     if rolling.shard[0] == 0:
         store.publish()
-    if not (rolling.force or store.in_memory):
+    if not (rolling.force or store.shelf.in_memory):
         refuse_full_disk(output, rolling.num_bytes - _bytes_there(store))
     roller = Roller(store, plan, run, rolling.shard, recipe.dump.max_reject_fraction)
     if rolling.retry_failed:
@@ -88,12 +88,12 @@ def dump_window(recipe: Recipe, conversations: Path, output: Path, rolling: Roll
         return roller.run(filler, until_full=rolling.until_full)
 
 
-def _open_shelf(recipe: Recipe, target: Target, rolling: Rolling) -> Shelf:
+def _open_shelf(recipe: Recipe, target: Target, rolling: Rolling) -> MooncakeShelf:
     """Lend memory for this process's share of the window, and some more: places are shared out by number, not size."""
     assert rolling.mooncake is not None
     largest = stored_bytes(recipe, target, recipe.target.max_model_len)
     segment = int(SEGMENT_SHARE * rolling.num_bytes / rolling.shard[1]) + 4 * largest + SMALL_SEGMENT
-    return Shelf(rolling.mooncake, segment, max(largest, PART_BYTES))
+    return MooncakeShelf(rolling.mooncake, segment, max(largest, PART_BYTES))
 
 
 def _open_window(recipe: Recipe, target: Target, store: RollingStore, conversations: Path, window: Window) -> None:

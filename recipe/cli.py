@@ -10,9 +10,9 @@ import typer
 
 from common.cli import make_app
 from common.errors import run_app
-from contracts.mooncake import Mooncake
 
 if TYPE_CHECKING:
+    from contracts.mooncake import Mooncake
     from recipe.recipe import Recipe
 
 RecipeOption = Annotated[Path, typer.Option("--recipe", "-r", help="The pipeline's recipe (YAML).")]
@@ -40,6 +40,8 @@ class MooncakeOptions:
 
     def where(self) -> Mooncake | None:
         """Return how to reach Mooncake; None without --mooncake."""
+        from contracts.mooncake import Mooncake
+
         if self.mooncake is None:
             return None
         return Mooncake(

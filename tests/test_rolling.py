@@ -22,9 +22,10 @@ from slurm import is_installed, run_slurm
 from written import write_conversations
 
 from common.errors import UserError
-from contracts.mooncake import Mooncake, Shelf
-from contracts.rolling import RollingStore, place_key
+from contracts.mooncake import Mooncake, MooncakeShelf
+from contracts.rolling import RollingStore
 from contracts.run import is_complete
+from contracts.shelf import place_key
 from dump.capture import Staged, Staging
 from dump.hf import Transformers
 from serve.server import find_port
@@ -267,7 +268,7 @@ def test_sigterm_saves_and_stops_a_trainer_that_waits(recipe_path: Path, convers
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(follow(recipe_path, tmp_path), cwd=ROOT, stdout=log, stderr=log)
         deadline = time.monotonic() + 120
-        while store.read_position().waited_s < 1.0:
+        while not (position := store.read_position()) or position.waited_s < 1.0:
             assert process.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -275,7 +276,9 @@ def test_sigterm_saves_and_stops_a_trainer_that_waits(recipe_path: Path, convers
         assert process.wait(60) == 1
     assert "stopped by SIGTERM after step" in (tmp_path / "log").read_text()
     steps = [int(path.name[5:]) for path in (tmp_path / "draft").glob("step-*")]
-    assert store.read_position().first_place == 4 * max(steps)
+    position = store.read_position()
+    assert position is not None
+    assert position.first_place == 4 * max(steps)
 
 
 @pytest.mark.long
@@ -383,7 +386,7 @@ def master() -> Iterator[str]:
 
 
 def test_an_object_of_other_content_than_was_put_is_refused(master: str) -> None:
-    shelf, other = Shelf(Mooncake(master, "one")), Shelf(Mooncake(master, "one"), largest_bytes=1 << 20)
+    shelf, other = MooncakeShelf(Mooncake(master, "one")), MooncakeShelf(Mooncake(master, "one"), largest_bytes=1 << 20)
     shelf.put("a", b"content")
     assert (other.get("a"), other.get("b"), other.find(["a", "b"])) == (b"content", None, {"a"})
     shelf.put("a", b"other content")

@@ -23,7 +23,8 @@ from common.errors import UserError
 from common.progress import track
 from contracts.modelopt import ModelOptStore, is_modelopt, open_modelopt
 from contracts.mooncake import Mooncake
-from contracts.rolling import GoneError, RollingStore, is_rolling
+from contracts.rolling import RollingStore, is_rolling
+from contracts.shelf import GoneError
 from contracts.store import Manifest, Store, StoredSample, find_token, open_store
 from drafts.batch import Batch
 from drafts.moving import tensors_of, to_device
@@ -176,7 +177,7 @@ class Samples:
         for sample_id in sample_ids:
             if isinstance(self.store, RollingStore) and self.follower is not None:
                 self.follower.wait_for(sample_id)
-                if self.store.has_failed(sample_id):
+                if self.store.shelf.has_failed(sample_id):
                     continue
             yield self.read(sample_id).decoded()
 

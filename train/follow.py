@@ -15,9 +15,10 @@ from typing import Literal
 import torch
 
 from common.errors import IncompleteError, UserError
-from contracts.mooncake import PART_BYTES, Mooncake, Shelf
-from contracts.rolling import HEADER_BYTES, Position, RollingStore, is_rolling, open_rolling, place_key
+from contracts.mooncake import PART_BYTES, Mooncake, MooncakeShelf
+from contracts.rolling import HEADER_BYTES, Position, RollingStore, is_rolling, open_rolling
 from contracts.sample_file import sample_bytes
+from contracts.shelf import place_key
 from drafts.order import WindowPlan, plan_window
 from recipe.recipe import Recipe
 from target.layers import captured_layers
@@ -38,7 +39,7 @@ def open_followed(recipe: Recipe, folder: Path, target: Target, mooncake: Moonca
     if mooncake is not None:
         num_layers, length = len(captured_layers(recipe.target, target)), recipe.target.max_model_len
         largest = sample_bytes(length, target.hidden_size, num_layers, recipe.dump.dtype) + HEADER_BYTES
-        shelf = Shelf(mooncake, largest_bytes=max(largest, PART_BYTES))
+        shelf = MooncakeShelf(mooncake, largest_bytes=max(largest, PART_BYTES))
     while not (shelf.fetch(folder) if shelf else is_rolling(folder)):
         if (folder / "ledger.jsonl").exists():
             raise UserError(folder, found="a whole store", expected="a rolling one", fix="Leave out --follow.")
@@ -107,7 +108,7 @@ class Follower:
         for other in [place, *reversed(range(first, place)), *range(place + 1, end)]:
             key = place_key(other)
             self.wait_for(key)
-            if not self._store.has_failed(key):
+            if not self._store.shelf.has_failed(key):
                 return self.plan.chosen.train[self.plan.order.pick(other)], key
         raise IncompleteError(
             f"{self._store.folder}: found no captured sample at the places {first} to {end - 1}, expected at least "
