@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,10 @@ class MooncakeShelf:
         """`segment_bytes`: memory to lend; `largest_bytes`: of one object."""
         self._where, self._segment_bytes, self._largest_bytes = where, segment_bytes, largest_bytes
         self._preferred = ""
-        self._open: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         preferred = self._preferred or (self._client.get_hostname() if self._segment_bytes else "")
-        return {**self.__dict__, "_open": None, "_segment_bytes": 0, "_preferred": preferred}
+        return {**self.__dict__, "_segment_bytes": 0, "_preferred": preferred}
 
     in_memory = True
 
@@ -162,34 +162,7 @@ class MooncakeShelf:
     @property
     def _client(self) -> Any:
         """The client of this process. Raises UserError without the package or a master."""
-        if self._open is None:
-            self._open = self._connect()
-        return self._open
-
-    def _connect(self) -> Any:
-        try:
-            from mooncake.store import MooncakeDistributedStore
-        except ImportError as error:
-            raise UserError(
-                "--mooncake",
-                found=f"no Mooncake ({error})",
-                expected="the package mooncake-transfer-engine, and libibverbs1, librdmacm1 and libnuma1",
-                fix="Install draftline[mooncake], on GPU machines mooncake-transfer-engine.",
-            ) from None
-        client, where = MooncakeDistributedStore(), self._where
-        _refuse_unreachable(where.master)
-        buffer_bytes = 2 * (self._largest_bytes + DIGEST_BYTES) + (16 << 20)
-        code = client.setup(
-            where.host, "P2PHANDSHAKE", self._segment_bytes, buffer_bytes, where.protocol, where.devices, where.master
-        )
-        if code:
-            raise UserError(
-                f"--mooncake {where.master}",
-                found=f"a client that cannot start (code {code}; its messages are above)",
-                expected=f"{where.protocol} at {where.host}, and {self._segment_bytes + buffer_bytes} bytes of memory",
-                fix="Lower --window, or correct --mooncake-host, --mooncake-protocol and --mooncake-devices.",
-            )
-        return client
+        return _connect(self._where, self._segment_bytes, self._largest_bytes)
 
     def _find(self, names: Sequence[str]) -> set[str]:
         """Return the names of which there is an object."""
@@ -220,6 +193,33 @@ class MooncakeShelf:
                     "answer. Start it, then run the same command again."
                 )
             time.sleep(RETRY_S)
+
+
+@cache
+def _connect(where: Mooncake, segment_bytes: int, largest_bytes: int) -> Any:
+    """Return this process's client, the same for every copy of a shelf."""
+    try:
+        from mooncake.store import MooncakeDistributedStore
+    except ImportError as error:
+        raise UserError(
+            "--mooncake",
+            found=f"no Mooncake ({error})",
+            expected="the package mooncake-transfer-engine, and libibverbs1, librdmacm1 and libnuma1",
+            fix="Install draftline[mooncake], on GPU machines mooncake-transfer-engine.",
+        ) from None
+    _refuse_unreachable(where.master)
+    client, buffer_bytes = MooncakeDistributedStore(), 2 * (largest_bytes + DIGEST_BYTES) + (16 << 20)
+    code = client.setup(
+        where.host, "P2PHANDSHAKE", segment_bytes, buffer_bytes, where.protocol, where.devices, where.master
+    )
+    if code:
+        raise UserError(
+            f"--mooncake {where.master}",
+            found=f"a client that cannot start (code {code}; its messages are above)",
+            expected=f"{where.protocol} at {where.host}, and {segment_bytes + buffer_bytes} bytes of memory",
+            fix="Lower --window, or correct --mooncake-host, --mooncake-protocol and --mooncake-devices.",
+        )
+    return client
 
 
 def _reason(name: str) -> str:

@@ -103,6 +103,9 @@ class RollingStore(Store):
         super().__init__(folder)
         self.shelf = shelf or FolderShelf(folder)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "shelf": self.shelf}  # not the index, which may take gigabytes
+
     @property
     def window_path(self) -> Path:
         return self.folder / "window.json"

@@ -99,19 +99,19 @@ class Roller:
         num_held_out = len(self._plan.chosen.held_out)
         done = max(0, self._next - self._first_ever) // self._count
         with Progress(self._num_own, "dump", "sample", done) as progress:
-            while not self._is_finished:
+            while not self.is_finished:
                 filler.run(self._rows(), self._num_own, self._tick, progress)
                 self._sweep_strays()
-                if until_full and self._find() is None and not self._is_finished:
+                if until_full and self._find() is None and not self.is_finished:
                     self._save()
                     print(f"dump: the window is full up to place {self._end}, with {num_held_out} held-out samples")
                     return None
                 self._wait()
         self._save()
-        return self._finish()
+        return self.finish()
 
     @property
-    def _is_finished(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether the trainer's last checkpoint follows the last place."""
         return self._position.first_place >= self._plan.schedule.num_places
 
@@ -208,7 +208,7 @@ class Roller:
     def _wait(self) -> None:
         """Wait until there is something to capture, or until the trainer has read all."""
         said = started = time.monotonic()
-        while self._find() is None and not self._is_finished:
+        while self._find() is None and not self.is_finished:
             time.sleep(LOOK_EVERY_S)
             self._recheck()
             self._tick()
@@ -239,7 +239,7 @@ class Roller:
         )
         write_json(self._run.folder / "capture.json", state.model_dump())
 
-    def _finish(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Delete what is left, print the counts and mark the run complete."""
         self._sweep()
         self._store.shelf.tidy()

@@ -81,6 +81,8 @@ def dump_window(recipe: Recipe, conversations: Path, output: Path, rolling: Roll
     roller = Roller(store, plan, run, rolling.shard, recipe.dump.max_reject_fraction)
     if rolling.retry_failed:
         roller.retry_failed()
+    if roller.is_finished:
+        return roller.finish()
     with open_filler(recipe, target, store, roller.ledger) as filler:
         if recipe.dump.preflight:
             rows = read_rows([conversations], TemplateMasks(recipe.target, target))

@@ -73,7 +73,7 @@ def generate(
         inputs={"prompts": prompt_set.checksum, "target": target.fingerprint},
         recipe_yaml=recipe.to_yaml(),
     )
-    source = Source(prompt_set, recipe.synth, sampling.temperatures)
+    source = Source(prompt_set, recipe.synth, sampling.temperatures, output)
     out = Output(folder, *source.shape)
     todo = Todo.find(source, out, shard, others, retry_failed=retry_failed)
     if run.complete and not todo.num_open:

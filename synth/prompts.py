@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from common.seen import Seen
 from contracts.conversation import make_conversation_id
 from contracts.prompt_files import Row
 from contracts.prompts import parse_list, read_prompt_row
@@ -44,8 +43,16 @@ class Reject:
     reason: str
 
 
+class FirstRows(Protocol):
+    """Knows the first row of the input that has a key."""
+
+    def first_row(self, kind: str, key: str, row: int) -> int:
+        """Return the first row with `key`, which is `row` itself if no earlier row has it."""
+        ...
+
+
 def read_prompts(
-    rows: Iterator[Row], thinking_modes: Sequence[str], temperatures: Sequence[float], num_samples: int, seen: Seen
+    rows: Iterator[Row], thinking_modes: Sequence[str], temperatures: Sequence[float], num_samples: int, seen: FirstRows
 ) -> Iterator[Prompt | Reject]:
     """Yield every sample of every row, `num_samples` per temperature.
 

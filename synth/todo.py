@@ -1,4 +1,4 @@
-"""The conversations that a run still has to generate, found by reading its whole input once.
+"""The conversations that a run still has to generate, found from the index of its input.
 
 A place is a row and one of its samples: place (i, j) is sample j of row i.
 """
@@ -6,50 +6,57 @@ A place is a row and one of its samples: place (i, j) is sample j of row i.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
-from common.seen import Seen
 from contracts.ledger import STATUSES, read_entries
 from contracts.prompt_files import PromptSet, Wanted
-from contracts.shards import shard_of
 from recipe.synth import SynthSection
+from synth.input_index import InputIndex, find_index
 from synth.output import LEDGER_FILE, Output
-from synth.prompts import Prompt, Reject, read_prompts
+from synth.prompts import FirstRows, Prompt, Reject, read_prompts
 
 
 @dataclass(frozen=True)
 class Source:
-    """The prompts of an input: rows with modes, temperatures and samples."""
+    """The prompts of an input: rows with modes, temperatures and samples. `folder`: where its index is kept."""
 
     prompt_set: PromptSet
     section: SynthSection
     temperatures: Sequence[float]
-    _seen: Seen = field(default_factory=Seen)
+    folder: Path
 
     @property
     def shape(self) -> tuple[int, int]:
         """Number of rows, and of samples per row."""
         return self.prompt_set.num_rows, self.section.num_samples * len(self.temperatures)
 
-    def read(self, wanted: Wanted = lambda _: True) -> Iterator[Prompt | Reject]:
-        """Yield every sample of the wanted rows. Read the whole input first, so that repeated rows are known."""
+    @cached_property
+    def index(self) -> InputIndex:
+        """What is known of every row; the first process that needs it reads the whole input."""
+        depends_on = [self.prompt_set.checksum, self.section.modes_in_turn, self.shape]
+        return find_index(self.folder, depends_on, self.shape, partial(self._read, lambda _: True))
+
+    def read(self, wanted: Wanted) -> Iterator[Prompt | Reject]:
+        """Yield every sample of the wanted rows."""
+        return self._read(wanted, self.index)
+
+    def _read(self, wanted: Wanted, seen: FirstRows) -> Iterator[Prompt | Reject]:
         rows = self.prompt_set.rows(wanted)
-        return read_prompts(rows, self.section.modes_in_turn, self.temperatures, self.section.num_samples, self._seen)
+        return read_prompts(rows, self.section.modes_in_turn, self.temperatures, self.section.num_samples, seen)
 
 
 class Todo:
     """The open places of one shard of a source; use `Todo.find`."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, shard: tuple[int, int]) -> None:
         self._source = source
-        self._ours = np.zeros(source.shape, dtype=bool)
-        self._is_prompt = np.zeros(source.shape, dtype=bool)
+        self._ours = source.index.shards(shard[1]) == shard[0]
+        self._is_prompt = source.index.is_prompt
+        with_tools = self._ours & self._is_prompt & source.index.has_tools[:, None]
+        self.num_with_tools = int(with_tools.sum())
         self._open = self._ours
-        self.num_with_tools = 0
 
     @classmethod
     def find(
@@ -59,9 +66,8 @@ class Todo:
 
         With `retry_failed`, failed places are open again.
         """
-        todo = cls(source)
+        todo = cls(source, shard or (0, 1))
         again = ("failed",) if retry_failed else ()
-        todo._walk(shard or (0, 1))
         for entry in (entry for other in others for entry in read_entries(other / LEDGER_FILE)):
             if entry["status"] not in again:
                 todo._ours[entry["index"], entry["sample"]] = False
@@ -89,14 +95,3 @@ class Todo:
         is_open = self._open
         items = self._source.read(lambda index: bool(is_open[index].any()))
         return (item for item in items if self._open[item.index, item.sample])
-
-    def _walk(self, shard: tuple[int, int]) -> None:
-        number, count = shard
-        places = self._ours.size
-        items = tqdm(self._source.read(), desc="read", total=places, unit="conv", delay=2, mininterval=1, disable=None)
-        for item in items:
-            is_prompt = isinstance(item, Prompt)
-            place = shard_of(item.id, count) if isinstance(item, Prompt) else item.index % count
-            self._ours[item.index, item.sample] = place == number
-            self._is_prompt[item.index, item.sample] = is_prompt
-            self.num_with_tools += isinstance(item, Prompt) and item.tools is not None and place == number

@@ -40,7 +40,7 @@ def open_followed(recipe: Recipe, folder: Path, target: Target, mooncake: Moonca
         num_layers, length = len(captured_layers(recipe.target, target)), recipe.target.max_model_len
         largest = sample_bytes(length, target.hidden_size, num_layers, recipe.dump.dtype) + HEADER_BYTES
         shelf = MooncakeShelf(mooncake, largest_bytes=max(largest, PART_BYTES))
-    while not (shelf.fetch(folder) if shelf else is_rolling(folder)):
+    while not (is_rolling(folder) or (shelf is not None and shelf.fetch(folder))):
         if (folder / "ledger.jsonl").exists():
             raise UserError(folder, found="a whole store", expected="a rolling one", fix="Leave out --follow.")
         if time.monotonic() - said > SAY_EVERY_S:
