@@ -39,7 +39,7 @@ from common.tensor_file import Buffer
 from contracts.conversation import Sample
 from contracts.sample_file import StoredSample, sample_bytes
 from contracts.shelf import FolderShelf, Shelf, sample_path
-from contracts.store import Store
+from contracts.store import ROLLING_FILE, Store
 from contracts.target_identity import TargetIdentity
 
 POSITION_NOTE = "trainer.json"
@@ -108,7 +108,7 @@ class RollingStore(Store):
 
     @property
     def window_path(self) -> Path:
-        return self.folder / "window.json"
+        return self.folder / ROLLING_FILE
 
     @property
     def index_folder(self) -> Path:
@@ -263,7 +263,7 @@ def write_index(folder: Path, samples: Iterable[tuple[str, Sample, dict[str, str
 
 def is_rolling(folder: Path) -> bool:
     """Return whether a folder holds a rolling store."""
-    return (folder / "window.json").exists()
+    return (folder / ROLLING_FILE).exists()
 
 
 def open_rolling(folder: Path, target: TargetIdentity, shelf: Shelf | None = None) -> RollingStore:

@@ -62,6 +62,8 @@ __all__ = [
 ]
 
 SAMPLE_ID = re.compile(r"[0-9a-f]{32}-[0-9]+")
+ROLLING_FILE = "window.json"
+"""A file that only rolling stores have (contracts/rolling.py)."""
 READERS = 16
 """Threads of `find_token`: opening many small files mostly waits for the disk."""
 
@@ -213,6 +215,13 @@ def open_store(folder: Path, target: TargetIdentity) -> tuple[Store, Manifest]:
 
     Raises UserError if the dump is unfinished or of another target.
     """
+    if (folder / ROLLING_FILE).exists():
+        raise UserError(
+            folder,
+            found="a rolling store",
+            expected="a whole one",
+            fix="Train on it with --follow; nothing else reads it.",
+        )
     store = Store(folder)
     manifest = store.read_manifest()
     read_run(folder, "dump run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,23 @@ from common.cli import ShardOption, expand_options, make_app, parse_shard
 from common.errors import run_app
 from recipe.cli import NO_MOONCAKE, MooncakeOptions, OverridesOption, RecipeOption, load_checked
 
+
+@dataclass(frozen=True)
+class WindowOptions:
+    """Options of a store that rolls."""
+
+    window: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="GiB of a store that rolls: filled in the order of `train offline --follow`, deleted behind it."
+        ),
+    ] = None
+    until_full: Annotated[
+        bool, typer.Option("--until-full", help="With --window: stop once the window is full; do not wait.")
+    ] = False
+
+
+NO_WINDOW = WindowOptions()
 app = make_app("Capture the target's hidden states over its own conversations.")
 
 ConversationsOption = Annotated[Path, typer.Option(help="Output folder of `synth generate`.")]
@@ -78,15 +96,7 @@ def run(
         bool | None,
         typer.Option("--preflight/--no-preflight", help="Prove the engine on a few samples first.", show_default="yes"),
     ] = None,
-    window: Annotated[
-        float | None,
-        typer.Option(
-            min=0, help="GiB of a store that rolls: filled in the order of `train offline --follow`, deleted behind it."
-        ),
-    ] = None,
-    until_full: Annotated[
-        bool, typer.Option("--until-full", help="With --window: stop once the window is full; do not wait.")
-    ] = False,
+    rolls: WindowOptions = NO_WINDOW,
     mooncake: MooncakeOptions = NO_MOONCAKE,
     force: Annotated[bool, typer.Option("--force", help="Begin even if the disk seems too small.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Capture the failed samples again.")] = False,
@@ -105,15 +115,15 @@ def run(
         "dump.preflight": preflight,
     }
     loaded, part = load_checked(recipe, set_, flags), parse_shard(shard)
-    if window is None:
-        if until_full or mooncake.where():
+    if rolls.window is None:
+        if rolls.until_full or mooncake.where():
             raise typer.BadParameter("--until-full and --mooncake need --window")
         dump(loaded, conversations, output, shard=part, force=force, retry_failed=retry_failed)
         return
     rolling = Rolling(
-        num_bytes=int(window * 2**30),
+        num_bytes=int(rolls.window * 2**30),
         shard=part or (0, 1),
-        until_full=until_full,
+        until_full=rolls.until_full,
         force=force,
         retry_failed=retry_failed,
         mooncake=mooncake.where(),

@@ -60,9 +60,7 @@ def dump(
     folders = find_part(conversations, shard)
     check_written_by(folders[0], target)
     checksum = hash_conversations(folders, shard)
-    store = Store(output)
-    if is_rolling(output):
-        raise UserError(output, found="a rolling store", expected="a new folder", fix="Give --window, or another one.")
+    store = _open_whole(output)
     folder = output if shard is None else store.shard_folder(*shard)
     elsewhere = ids_elsewhere(store, shard[1]) if shard else frozenset[str]()
     run = Run.open(
@@ -103,6 +101,13 @@ def dump(
     if shard is not None:
         return join_shards(store, shard[1], recipe)
     return dict(run.state["summary"])
+
+
+def _open_whole(folder: Path) -> Store:
+    """Return the store in `folder`. Raises UserError for a rolling one."""
+    if is_rolling(folder):
+        raise UserError(folder, found="a rolling store", expected="a new folder", fix="Give --window, or another one.")
+    return Store(folder)
 
 
 def make_manifest(recipe: Recipe, target: Target, conversations: Path, checksum: str) -> Manifest:

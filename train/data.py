@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.progress import track
 from contracts.modelopt import ModelOptStore, is_modelopt, open_modelopt
 from contracts.mooncake import Mooncake
-from contracts.rolling import RollingStore, is_rolling
+from contracts.rolling import RollingStore
 from contracts.shelf import GoneError
 from contracts.store import Manifest, Store, StoredSample, find_token, open_store
 from drafts.batch import Batch
@@ -63,8 +63,6 @@ def open_states(
     if following is not None:
         rolling = open_followed(recipe, folder, target, following.mooncake)
         return rolling, rolling.read_manifest()
-    if is_rolling(folder):
-        raise UserError(folder, found="a rolling store", expected="a whole one", fix="Train on it with --follow.")
     if is_modelopt(folder):
         return open_modelopt(folder, target, recipe.target.aux_layers)
     return open_store(folder, target)

@@ -282,7 +282,9 @@ def test_ropes_and_targets_that_differ_are_told_and_the_drafts_own_theta_is_kept
     folder = trained.changed("dflash", tmp_path / "draft", change)
     described = json.loads((folder / "draftline.json").read_text())
     (folder / "draftline.json").write_text(json.dumps({**described, "target_fingerprint": "f" * 64}))
-    printed = trained.start("dflash", folder, tmp_path / "run", "--set", "train.draft.block_size=6").stdout
+    changes = ("--set", "train.draft.block_size=6", "--set", "train.draft.sliding_window=32")
+    printed = trained.start("dflash", folder, tmp_path / "run", *changes).stdout
+    assert "sliding_window: the draft has none, this training 32" in printed
     assert "yarn: the draft has none, this training factor=2.0" in printed
     assert "block_size: the draft has 4, this training 6" in printed
     assert "target: the draft was trained for ffffffffffff" in printed
