@@ -318,6 +318,7 @@ def test_twenty_kills_of_either_side_change_nothing(
 
 
 @pytest.mark.long
+@pytest.mark.rare
 def test_two_processes_follow_together(recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path) -> None:
     window = 0.3 * store_bytes(whole / "store")
     ranks = ["--nproc-per-node", "2", "--no-python", *follow(recipe_path, tmp_path)]
@@ -330,6 +331,7 @@ def test_two_processes_follow_together(recipe_path: Path, conversations: Path, w
 
 
 @pytest.mark.long
+@pytest.mark.rare
 def test_turns_on_one_node_as_a_submitted_task(
     recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -341,6 +343,7 @@ def test_turns_on_one_node_as_a_submitted_task(
 
 
 @pytest.mark.long
+@pytest.mark.rare
 @pytest.mark.skipif(not is_installed(), reason="needs root and Debian's slurm-wlm and munge")
 def test_capture_and_training_as_jobs_of_slurm(
     recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path

@@ -38,6 +38,8 @@ METHODS: dict[str, list[str]] = {
 }  # fmt: skip
 """Draft methods, and their keys of `train.draft` for three draft tokens; `dflash` is the pipeline's own."""
 V2_ONLY = {"dflash2", "dspark", "lilicorr"}
+ALL = [pytest.param(name, marks=pytest.mark.rare) if name in ("dflash2", "lilicorr") else name for name in METHODS]
+"""tests/bench/test_parity_v2.py compares every tensor of the rare ones."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Trained:
     evaluation: Path
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=ALL)
 def trained(request: pytest.FixtureRequest, pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     args = ["--recipe", str(RECIPE), *overrides(pipeline)]
     if request.param == "dflash":
