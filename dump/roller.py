@@ -29,7 +29,7 @@ LOOK_EVERY_S = 0.1
 """How often the trainer's position is read."""
 SAVE_EVERY_S = 2.0
 """How often a process writes where it is."""
-RECHECK_MEMORY_S, RECHECK_FILES_S = 1.0, 30.0
+RECHECK_MEMORY_S, RECHECK_FILES_S = 1.0, 300.0
 """How often a process that waits looks whether its samples are still there."""
 
 
