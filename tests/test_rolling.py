@@ -403,6 +403,7 @@ def test_an_object_of_other_content_than_was_put_is_refused(master: str) -> None
 def test_without_a_master_the_command_says_what_to_start(
     recipe_path: Path, conversations: Path, tmp_path: Path
 ) -> None:
+    pytest.importorskip("mooncake.store", exc_type=ImportError)
     mooncake = ("--mooncake", f"127.0.0.1:{find_port('127.0.0.1', None)}")
     result = run_here(*names(capture(recipe_path, conversations, tmp_path, 0.01, *mooncake)), check=False)
     assert result.returncode == 2
