@@ -70,13 +70,15 @@ def follow(recipe: Path, folder: Path, *more: object) -> list[str]:
 
 @contextmanager
 def watched(folder: Path) -> Iterator[list[int]]:
-    """The bytes of a store while it is filled; the largest comes first."""
+    """The largest number of bytes of a store while it is filled, without the logs and states of its processes."""
     peak, stop = [0], threading.Event()
 
     def look() -> None:
         while not stop.wait(0.01):
             found = 0
             for path in folder.rglob("*"):
+                if "shards" in path.parts:
+                    continue
                 try:
                     found += path.stat().st_size
                 except FileNotFoundError:
