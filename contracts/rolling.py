@@ -33,13 +33,12 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from common.errors import UserError
 from common.files import hash_file, read_json
 from common.tensor_file import Buffer
 from contracts.conversation import Sample
 from contracts.sample_file import StoredSample, sample_bytes
 from contracts.shelf import FolderShelf, Shelf, sample_path
-from contracts.store import ROLLING_FILE, Store
+from contracts.store import ROLLING_FILE, Store, refuse_other_target
 from contracts.target_identity import TargetIdentity
 
 POSITION_NOTE = "trainer.json"
@@ -269,12 +268,5 @@ def is_rolling(folder: Path) -> bool:
 def open_rolling(folder: Path, target: TargetIdentity, shelf: Shelf | None = None) -> RollingStore:
     """Open a rolling store. Raises UserError if it is of another target."""
     store = RollingStore(folder, shelf)
-    manifest = store.read_manifest()
-    if manifest.target_fingerprint != target.fingerprint:
-        raise UserError(
-            folder,
-            found=f"states of target {manifest.target_fingerprint[:12]} ({manifest.target})",
-            expected=f"states of {target.fingerprint[:12]} ({target.path})",
-            fix="Give the store that is captured from this target.",
-        )
+    refuse_other_target(folder, store.read_manifest(), target)
     return store

@@ -57,6 +57,7 @@ __all__ = [
     "StoredSample",
     "find_token",
     "open_store",
+    "refuse_other_target",
     "require_final_states",
     "sample_bytes",
 ]
@@ -225,6 +226,12 @@ def open_store(folder: Path, target: TargetIdentity) -> tuple[Store, Manifest]:
     store = Store(folder)
     manifest = store.read_manifest()
     read_run(folder, "dump run")
+    refuse_other_target(folder, manifest, target)
+    return store, manifest
+
+
+def refuse_other_target(folder: Path, manifest: Manifest, target: TargetIdentity) -> None:
+    """Raise UserError if a store's states are not those of `target`."""
     if manifest.target_fingerprint != target.fingerprint:
         raise UserError(
             folder,
@@ -232,7 +239,6 @@ def open_store(folder: Path, target: TargetIdentity) -> tuple[Store, Manifest]:
             expected=f"states of {target.fingerprint[:12]} ({target.path})",
             fix="Give the store that was dumped from this target, or dump again.",
         )
-    return store, manifest
 
 
 def require_final_states(folder: Path, manifest: Manifest) -> None:

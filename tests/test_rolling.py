@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import shutil
 import signal
@@ -258,6 +259,8 @@ def test_a_sample_with_other_tokens_than_the_index_is_refused(
 ) -> None:
     run_here(*names(capture(recipe_path, conversations, tmp_path, 0.001, "--until-full", "--no-preflight")))
     store = RollingStore(tmp_path / "store")
+    assert len(store.index.ids) == 60
+    assert "index" not in vars(pickle.loads(pickle.dumps(store)))  # it goes to the writers with every sample
     shutil.copy(store.sample_path(place_key(1)), store.sample_path(place_key(0)))
     result = run_here(*names(follow(recipe_path, tmp_path, "--until-empty")), check=False)
     assert result.returncode == 2
