@@ -38,16 +38,24 @@ SMALL_SEGMENT = 64 << 20
 
 @dataclass(frozen=True)
 class Mooncake:
-    """How to reach Mooncake. `master`: HOST:PORT; `host`: this node's address; `devices`: RDMA devices, by commas.
+    """How to reach Mooncake. `master`: HOST:PORT; `devices`: RDMA devices, by commas.
 
-    Objects of one rolling store have names that begin with `name`.
+    `host`: this node's address; "" for the one from which it reaches the master. Objects of one rolling store have
+    names that begin with `name`.
     """
 
     master: str
     name: str = "draftline"
     protocol: str = "tcp"
     devices: str = ""
-    host: str = "127.0.0.1"
+    host: str = ""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The options of a command that say the same."""
+        options = {"": self.master, "-name": self.name, "-protocol": self.protocol, "-devices": self.devices}
+        options["-host"] = self.host
+        return tuple(word for name, value in options.items() if value for word in (f"--mooncake{name}", value))
 
 
 class MooncakeShelf:
@@ -207,16 +215,15 @@ def _connect(where: Mooncake, segment_bytes: int, largest_bytes: int) -> Any:
             expected="the package mooncake-transfer-engine, and libibverbs1, librdmacm1 and libnuma1",
             fix="Install draftline[mooncake], on GPU machines mooncake-transfer-engine.",
         ) from None
-    _refuse_unreachable(where.master)
+    address = _own_address(where.master)
+    host = where.host or address
     client, buffer_bytes = MooncakeDistributedStore(), 2 * (largest_bytes + DIGEST_BYTES) + (16 << 20)
-    code = client.setup(
-        where.host, "P2PHANDSHAKE", segment_bytes, buffer_bytes, where.protocol, where.devices, where.master
-    )
+    code = client.setup(host, "P2PHANDSHAKE", segment_bytes, buffer_bytes, where.protocol, where.devices, where.master)
     if code:
         raise UserError(
             f"--mooncake {where.master}",
             found=f"a client that cannot start (code {code}; its messages are above)",
-            expected=f"{where.protocol} at {where.host}, and {segment_bytes + buffer_bytes} bytes of memory",
+            expected=f"{where.protocol} at {host}, and {segment_bytes + buffer_bytes} bytes of memory",
             fix="Lower --window, or correct --mooncake-host, --mooncake-protocol and --mooncake-devices.",
         )
     return client
@@ -227,12 +234,15 @@ def _reason(name: str) -> str:
     return f"{name}.failed"
 
 
-def _refuse_unreachable(master: str) -> None:
-    """Raise UserError unless something listens at `master`: Mooncake itself would try for minutes."""
+def _own_address(master: str) -> str:
+    """Return the address from which this node reaches `master`.
+
+    Raises UserError unless something listens there: Mooncake itself would try for minutes.
+    """
     host, _, port = master.rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), CONNECT_S):
-            pass
+        with socket.create_connection((host, int(port)), CONNECT_S) as connection:
+            return str(connection.getsockname()[0])
     except (OSError, ValueError) as error:
         raise UserError(
             f"--mooncake {master}",

@@ -10,7 +10,7 @@ import typer
 from common.cli import expand_options, make_app
 from common.errors import UserError, run_app
 from distributed.resources import DEFAULTS, Resources
-from recipe.cli import OverridesOption, RecipeOption, load_checked
+from recipe.cli import NO_MOONCAKE, MooncakeOptions, OverridesOption, RecipeOption, load_checked
 
 if TYPE_CHECKING:
     from distributed.plan import StagePlan
@@ -44,6 +44,7 @@ def submit(
         bool, typer.Option("--in-turns", help="rolling: dump and train in turns, in one job on one node.")
     ] = False,
     set_: OverridesOption = None,
+    mooncake: MooncakeOptions = NO_MOONCAKE,
 ) -> None:
     """Submit a stage as an array of tasks, or a pipeline: each shard is dumped once it is written; then training.
 
@@ -56,6 +57,14 @@ def submit(
         raise UserError("stage", found=stage, expected="synth, dump, train, pipeline or rolling", fix="Correct it.")
     if (stage == "rolling") != (window is not None) or (in_turns and stage != "rolling"):
         raise UserError("--window", found=f"stage {stage}", expected="it for rolling alone", fix="Correct them.")
+    where = mooncake.where()
+    if where is not None and (window is None or in_turns):
+        raise UserError(
+            "--mooncake",
+            found="--in-turns" if in_turns else f"stage {stage}",
+            expected="rolling, with dump and train at the same time: samples vanish with the dump that lent its memory",
+            fix="Leave out --mooncake.",
+        )
     loaded, given = load_checked(recipe, set_), DEFAULTS.override(resources)
     if stage == "rolling" and not in_turns and given.cluster != "slurm":
         raise UserError(
@@ -79,6 +88,7 @@ def submit(
                 output=str(folder.absolute()),
                 shards=1 if name == "train" else shards,
                 window_gib=window,
+                mooncake=where,
                 conversations=str(input_.absolute()) if in_turns and name == "train" else "",
                 resources=given,
             )

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.errors import UserError
 from common.files import read_json, write_json
+from contracts.mooncake import Mooncake
 from contracts.shards import shard_folder
 from distributed.resources import DEFAULTS, Resources
 from distributed.tasks import Task, TorchrunTask, TurnsTask, stage_words, worker_words
@@ -23,7 +24,8 @@ class StagePlan(BaseModel):
     """One stage of a run: `shards` tasks that read `input` and write to `output`.
 
     `overrides` are the `--set` words, without secrets (distributed/secrets.py). `window_gib`: of the rolling store that
-    a dump fills or a training reads. A training with `conversations` fills its store itself, in turns.
+    a dump fills or a training reads; `mooncake`: where its samples are, if not in files. A training with
+    `conversations` fills its store itself, in turns.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,6 +37,7 @@ class StagePlan(BaseModel):
     output: str
     shards: int = 1
     window_gib: float | None = None
+    mooncake: Mooncake | None = None
     conversations: str = ""
     resources: Resources = DEFAULTS
 
@@ -61,7 +64,7 @@ class StagePlan(BaseModel):
             return Task(self._capture(self.input, self.output, ("--shard", shard)))
         words = ("-m", "train.cli", "offline", *recipe, "--store", self.input, "--output", self.output)
         if self.window_gib is not None:
-            words += ("--follow",)
+            words += ("--follow", *self._mooncake_words)
         # A checkpoint must fit between SLURM's warning and the time limit; torchrun's own default is 30 s.
         patience_s = max(30, (self.resources.signal_delay_s or 0) - 30)
         env = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(patience_s)}
@@ -76,9 +79,13 @@ class StagePlan(BaseModel):
         """Return the words of a dump."""
         sets = [word for value in self.overrides for word in ("--set", value)]
         window = () if self.window_gib is None else ("--window", f"{self.window_gib:g}")
-        places = ("--conversations", conversations, "--output", store, *window, *more)
+        places = ("--conversations", conversations, "--output", store, *window, *self._mooncake_words, *more)
         # As many engines as fit on the task's GPUs, unless `--set` says otherwise.
         return stage_words("dump", "run", "--recipe", self.recipe, "--set", "dump.engines=0", *sets, *places)
+
+    @property
+    def _mooncake_words(self) -> tuple[str, ...]:
+        return self.mooncake.words if self.mooncake else ()
 
     def merge_task(self) -> Task:
         """Return what runs once after all tasks of a synthesis. The last shard of a dump joins its shards itself."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from common.files import read_json
 from contracts.ledger import read_entries
+from contracts.mooncake import MooncakeShelf
 from contracts.rolling import CaptureState, Position, RollingStore, is_rolling
 from contracts.shards import is_at_work, shard_of
 from distributed.plan import PLAN_FILE, StagePlan, read_plan
@@ -74,7 +75,8 @@ def show_status(plan: StagePlan) -> None:
         remaining += f", about {_duration((total - rows) / rate)} at {rate:.2f} {unit}/s"
     print(f"{plan.stage}: {line}; {rows} {unit}{remaining}")
     if plan.stage == "train" and is_rolling(Path(plan.input)):
-        show_window(RollingStore(Path(plan.input)))
+        shelf = None if plan.mooncake is None else MooncakeShelf(plan.mooncake, segment_bytes=0)
+        show_window(RollingStore(Path(plan.input), shelf))
 
 
 def show_window(store: RollingStore) -> None:
@@ -85,11 +87,13 @@ def show_window(store: RollingStore) -> None:
         for path in store.folder.glob("shards/*/capture.json")
     ]
     total = window.order["train.num_steps"] * window.order["train.global_batch_size"]
-    held = sum(path.stat().st_size for path in store.folder.rglob("*.safetensors"))
+    held = sum(path.stat().st_size for path in store.folder.rglob("*.safetensors")) / 2**30
+    size = f"{window.num_bytes / 2**30:.2f} GiB"
+    filled = f"{size} of memory" if store.shelf.in_memory else f"{held:.2f} of {size}"
     captured = min((state.next_place for state in states), default=0)
     print(
-        f"window: {held / 2**30:.2f} of {window.num_bytes / 2**30:.2f} GiB; of {total} places, {position.first_place} "
-        f"are behind the last checkpoint, {position.next_place} trained, {captured} captured"
+        f"window: {filled}; of {total} places, {position.first_place} are "
+        f"behind the last checkpoint, {position.next_place} trained, {captured} captured"
     )
     busy = sum(max(state.seconds - state.waited_s, 1e-3) for state in states)
     rate = len(states) * sum(state.tokens for state in states) / busy if states else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,12 @@ class DumpLedger:
             return sample_id not in self._to_retry and self._seen.has("sample", sample_id)
 
     def retry_failed(self, done_elsewhere: Container[str] = frozenset()) -> None:
-        """Treat failed samples as not done yet. Their entries stay valid until a new one follows."""
-        self._to_retry = {sample_id for sample_id in self._failed if sample_id not in done_elsewhere}
+        """Treat failed samples as not done yet, as `retry` does."""
+        self.retry(sample_id for sample_id in self._failed if sample_id not in done_elsewhere)
+
+    def retry(self, sample_ids: Iterable[str]) -> None:
+        """Treat these of the failed samples as not done yet. Their entries stay valid until a new one follows."""
+        self._to_retry = self._failed.keys() & set(sample_ids)
 
     def add(self, entry: dict[str, Any]) -> None:
         """Append and sync one entry. Call it after the sample itself is durable."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -47,7 +47,7 @@ class Placed:
 
 
 class WindowLedger(DumpLedger):
-    """Counts captured samples, and keeps lines of failed ones alone: the captured ones are files, deleted later."""
+    """Counts captured samples, and keeps lines of those alone that failed: the others are files, deleted later."""
 
     def __init__(self, path: Path, store: RollingStore) -> None:
         super().__init__(path)
@@ -58,6 +58,9 @@ class WindowLedger(DumpLedger):
         if entry["status"] == "failed":
             super().add(entry)
             self._store.shelf.write_failure(entry["id"], entry["reason"])
+            return
+        if entry["id"] in self._failed:
+            super().add(entry)
             return
         with self._lock:
             self._statuses["done"] += 1
@@ -86,10 +89,13 @@ class Roller:
         self._sweep()
 
     def retry_failed(self) -> None:
-        """Capture the failed samples in the window again."""
-        for place in [place for place in self._here if self._store.shelf.has_failed(place_key(place))]:
-            self._store.shelf.delete(place_key(place))
-            self._here.discard(place)
+        """Capture the failed samples again: those in the window, and the held-out ones."""
+        places = {place_key(place): place for place in self._here}
+        failed = [name for name in (*places, *self._held_out) if self._store.shelf.has_failed(name)]
+        for name in failed:
+            self._store.shelf.delete(name)
+        self._here -= {places[name] for name in failed if name in places}
+        self.ledger.retry(failed)
 
     def run(self, filler: Filler, *, until_full: bool) -> dict[str, Any] | None:
         """Capture, wait and delete until the trainer has read all; return the summary.
@@ -121,6 +127,11 @@ class Roller:
         return self._plan.end(self._position.first_place)
 
     @property
+    def _held_out(self) -> Sequence[str]:
+        """This process's held-out samples."""
+        return self._plan.chosen.held_out[self._number :: self._count]
+
+    @property
     def _num_own(self) -> int:
         """This process's places that the trainer reads."""
         first = self._first_own(self._first_ever)
@@ -143,7 +154,7 @@ class Roller:
 
     def _rows(self) -> Iterator[Placed]:
         """Yield what is to be captured, until the window is full."""
-        for id_ in self._plan.chosen.held_out[self._number :: self._count]:
+        for id_ in self._held_out:
             if not self._store.has(id_):
                 yield self._placed(id_, id_)
         while (place := self._find()) is not None:

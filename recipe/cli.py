@@ -36,7 +36,10 @@ class MooncakeOptions:
     mooncake_name: Annotated[str, typer.Option(help="What the names of this store's objects begin with.")] = "draftline"
     mooncake_protocol: Annotated[str, typer.Option(help="tcp or rdma.")] = "tcp"
     mooncake_devices: Annotated[str, typer.Option(help="RDMA devices, separated by commas.")] = ""
-    mooncake_host: Annotated[str, typer.Option(help="This node's address, as the others reach it.")] = "127.0.0.1"
+    mooncake_host: Annotated[
+        str,
+        typer.Option(help="This node's address, as the others reach it; default: where it reaches the master from."),
+    ] = ""
 
     def where(self) -> Mooncake | None:
         """Return how to reach Mooncake; None without --mooncake."""

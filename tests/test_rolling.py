@@ -213,6 +213,38 @@ def test_a_sample_that_cannot_be_captured_is_replaced_by_one_of_its_batch_and_co
     assert not same_weights(tmp_path, whole)
 
 
+def test_failed_samples_of_a_window_and_held_out_ones_are_captured_again(
+    recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["--set", "train.held_out_fraction=0.15", "--set", "train.evaluate_every=10"]
+    args = ["--recipe", recipe_path, *SETTINGS, *more]
+    run_here("train", "offline", *args, "--store", whole / "store", "--output", tmp_path / "whole/draft")
+    window, captured = 0.9 * store_bytes(whole / "store"), Transformers.capture
+
+    def fail_early(self: Transformers, samples: Iterator[tuple[str, list[int]]], staging: Staging) -> Iterator[Staged]:
+        for name, token_ids in samples:
+            if name < place_key(9) or not name.isdecimal():
+                yield Staged(name, None, "the engine says no")
+            else:
+                yield from captured(self, iter([(name, token_ids)]), staging)
+
+    fill = capture(
+        recipe_path, conversations, tmp_path, window / GIB, "--until-full", "--set", "dump.preflight=false", *more
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(Transformers, "capture", fail_early)
+        run_here(*names(fill), "--set", "dump.max_reject_fraction=0.5")
+    ledger = tmp_path / "store/shards/00000-of-00001/ledger.jsonl"
+    failed = [entry["id"] for entry in read_lines(ledger)]
+    assert len(failed) > len([name for name in failed if name.isdecimal()]) == 9
+    run_here(*names(fill), "--retry-failed")
+    assert [(entry["id"], entry["status"]) for entry in read_lines(ledger)[len(failed) :]] == [
+        (name, "done") for name in failed
+    ]
+    list(take_turns(recipe_path, conversations, tmp_path, window, *more))
+    assert same_weights(tmp_path, tmp_path / "whole")
+
+
 def test_too_many_failures_stop_the_capture(
     recipe_path: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,9 +382,11 @@ def test_turns_on_one_node_as_a_submitted_task(
 @pytest.mark.long
 @pytest.mark.rare
 @pytest.mark.skipif(not is_installed(), reason="needs root and Debian's slurm-wlm and munge")
+@pytest.mark.parametrize("shelf", ["files", "mooncake"])
 def test_capture_and_training_as_jobs_of_slurm(
-    recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path
+    recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path, shelf: str, request: pytest.FixtureRequest
 ) -> None:
+    where = ["--mooncake", request.getfixturevalue("master")] if shelf == "mooncake" else []
     window, one_thread = 0.3 * store_bytes(whole / "store"), ["--set", "train.num_threads=1"]
     args = ["--recipe", recipe_path, *SETTINGS, *one_thread]
     run_here("train", "offline", *args, "--store", whole / "store", "--output", tmp_path / "alone/draft")
@@ -366,7 +400,7 @@ def test_capture_and_training_as_jobs_of_slurm(
         submitted = command(
             "distributed", "submit", "rolling", *args, "--input", conversations, "--window", window / GIB
         )
-        say(*submitted, "--output", tmp_path / "run", "--time", 10, "--cpus-per-task", 1)
+        say(*submitted, *where, "--output", tmp_path / "run", "--time", 10, "--cpus-per-task", 1)
         status, seen, deadline = command("distributed", "status", tmp_path / "run"), "", time.monotonic() + 300
         while say("squeue", "-h", "-o", "%i").strip():
             assert time.monotonic() < deadline, [path.read_text() for path in (tmp_path / "run").rglob("*log.*")]

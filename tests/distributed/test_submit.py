@@ -312,6 +312,18 @@ def test_in_turns_one_task_fills_the_store_and_trains(recipe_path: Path, jobs: l
     assert task.words[-2:] == ("--follow", "--until-empty")
 
 
+def test_both_sides_of_a_rolling_store_get_mooncakes_address(
+    recipe_path: Path, jobs: list[Job], tmp_path: Path
+) -> None:
+    submit_rolling(recipe_path, tmp_path, "--mooncake", "node1:50051", "--mooncake-protocol", "rdma")
+    words = "--mooncake node1:50051 --mooncake-name draftline --mooncake-protocol rdma"
+    dump, train = (read_plan(tmp_path / stage).task(0).words for stage in ("dump", "train"))
+    assert " ".join(dump).endswith(f"--window 0.5 {words} --shard 0/1")
+    assert " ".join(train).endswith(f"--follow {words}")
+    said = submit_rolling(recipe_path, tmp_path / "b", "--in-turns", "--mooncake", "node1:50051", check=False)
+    assert "samples vanish with the dump that lent its memory" in said
+
+
 def test_rolling_at_the_same_time_needs_a_scheduler(recipe_path: Path, tmp_path: Path) -> None:
     assert "Give --in-turns" in submit_rolling(recipe_path, tmp_path, "--cluster", "local", check=False)
 
