@@ -10,7 +10,8 @@ from dump.diagnose import find_plain_defect, name_defect
 from dump.predictions import logit_gaps, sampled_deviations, sampling_of
 from target.head import TargetHead
 
-# Largest logit gap that rounding explains, by the dtype of the stored states (logits are around 10).
+# Largest gap that rounding explains, by the dtype of the stored states, between logits of up to 10. Rounding errors
+# grow with the logits: those of SmolLM2 reach 30, where one step of bf16 is 0.125.
 TIE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.25, "fp8_e4m3": 2.0, "int4": 2.0}
 MAX_DEVIATIONS = 8.0
 
@@ -55,14 +56,14 @@ def judge_states(
         )
         expected = f"at most {MAX_DEVIATIONS:.0f}: {name_defect(head, sample, layer_ids, tensor_parallel_size)}"
         return Judgement(temperature, num_tokens, found=found, expected=expected)
-    gaps = logit_gaps(head, sample, sampling)
-    matches, ties = int((gaps == 0).sum()), int(((gaps > 0) & (gaps <= tolerance)).sum())
-    worst = float(gaps.max())
-    if worst <= tolerance:
+    gaps, largest = logit_gaps(head, sample, sampling)
+    beyond = gaps > tolerance * (largest.abs() / 10).clamp_min(1.0)
+    matches, ties = int((gaps == 0).sum()), int(((gaps > 0) & ~beyond).sum())
+    if not bool(beyond.any()):
         return Judgement(temperature, gaps.numel(), matches, ties)
     found = (
-        f"{int((gaps > tolerance).sum())} of {gaps.numel()} generated tokens that its states do not predict (logit gap "
-        f"up to {worst:.2f})"
+        f"{int(beyond.sum())} of {gaps.numel()} generated tokens that its states do not predict (logit gap up to "
+        f"{float(gaps.max()):.2f})"
     )
     expected = (
         f"argmax(lm_head({head.norm_kind}_norm(h))) to be the next token: "

@@ -25,12 +25,16 @@ def sampling_of(sample: StoredSample) -> dict[str, Any] | None:
 
 
 @torch.inference_mode()
-def logit_gaps(head: TargetHead, sample: StoredSample, sampling: dict[str, Any]) -> torch.Tensor:
-    """Return how far each generated token's logit is below the largest, `(generated tokens,)`; 0 is the argmax."""
-    gaps = []
+def logit_gaps(head: TargetHead, sample: StoredSample, sampling: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how far each generated token's logit is below the largest, and that one, `(generated tokens,)` both.
+
+    A gap of 0 is the argmax.
+    """
+    gaps, largest = [], []
     for logits, tokens in predict(head, sample, sampling):
-        gaps.append(logits.amax(-1) - logits.gather(1, tokens[:, None])[:, 0])
-    return torch.cat(gaps)
+        largest.append(logits.amax(-1))
+        gaps.append(largest[-1] - logits.gather(1, tokens[:, None])[:, 0])
+    return torch.cat(gaps), torch.cat(largest)
 
 
 @torch.inference_mode()

@@ -335,7 +335,8 @@ def _print_counts(counts: Counts, manifest: Manifest) -> None:
 def _print_predicted(counts: Counts, manifest: Manifest) -> None:
     print(
         f"verify: {counts.files} files whole; {counts.matches} of {counts.tokens} generated tokens of {counts.greedy} "
-        f"greedy samples are the states' argmax, {counts.ties} ties within {TIE_TOLERANCE[manifest.dtype]}"
+        f"greedy samples are the states' argmax, {counts.ties} ties within "
+        f"{TIE_TOLERANCE[manifest.dtype]} (in proportion for logits above 10)"
     )
     if counts.sampled:
         print(

@@ -17,6 +17,7 @@ from written import write_conversations
 
 from contracts.store import Store, StoredSample
 from dump.diagnose import name_defect
+from dump.judge import judge_states
 from dump.predictions import logit_gaps, sampled_deviations, sampling_of
 from dump.reference import fits_memory
 from dump.verify import Part
@@ -242,8 +243,26 @@ def test_sampled_rows_are_as_likely_as_all_their_parameters_say_and_others_are_n
 def test_greedy_tokens_under_penalties_are_the_argmax_of_penalized_logits(target_folder: Path) -> None:
     head = read_head(Target.read(target_folder))
     sample = draw(head, {"temperature": 0.0, "repetition_penalty": 1.5}, 300)
-    assert bool((logit_gaps(head, sample, sampling_of(sample) or {}) == 0).all())
-    assert not bool((logit_gaps(head, sample, {"temperature": 0.0}) == 0).all())
+    assert bool((logit_gaps(head, sample, sampling_of(sample) or {})[0] == 0).all())
+    assert not bool((logit_gaps(head, sample, {"temperature": 0.0})[0] == 0).all())
+
+
+@pytest.mark.parametrize(("largest", "is_tie"), [(8.0, False), (30.0, True)])
+def test_a_gap_that_bf16_may_round_away_depends_on_how_large_the_logits_are(
+    target_folder: Path, largest: float, is_tie: bool
+) -> None:
+    head = read_head(Target.read(target_folder))
+    sample = draw(head, {"temperature": 0.0}, 300)
+    head = replace(head, scale=largest / float(head.logits(sample.hidden_states[:-1]).amax(-1).median()))
+    logits = head.logits(sample.hidden_states[:-1])
+    gaps = logits.amax(-1, keepdim=True) - logits
+    near = largest * 0.9 < logits.amax(-1, keepdim=True)
+    place, token = ((gaps > 0.26) & (gaps < 0.5) & near).nonzero()[0].tolist()
+    sample.input_ids[place + 1] = token
+    sample = replace(sample, aux_hidden_states=torch.ones_like(sample.aux_hidden_states))
+    judged = judge_states(head, sample, [], "bfloat16")
+    assert (judged.found == "") is is_tie
+    assert (judged.ties == 1) is is_tie
 
 
 def test_a_sample_without_a_temperature_on_record_is_counted_as_unknown(
