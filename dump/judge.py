@@ -11,7 +11,7 @@ from dump.predictions import logit_gaps, sampled_deviations, sampling_of
 from target.head import TargetHead
 
 # Largest gap that rounding explains, by the dtype of the stored states, between logits of up to 10. Rounding errors
-# grow with the logits: those of SmolLM2 reach 30, where one step of bf16 is 0.125.
+# grow with the logits: those of SmolLM2 are around 30, where one step of bf16 is 0.125.
 TIE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.25, "fp8_e4m3": 2.0, "int4": 2.0}
 MAX_DEVIATIONS = 8.0
 
