@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import importlib
 import io
 import json
@@ -16,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,29 +127,52 @@ def other_target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_target(tmp_path_factory.mktemp("other-target"), seed=2)
 
 
-@pytest.fixture(scope="session")
-def trained_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the tiny recipe begins with, made once for all test processes: a target, trained briefly, and 60 prompts."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "trained"
-    folder.mkdir(exist_ok=True)
-    script = [sys.executable, str(ROOT / "recipes/Tiny-DFlash/make_target.py"), "--output", str(folder)]
-    with (folder / "lock").open("w") as lock:
+def make_once(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` fills, the same for all test processes, and for later runs of the same code and packages."""
+    sources = [ROOT / "constraints.txt", Path(__file__), Path(__file__).with_name("tiny_pipeline.py")]
+    for package in ("common", "contracts", "target", "drafts", "recipe", "serve", "synth", "dump", "train", "bench"):
+        sources += [path for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".j2")]
+    sources += [path for path in (ROOT / "recipes/Tiny-DFlash").rglob("*") if path.is_file()]
+    sources += (ROOT / "chat_templates").iterdir()
+    digest = hashlib.sha256(f"{sys.prefix} {sorted((d.name, d.version) for d in distributions())}".encode())
+    for path in sorted(path for path in sources if path.suffix != ".pyc"):
+        digest.update(path.read_bytes())
+    kept = ROOT / ".pytest_cache/made"
+    kept.mkdir(parents=True, exist_ok=True)
+    folder = kept / f"{name}-{digest.hexdigest()[:16]}"
+    with (kept / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        sizes = ["--steps", "130", "--num-train", "60", "--num-held-out", "12"]
-        subprocess.run([*script, *sizes], check=True, cwd=ROOT)
+        if not (folder / "made").exists():
+            for other in kept.glob(f"{name}-*"):
+                shutil.rmtree(other)
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
     return folder
 
 
 @pytest.fixture(scope="session")
-def pipeline(trained_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_target() -> Path:
+    """What the tiny recipe begins with: a target, trained briefly, and 60 prompts. Tests leave it as it is."""
+
+    def make(folder: Path) -> None:
+        script = [sys.executable, str(ROOT / "recipes/Tiny-DFlash/make_target.py"), "--output", str(folder)]
+        sizes = ["--steps", "130", "--num-train", "60", "--num-held-out", "12"]
+        subprocess.run([*script, *sizes], check=True, cwd=ROOT)
+
+    return make_once("trained", make)
+
+
+@pytest.fixture(scope="session")
+def pipeline(trained_target: Path) -> Path:
     """The run folder of the tiny recipe, every stage done. Tests leave it as it is."""
     from tiny_pipeline import run_script
 
-    folder = tmp_path_factory.mktemp("pipeline")
-    shutil.copytree(trained_target, folder, dirs_exist_ok=True)
-    run_script(folder)
-    return folder
+    def make(folder: Path) -> None:
+        shutil.copytree(trained_target, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("made"))
+        run_script(folder)
+
+    return make_once("pipeline", make)
 
 
 @pytest.fixture(scope="session")

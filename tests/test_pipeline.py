@@ -250,6 +250,7 @@ def accuracy(pipeline: Path) -> tuple[list[object], Path]:
     return args, output
 
 
+@pytest.mark.long
 def test_answers_to_an_evaluation_are_as_right_with_the_draft_as_without(accuracy: tuple[list[object], Path]) -> None:
     report = json.loads((accuracy[1] / "accuracy.json").read_text())
     rows = {(row["answers"], row["metric"]): row for row in report["rows"]}

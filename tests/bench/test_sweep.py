@@ -120,6 +120,7 @@ def draft(recipe_path: Path, target_folder: Path, tmp_path_factory: pytest.TempP
 
 @pytest.mark.vllm
 @pytest.mark.proves("counters")
+@pytest.mark.long
 def test_a_killed_sweep_keeps_its_points_and_the_counters_agree(recipe_path: Path, draft: Path, tmp_path: Path) -> None:
     output = tmp_path / "sweep"
     args = ["bench", "sweep", "-r", recipe_path, "--set", SPACE, "--draft", draft, "--output", output]

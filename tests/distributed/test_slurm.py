@@ -233,6 +233,7 @@ def test_a_worker_whose_server_cannot_start_ends_with_its_last_lines(
     assert "unrecognized arguments: --no-such-flag" in log
 
 
+@pytest.mark.long
 def test_two_agents_of_torchrun_resume_after_a_kill_with_the_same_losses(
     slurm: dict[str, str], recipe_path: Path, target_folder: Path, tmp_path: Path
 ) -> None:

@@ -72,6 +72,7 @@ def test_a_lost_server_is_waited_for_and_costs_no_sample(
 @pytest.mark.vllm
 @pytest.mark.proves("extraction")
 @pytest.mark.timeout(600)
+@pytest.mark.long
 def test_a_vllm_server_that_is_killed_and_started_again_costs_no_sample(
     recipe_path: Path, target_folder: Path, tmp_path: Path
 ) -> None:
