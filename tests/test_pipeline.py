@@ -271,6 +271,7 @@ def test_answers_to_an_evaluation_are_as_right_with_the_draft_as_without(accurac
     assert (accuracy[1] / "accuracy.md").read_text().count("| 8k1k-tp1-c16 | explain |") == 6
 
 
+@pytest.mark.long
 def test_a_finished_evaluation_is_not_asked_again_and_another_setting_is_refused_by_name(
     accuracy: tuple[list[object], Path],
 ) -> None:
@@ -283,6 +284,7 @@ def test_a_finished_evaluation_is_not_asked_again_and_another_setting_is_refused
     assert f"{output} (settings.limit): found 3, expected None as when this output was begun" in refused.stderr
 
 
+@pytest.mark.long
 def test_a_draft_that_changes_the_answers_fails_with_task_and_size_and_the_other_side_is_kept(
     accuracy: tuple[list[object], Path], tmp_path: Path
 ) -> None:
