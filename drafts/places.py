@@ -35,6 +35,30 @@ def chain_places_of(batch: Batch) -> list[torch.Tensor]:
     return places
 
 
+def predicting_spans(loss_mask: torch.Tensor) -> list[tuple[int, int]]:
+    """Return the spans of positions whose next token was generated: those of the distributions drafts learn from."""
+    spans = [(max(start - 1, 0), end - 1) for start, end in spans_of(loss_mask)]
+    return [(start, end) for start, end in spans if start < end]
+
+
+def seen_spans(loss_mask: torch.Tensor, reach: int | None) -> list[tuple[int, int]]:
+    """Return the spans of positions whose captured states a block or chain from any place can see.
+
+    It sees positions before its anchor, at most `reach` of them; None: all. The others change no loss and no gradient,
+    and serving drafts from the same places.
+    """
+    found = list[tuple[int, int]]()
+    for start, end in spans_of(loss_mask):
+        if end - start < 2:
+            continue
+        low, high = 0 if reach is None else max(0, start - reach), end - 2  # the last anchor
+        if found and low <= found[-1][1]:
+            low = found.pop()[0]
+        if low < high:
+            found.append((low, high))
+    return found
+
+
 def spans_of(loss_mask: torch.Tensor) -> list[tuple[int, int]]:
     """Return the runs of True as half-open spans."""
     edges = torch.diff(loss_mask.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int))
