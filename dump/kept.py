@@ -10,7 +10,7 @@ import torch
 
 from common.errors import UserError
 from contracts.sample_file import TOP_TOKENS, SampleForm, Spans, StoredSample, mask_of
-from contracts.top_tokens import TopTokens
+from contracts.top_tokens import TopTokens, id_dtype
 from drafts.moving import find_device
 from drafts.places import predicting_spans, seen_spans
 from drafts.teacher import find_top_tokens
@@ -33,13 +33,14 @@ class HeadSource:
 
 @dataclass(frozen=True)
 class Kept:
-    """What is stored. `final_state`: the manifest's. `top_k` and `head`: for the most likely tokens.
+    """What is stored. `final_state`: the manifest's. `top_k`, `vocab_size` and `head`: for the most likely tokens.
 
     `unseen`: states that no block sees are stored, too; otherwise a block sees `reach` tokens back, or all.
     """
 
     final_state: str = "pre-norm"
     top_k: int = 0
+    vocab_size: int = 0
     head: HeadSource | None = None
     unseen: bool = True
     reach: int | None = None
@@ -59,6 +60,7 @@ class Kept:
         return cls(
             section.final_state,
             section.top_k if is_top else 0,
+            target.vocab_size,
             HeadSource(target.path, target.norm_of_recipe) if is_top else None,
             unseen,
             None if unseen or recipe.train is None else recipe.train.draft.reach,
@@ -77,7 +79,7 @@ class Kept:
         found = _find_top(self.head, sample.hidden_states[wanted], self.top_k)
         shape = (sample.num_tokens, self.top_k)
         top = TopTokens(
-            torch.zeros(shape, dtype=torch.int32).index_copy_(0, wanted, found.ids),
+            torch.zeros(shape, dtype=torch.int32).index_copy_(0, wanted, found.ids).to(id_dtype(self.vocab_size)),
             torch.zeros(shape[0], shape[1] + 1, dtype=torch.float16).index_copy_(0, wanted, found.log_probs),
         )
         return replace(sample, spans={**spans, TOP_TOKENS: predicting}, top=top)
@@ -90,7 +92,7 @@ class Kept:
             dtype,
             self.final_state,
             self.top_k or None,
-            target.vocab_size,
+            self.vocab_size,
             has_spans=not self.unseen,
         )
 

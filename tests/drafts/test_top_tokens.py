@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from contracts.sample_file import StoredSample, mask_of
 from contracts.top_tokens import TopTokens
 from drafts import METHODS
@@ -20,13 +21,14 @@ from drafts.places import anchor_places, predicting_spans, seen_spans
 from drafts.teacher import TeacherRows, find_top_tokens, make_teacher
 from target.head import TargetHead
 
-ROWS, WIDTH, VOCABULARY, STATES = 90, 12, 40, 30
+ROWS, WIDTH, VOCABULARY, STATES = 90, 16, 40, 30
 KINDS: list[dict[ObjectiveName, float]] = [*({name: 1.0} for name in TERMS), {"tokens": 0.1, "tv": 1.8}]
 LAYER = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 24}
 DRAFTS: dict[str, dict[str, Any]] = {
     "dflash": {"method": "dflash", "block_size": 4, "num_layers": 2, "num_anchors": 6, "objective": "distill"},
     "dflash, sliding": {
-        "method": "dflash", "block_size": 4, "num_layers": 2, "num_anchors": 20, "sliding_window": 6, "objective": "nla",
+        "method": "dflash", "block_size": 4, "num_layers": 2, "num_anchors": 20, "sliding_window": 6,
+        "objective": "nla",
     },
     "dflash2": {"method": "dflash2", "block_size": 4, "num_layers": 1, "selector_top_k": 4},
     "dspark": {"method": "dspark", "num_speculative_tokens": 3, "num_layers": 1, "markov_rank": 4},
