@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from common.errors import UserError
@@ -35,20 +37,20 @@ def chain_places_of(batch: Batch) -> list[torch.Tensor]:
     return places
 
 
-def predicting_spans(loss_mask: torch.Tensor) -> list[tuple[int, int]]:
+def predicting_spans(generated: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return the spans of positions whose next token was generated: those of the distributions drafts learn from."""
-    spans = [(max(start - 1, 0), end - 1) for start, end in spans_of(loss_mask)]
+    spans = [(max(start - 1, 0), end - 1) for start, end in generated]
     return [(start, end) for start, end in spans if start < end]
 
 
-def seen_spans(loss_mask: torch.Tensor, reach: int | None) -> list[tuple[int, int]]:
+def seen_spans(generated: Sequence[tuple[int, int]], reach: int | None) -> list[tuple[int, int]]:
     """Return the spans of positions whose captured states a block or chain from any place can see.
 
-    It sees positions before its anchor, at most `reach` of them; None: all. The others change no loss and no gradient,
-    and serving drafts from the same places.
+    `generated`: the spans of generated tokens. A block sees positions before its anchor, at most `reach` of them; None:
+    all. The others change no loss and no gradient, and serving drafts from the same places.
     """
     found = list[tuple[int, int]]()
-    for start, end in spans_of(loss_mask):
+    for start, end in generated:
         if end - start < 2:
             continue
         low, high = 0 if reach is None else max(0, start - reach), end - 2  # the last anchor

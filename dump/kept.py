@@ -12,7 +12,7 @@ from common.errors import UserError
 from contracts.sample_file import TOP_TOKENS, SampleForm, Spans, StoredSample, mask_of
 from contracts.top_tokens import TopTokens, id_dtype
 from drafts.moving import find_device
-from drafts.places import predicting_spans, seen_spans
+from drafts.places import predicting_spans, seen_spans, spans_of
 from drafts.teacher import find_top_tokens
 from recipe.recipe import Recipe
 from target.final_norm import FinalNorm
@@ -60,7 +60,7 @@ class Kept:
         return cls(
             section.final_state,
             section.top_k if is_top else 0,
-            target.vocab_size,
+            target.vocab_size if is_top else 0,
             HeadSource(target.path, target.norm_of_recipe) if is_top else None,
             unseen,
             None if unseen or recipe.train is None else recipe.train.draft.reach,
@@ -68,9 +68,10 @@ class Kept:
 
     def trim(self, sample: StoredSample) -> StoredSample:
         """Return a captured sample as it is stored: its most likely tokens, and the spans of what is kept."""
-        predicting, spans = predicting_spans(sample.loss_mask), dict[str, Spans]()
+        generated, spans = spans_of(sample.loss_mask), dict[str, Spans]()
+        predicting = predicting_spans(generated)
         if not self.unseen:
-            spans["aux_hidden_states"] = seen_spans(sample.loss_mask, self.reach)
+            spans["aux_hidden_states"] = seen_spans(generated, self.reach)
             if self.final_state == "pre-norm":
                 spans["hidden_states"] = predicting
         if self.head is None:
@@ -92,7 +93,7 @@ class Kept:
             dtype,
             self.final_state,
             self.top_k or None,
-            self.vocab_size,
+            self.vocab_size or None,
             has_spans=not self.unseen,
         )
 
@@ -100,8 +101,7 @@ class Kept:
         """Return the bytes of the tensors of a sample with these loss spans."""
         if not form.is_reduced:
             return form.num_bytes(num_tokens)
-        mask = mask_of(loss_spans, num_tokens)
-        seen, predicting = seen_spans(mask, self.reach), predicting_spans(mask)
+        seen, predicting = seen_spans(loss_spans, self.reach), predicting_spans(loss_spans)
         num_seen, num_predicting = (sum(end - start for start, end in spans) for spans in (seen, predicting))
         return form.num_bytes(num_tokens, num_seen, num_predicting) + SPAN_BYTES * (len(seen) + len(predicting))
 

@@ -17,7 +17,7 @@ from drafts.draft import Draft, init_weights
 from drafts.loss_terms import TERMS, Objective
 from drafts.method import ObjectiveName
 from drafts.objective import LossOptions, RowLosses, fused_loss
-from drafts.places import anchor_places, predicting_spans, seen_spans
+from drafts.places import anchor_places, predicting_spans, seen_spans, spans_of
 from drafts.teacher import TeacherRows, find_top_tokens, make_teacher
 from target.head import TargetHead
 
@@ -193,7 +193,7 @@ def test_seen_spans_are_the_positions_before_any_anchor_within_reach(reach: int 
             seen = torch.zeros(23, dtype=torch.bool)
             for place in anchor_places(mask).tolist():
                 seen[0 if reach is None else max(0, place - reach) : place] = True
-            spans = seen_spans(mask, reach)
+            spans = seen_spans(spans_of(mask), reach)
             assert torch.equal(mask_of(spans, 23), seen)
             assert all(a < b for a, b in spans)
             assert all(b < c for (_, b), (c, _) in pairwise(spans))
@@ -239,8 +239,8 @@ def step(draft: Draft, head: TargetHead, batch: Batch) -> list[torch.Tensor]:
 def without_unseen(batch: Batch, reach: int | None) -> Batch:
     """The batch as a store gives it that has no states which no block sees."""
     masks = batch.loss_mask.split(batch.lengths)
-    seen = torch.cat([mask_of(seen_spans(mask, reach), len(mask)) for mask in masks])
-    predicting = torch.cat([mask_of(predicting_spans(mask), len(mask)) for mask in masks])
+    seen = torch.cat([mask_of(seen_spans(spans_of(mask), reach), len(mask)) for mask in masks])
+    predicting = torch.cat([mask_of(predicting_spans(spans_of(mask)), len(mask)) for mask in masks])
     assert 0 < int(seen.sum()) < len(seen)
     return replace(
         batch,

@@ -16,7 +16,7 @@ from written import write_conversations
 from common.errors import UserError
 from contracts.sample_file import SampleForm, StoredSample, read_sample_tensor
 from contracts.store import Store
-from drafts.places import predicting_spans, seen_spans
+from drafts.places import predicting_spans, seen_spans, spans_of
 from drafts.teacher import find_top_tokens
 from dump.judge import judge_states
 from dump.kept import Kept
@@ -120,8 +120,8 @@ def test_a_dump_keeps_the_tokens_that_its_own_final_states_give(stores: dict[str
 
 def test_a_trimmed_store_has_the_states_of_a_whole_one_where_it_has_any(stores: dict[str, Path]) -> None:
     for found, whole in zip(samples_of(stores["trimmed"]), samples_of(stores["whole"]), strict=True):
-        kept = {"aux_hidden_states": seen_spans(whole.loss_mask, None)}
-        kept["hidden_states"] = predicting_spans(whole.loss_mask)
+        generated = spans_of(whole.loss_mask)
+        kept = {"aux_hidden_states": seen_spans(generated, None), "hidden_states": predicting_spans(generated)}
         assert found.spans == kept
         for name in kept:
             rows = found.has(name)
