@@ -23,6 +23,7 @@ import torch
 DTYPE_NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
+    torch.uint16: "U16",
     torch.int32: "I32",
     torch.int64: "I64",
     torch.bfloat16: "BF16",

@@ -63,6 +63,11 @@ class DraftConfig(BaseModel):
         """Tokens that the draft proposes in one step, K."""
         raise NotImplementedError
 
+    @property
+    def reach(self) -> int | None:
+        """How many tokens before an anchor the draft sees at most; None: all."""
+        return None
+
 
 class Descriptor(BaseModel):
     """The description of an exported or published draft for the other stages, draftline.json.

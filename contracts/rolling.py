@@ -36,15 +36,13 @@ from pydantic import BaseModel, ConfigDict
 from common.files import hash_file, read_json
 from common.tensor_file import Buffer
 from contracts.conversation import Sample
-from contracts.sample_file import StoredSample, sample_bytes
+from contracts.sample_file import StoredSample
 from contracts.shelf import FolderShelf, Shelf, sample_path
 from contracts.store import ROLLING_FILE, Store, refuse_other_target
 from contracts.target_identity import TargetIdentity
 
 POSITION_NOTE = "trainer.json"
 PUBLISHED = ("manifest.json", "index/samples.jsonl", "index/token_ids.bin", "index/masks.bin", "window.json")
-HEADER_BYTES = 1024
-"""Room for the header of a sample's file, which names its tensors and metadata."""
 
 
 class Window(BaseModel):
@@ -162,11 +160,8 @@ class RollingStore(Store):
 
     def file_sizes(self, lengths: np.ndarray) -> np.ndarray:
         """Return the bytes of the files of samples of these lengths; no file is larger."""
-        manifest = self.read_manifest()
-        size, num_layers = manifest.hidden_size, len(manifest.layer_ids)
-        has_final = manifest.final_state != "none"
-        per_token = sample_bytes(1, size, num_layers, manifest.dtype, final_states=has_final)
-        return lengths.astype(np.int64) * per_token + HEADER_BYTES
+        form = self.read_manifest().form
+        return lengths.astype(np.int64) * form.num_bytes(1) + form.header_bytes
 
     def kept_bytes(self, held_out: Iterable[int]) -> int:
         """Return the bytes of what is never deleted: the index and the held-out samples, given by their lengths."""

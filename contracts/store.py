@@ -15,8 +15,14 @@ With dtype fp8_e4m3 (OCP 8-bit float, no infinities, largest value 448) each tok
 largest value becomes 448: hidden_states_scale (T, 1), aux_hidden_states_scale (T, n), fp32. A state is fp8 * scale.
 
 With dtype int4 the captured layers have 4 bits per value and an fp16 scale per 32 neighbouring ones (`encode_int4`):
-aux_hidden_states (T, n*H/2) uint8, aux_hidden_states_scale (T, n*H/32); the final states are fp8_e4m3. A store may lack
-the final states (`final_state` "none" in the manifest).
+aux_hidden_states (T, n*H/2) uint8, aux_hidden_states_scale (T, n*H/32); the final states are fp8_e4m3.
+
+A store may lack the final states (`final_state` "none" in the manifest), or hold the target's k most likely next tokens
+in their place ("top-k"), at the P positions before generated tokens: top_ids (P, k) uint16 or int32, the most likely
+first; top_log_probs (P, k+1) fp16, the last that of all other tokens together.
+
+A store may leave out states that no supervised block sees (`unseen_states` "dropped"). Tensors then have fewer rows:
+<name>_spans (m, 2) int32 are the half-open spans of the tokens whose rows are there, in their order.
 
 Several processes may fill one folder, each with a shard of the conversations: their ledgers are in
 shards/<i>-of-<n>/ until the last one joins them. Readers never write: a store may be read-only.
@@ -28,7 +34,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -41,10 +47,10 @@ from contracts.ledger import Ledger
 from contracts.run import read_run
 from contracts.sample_file import (
     DTYPES,
+    SampleForm,
     StoredSample,
     read_sample_file,
     read_sample_tensor,
-    sample_bytes,
     write_sample_file,
 )
 from contracts.shards import shard_folder
@@ -58,8 +64,8 @@ __all__ = [
     "find_token",
     "open_store",
     "refuse_other_target",
+    "require_all_states",
     "require_final_states",
-    "sample_bytes",
 ]
 
 SAMPLE_ID = re.compile(r"[0-9a-f]{32}-[0-9]+")
@@ -70,7 +76,11 @@ READERS = 16
 
 
 class Manifest(BaseModel):
-    """The description of a store's states."""
+    """The description of a store's states.
+
+    `top_k`: tokens of each position, with `final_state` "top-k". `seen_reach`: with `unseen_states` "dropped", the
+    tokens before an anchor that a block may see; None: all.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -91,6 +101,21 @@ class Manifest(BaseModel):
     dtype: str
     conversations: str = ""
     conversations_folder: str = ""
+    top_k: int | None = None
+    unseen_states: Literal["dropped"] | None = None
+    seen_reach: int | None = None
+
+    @property
+    def form(self) -> SampleForm:
+        """The form of the samples."""
+        return SampleForm(
+            self.hidden_size,
+            len(self.layer_ids),
+            self.dtype,
+            self.final_state,
+            self.top_k,
+            has_spans=self.unseen_states is not None,
+        )
 
 
 class Store:
@@ -123,7 +148,7 @@ class Store:
         return shard_folder(self.folder, number, count)
 
     def write_manifest(self, manifest: Manifest) -> None:
-        write_json(self.manifest_path, manifest.model_dump())
+        write_json(self.manifest_path, manifest.model_dump(exclude_none=True))
 
     def claim(self, manifest: Manifest) -> None:
         """Write the manifest, or compare it with the existing one.
@@ -243,12 +268,25 @@ def refuse_other_target(folder: Path, manifest: Manifest, target: TargetIdentity
 
 def require_final_states(folder: Path, manifest: Manifest) -> None:
     """Raise UserError if a store lacks the final states."""
-    if manifest.final_state == "none":
+    if manifest.final_state in ("none", "top-k"):
+        key = "drop" if manifest.final_state == "none" else "top-k"
         raise UserError(
             folder,
-            found="a store without final states (dump.final_states=drop)",
+            found=f"a store without final states (dump.final_states={key})",
             expected="final states, from which the target's logits are computed",
-            fix="Give a store that has them. Only a training whose objective is on tokens does without.",
+            fix="Give a store that was dumped with dump.final_states=keep.",
+        )
+
+
+def require_all_states(folder: Path, manifest: Manifest) -> None:
+    """Raise UserError if a store lacks the final states, or states of some tokens."""
+    require_final_states(folder, manifest)
+    if manifest.unseen_states is not None:
+        raise UserError(
+            folder,
+            found="a store without the states that no block sees (dump.unseen_states=drop)",
+            expected="the states of all tokens",
+            fix="Give a store that was dumped with dump.unseen_states=keep.",
         )
 
 

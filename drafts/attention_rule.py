@@ -42,6 +42,15 @@ def rules_of(layer_types: Sequence[LayerType], window: int | None, is_causal: bo
     ]
 
 
+def reach_of(rules: Sequence[AttentionRule]) -> int | None:
+    """Return how many tokens before an anchor its block sees at most; None: all.
+
+    The context's features do not change from layer to layer, so windows do not add up.
+    """
+    windows = [rule.window for rule in rules]
+    return None if None in windows else max(window - 1 for window in windows if window is not None)
+
+
 def rule_keys(rules: Sequence[AttentionRule]) -> dict[str, Any]:
     """Return the keys of config.json. `is_causal` is written wherever one value is right for all layers."""
     windows, causal = {rule.window for rule in rules} - {None}, {rule.causal for rule in rules}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from contracts.sample_file import decode_states
+from contracts.top_tokens import TopTokens
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Batch:
 
     `lengths` of the documents sum to T. `seeds` has one seed per document for what a draft draws at this step.
     `hidden_states` is (T, 0) where the objective needs none. `scales`: of states that are still in fp8, by their name.
+    `top`: the target's most likely next tokens (N = T), in place of `hidden_states`; only rows before generated tokens
+    have values.
     """
 
     token_ids: torch.Tensor
@@ -26,6 +29,12 @@ class Batch:
     sample_ids: list[str]
     seeds: list[int]
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    top: TopTokens | None = None
+
+    @property
+    def final(self) -> torch.Tensor | TopTokens:
+        """What the target's distributions follow from."""
+        return self.hidden_states if self.top is None else self.top
 
     def decoded(self) -> Batch:
         """Return the batch with bf16 states in place of fp8 ones; on a GPU after the copy, which is then shorter."""

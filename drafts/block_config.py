@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from contracts.draft import DraftConfig
-from drafts.attention_rule import FULL, SLIDING, AttentionRule, LayerType, rule_keys, rules_of
+from drafts.attention_rule import FULL, SLIDING, AttentionRule, LayerType, reach_of, rule_keys, rules_of
 from drafts.method import DraftMethod, SlotWeights, TransformerConfig, TransformerSection
 from drafts.proposal import Proposal, Values, propose_depth, propose_dimensions, propose_spread
 from target.target import Target
@@ -44,6 +44,11 @@ class BlockSection(TransformerSection):
             raise ValueError(f"sliding_window must hold a block: at least {self.num_draft_tokens + 1}")
         return self
 
+    @property
+    def reach(self) -> int | None:
+        kinds = self.layer_types or [FULL if self.sliding_window is None else SLIDING] * self.num_layers
+        return reach_of(rules_of(kinds, self.sliding_window, self.is_causal))
+
     def to_save_memory(self) -> dict[str, Any]:
         return {"num_anchors": max(1, self.num_anchors // 2)}
 
@@ -70,6 +75,10 @@ class BlockConfig(TransformerConfig):
         """What the queries of each layer see."""
         kinds = self.layer_types or [FULL if self.sliding_window is None else SLIDING] * self.num_layers
         return rules_of(kinds, self.sliding_window, self.is_causal)
+
+    @property
+    def reach(self) -> int | None:
+        return reach_of(self.rules)
 
     @property
     def anchor_predicts(self) -> bool:

@@ -75,6 +75,17 @@ class DraftSection(Section):
         """Whether training reads the target's final states, from which its distribution is computed."""
         return set(self.objective_weights) != {TOKENS}
 
+    @property
+    def reach(self) -> int | None:
+        """How many tokens before an anchor the draft sees at most; None: all."""
+        return None
+
+    def lacks_of(self, top_k: int) -> str:
+        """Return what training needs of the target's distribution beyond its `top_k` most likely tokens, or ""."""
+        if "top_k_kl" in self.objective_weights and self.objective_top_k > top_k:
+            return f"the {self.objective_top_k} tokens of train.draft.objective_top_k"
+        return ""
+
     def to_save_memory(self) -> dict[str, Any]:
         """Return other values of the section's keys with which a step takes less memory; empty: none."""
         return {}

@@ -16,7 +16,7 @@ from torch.nn import functional
 from drafts.chunks import chunks
 from drafts.loss_terms import Objective
 from drafts.slot_weights import Weights
-from drafts.teacher import Teacher
+from drafts.teacher import Teacher, TopProbabilities
 from target.head import logits_of
 
 CROSS_ENTROPY = Objective()
@@ -105,7 +105,10 @@ class LossOptions(NamedTuple):
 
     @property
     def fast_term(self) -> str | None:
-        """The cross-entropy that is computed in place, if the objective is one alone."""
+        """The cross-entropy that is computed in place, if the objective is one alone.
+
+        `distill` is not, of a target's most likely tokens.
+        """
         term = self.objective.single_term
         return term if term in ("tokens", "distill") and not self.wants_accepted else None
 
@@ -191,7 +194,7 @@ class _FusedLoss(torch.autograd.Function):
                 candidates[rows] = log_d.topk(options.num_candidates, dim=-1).indices
             t = None if options.teacher is None or options.fast_term == "tokens" else options.teacher(rows)
             gradient = None
-            if options.fast_term:
+            if options.fast_term and not isinstance(t, TopProbabilities):
                 losses[rows] = -own if t is None else -(t * log_d).sum(-1)
             else:
                 losses[rows], found, gradient = options.objective.compute(log_d, t, labels[rows])
@@ -203,6 +206,7 @@ class _FusedLoss(torch.autograd.Function):
             if not any(needed[:4]):
                 continue
             if gradient is None:
+                assert not isinstance(t, TopProbabilities)
                 gradient = _cross_entropy_gradient(log_d, t, labels[rows])
             gradient *= weight[:, None]
             gradient = gradient.to(dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from common.errors import UserError
@@ -33,6 +35,30 @@ def chain_places_of(batch: Batch) -> list[torch.Tensor]:
             )
         places.append(found)
     return places
+
+
+def predicting_spans(generated: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the spans of positions whose next token was generated: those of the distributions drafts learn from."""
+    spans = [(max(start - 1, 0), end - 1) for start, end in generated]
+    return [(start, end) for start, end in spans if start < end]
+
+
+def seen_spans(generated: Sequence[tuple[int, int]], reach: int | None) -> list[tuple[int, int]]:
+    """Return the spans of positions whose captured states a block or chain from any place can see.
+
+    `generated`: the spans of generated tokens. A block sees positions before its anchor, at most `reach` of them; None:
+    all. The others change no loss and no gradient, and serving drafts from the same places.
+    """
+    found = list[tuple[int, int]]()
+    for start, end in generated:
+        if end - start < 2:
+            continue
+        low, high = 0 if reach is None else max(0, start - reach), end - 2  # the last anchor
+        if found and low <= found[-1][1]:
+            low = found.pop()[0]
+        if low < high:
+            found.append((low, high))
+    return found
 
 
 def spans_of(loss_mask: torch.Tensor) -> list[tuple[int, int]]:

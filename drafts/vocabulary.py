@@ -120,7 +120,7 @@ class VocabularyDraft(Draft):
         if rows is None:
             return None
         known = None if self.lm_head is None else self.known_ids()
-        return make_teacher(head, batch.hidden_states, rows, known)
+        return make_teacher(head, batch.final, rows, known)
 
     def vocabulary_taps(self, logits: torch.Tensor, head: TargetHead) -> dict[str, torch.Tensor]:
         """Return the draft's logits over the target's vocabulary, and the reduced one. Shapes: logits (K, n)."""

@@ -23,7 +23,7 @@ from common.files import make_folder, write_json
 from common.progress import track
 from contracts.modelopt import write_modelopt
 from contracts.run import read_run
-from contracts.store import Store, StoredSample, require_final_states
+from contracts.store import Store, StoredSample, require_all_states
 
 LAYOUTS = ("modelopt", "speculators")
 ROWS_IN_MEMORY = 16
@@ -36,7 +36,7 @@ def convert(folder: Path, output: Path, layout: str) -> int:
     store = Store(folder)
     manifest = store.read_manifest()
     read_run(folder, "dump run")
-    require_final_states(folder, manifest)
+    require_all_states(folder, manifest)
     ids = store.sample_ids()
     if not ids:
         raise UserError(
@@ -51,7 +51,9 @@ def convert(folder: Path, output: Path, layout: str) -> int:
                 write_modelopt(path, sample_id, sample)
     else:
         _write_speculators(output, samples)
-    write_json(output / "manifest.json", {**manifest.model_dump(), "layout": layout, "samples": len(ids)})
+    write_json(
+        output / "manifest.json", {**manifest.model_dump(exclude_none=True), "layout": layout, "samples": len(ids)}
+    )
     print(f"dump: {len(ids)} samples in {layout}'s layout, final states {manifest.final_state} -> {output}")
     return len(ids)
 

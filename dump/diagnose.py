@@ -8,7 +8,7 @@ from typing import get_args
 
 import torch
 
-from contracts.store import StoredSample
+from contracts.sample_file import STATES, StoredSample
 from target.final_norm import FinalNorm
 from target.head import TargetHead
 
@@ -24,13 +24,19 @@ def find_plain_defect(head: TargetHead, sample: StoredSample) -> str:
 
     Zero states make all logits equal, and a norm with weights near 1 hardly changes states that are already normed.
     """
-    zero = (sample.hidden_states == 0).all(-1) | (sample.aux_hidden_states == 0).all(-1)
+    has_final, has_layers = (sample.has(name).to(sample.input_ids.device) for name in STATES)
+    zero = (sample.aux_hidden_states == 0).all(-1) & has_layers
+    if sample.hidden_states.shape[1]:
+        zero |= (sample.hidden_states == 0).all(-1) & has_final
     if bool(zero.any()):
         return f"the states of {int(zero.sum())} of {len(zero)} tokens are all zero"
+    if not sample.hidden_states.shape[1]:
+        return ""
+    states = sample.hidden_states[has_final].float()
     weights = {"no weights": torch.ones_like(head.norm), "rms": head.norm, "gemma": 1.0 + head.norm}
     for kind, weight in weights.items():
         usable = weight.abs() > 1e-3
-        squares = (sample.hidden_states.float()[:, usable] / weight[usable]).square().mean(-1)
+        squares = (states[:, usable] / weight[usable]).square().mean(-1)
         if bool(((squares - 1).abs() < 0.02).all()):
             own = "" if kind in ("no weights", head.norm_kind) else f", and by a {kind} norm, not {head.norm_kind}"
             return f"the final state is normed already{own}, instead of un-normed"
@@ -61,9 +67,10 @@ def name_defect(head: TargetHead, sample: StoredSample, layer_ids: Sequence[int]
         if len(inside) and explains(head.logits(states[inside - 1 + shift]), tokens[inside]):
             return f"the states are one token {words} than their tokens"
     width = states.shape[1]
+    both = (sample.has("aux_hidden_states") & sample.has("hidden_states")).to(states.device)
     for number, layer_id in enumerate(layer_ids):
         aux = sample.aux_hidden_states[:, number * width : (number + 1) * width].float()
-        if torch.equal(aux, states):
+        if torch.equal(aux[both], states[both]):
             return f"the final state is the output of layer {layer_id}"
     if tensor_parallel_size != 1:
         ranks = f"the engine had {tensor_parallel_size} ranks" if tensor_parallel_size else "if the engine had several"

@@ -15,6 +15,7 @@ from common.progress import Progress
 from contracts.store import Store
 from dump.backends import make_backend
 from dump.capture import CaptureBackend, Staged, Staging
+from dump.kept import Kept
 from dump.ledger import DumpLedger
 from dump.samples import Capturable
 from dump.staging import open_staging
@@ -34,8 +35,7 @@ def open_filler(recipe: Recipe, target: Target, store: Store, ledger: DumpLedger
     The writers end first, because closing a backend may delete the files that they read.
     """
     layer_ids = captured_layers(recipe.target, target)
-    keeps = recipe.dump.final_states == "keep"
-    job = StoreJob(store, recipe.dump.dtype, len(layer_ids), target.hidden_size, keeps)
+    job = StoreJob(store, recipe.dump.dtype, len(layer_ids), target.hidden_size, Kept.of(recipe, target))
     with (
         open_staging(recipe.dump, store.folder) as staging,
         make_pool(recipe.dump.writers) as pool,

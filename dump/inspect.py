@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from common.errors import UserError
 from contracts.ledger import STATUSES, Ledger
+from contracts.sample_file import TOP_TOKENS
 from contracts.shards import folders_by_count
 from contracts.store import Manifest, Store, StoredSample
 from target.view import Decoder, print_tokens, write_html
@@ -42,16 +42,19 @@ def inspect_sample(folder: Path, id_: str, html: Path | None) -> None:
 
 
 def _norms(sample: StoredSample, manifest: Manifest) -> dict[str, str]:
-    """Return the mean and range over all tokens of each layer's state norms."""
-    states = sample.aux_hidden_states.float().unflatten(1, (len(manifest.layer_ids), -1))
-    names = [f"norm of layer {layer_id}" for layer_id in manifest.layer_ids]
-    if manifest.final_state != "none":
-        states = torch.cat([states, sample.hidden_states.float()[:, None]], dim=1)
-        names.append("norm of the final state")
-    columns = states.norm(dim=-1).T
+    """Return the mean and range over all stored tokens of each layer's state norms, or of the most likely tokens."""
+    layers = sample.aux_hidden_states.float().unflatten(1, (len(manifest.layer_ids), -1)).norm(dim=-1)
+    layers = layers[sample.has("aux_hidden_states")]
+    found = {f"norm of layer {id_}": column for id_, column in zip(manifest.layer_ids, layers.T, strict=True)}
+    if sample.hidden_states.shape[1]:
+        found["norm of the final state"] = sample.hidden_states.float().norm(dim=-1)[sample.has("hidden_states")]
+    if sample.top is not None:
+        rest = sample.top.log_probs[sample.has(TOP_TOKENS), -1].float().exp()
+        found[f"probability of all but the {sample.top.k} most likely tokens"] = rest
     return {
-        name: f"{float(column.mean()):.2f} ({float(column.min()):.2f} to {float(column.max()):.2f})"
-        for name, column in zip(names, columns, strict=True)
+        name: f"{float(column.mean()):.4g} ({float(column.min()):.4g} to {float(column.max()):.4g})"
+        for name, column in found.items()
+        if len(column)
     }
 
 
@@ -66,7 +69,10 @@ def show_stats(folder: Path) -> None:
     size = sum(entry["size"] for entry in done)
     print(f"{folder}: " + ", ".join(f"{counts[status]} {status}" for status in STATUSES))
     print(f"target    {manifest.target} ({manifest.target_fingerprint[:12]}), {manifest.quantization} quantization")
-    print(f"layers    {manifest.layer_ids} of {manifest.num_layers} and the {manifest.final_state} final state")
+    finals = {"none": "no final state", "top-k": f"the {manifest.top_k} most likely next tokens"}
+    final = finals.get(manifest.final_state, f"the {manifest.final_state} final state")
+    unseen = "" if manifest.unseen_states is None else ", without states that no block sees"
+    print(f"layers    {manifest.layer_ids} of {manifest.num_layers} and {final}{unseen}")
     print(f"states    {manifest.hidden_size} wide, {manifest.dtype}, by {manifest.engine} {manifest.engine_version}")
     print(f"tokens    {tokens.sum()}; a sample has {tokens.min()} to {tokens.max()}, {np.median(tokens):.0f} by median")
     print(f"bytes     {size} ({size / 1e9:.2f} GB), {size / max(1, tokens.sum()):.0f} a token")

@@ -12,14 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
-from contracts.store import sample_bytes
+from contracts.sample_file import Spans
+from dump.kept import Kept
 from dump.samples import Filter, Row
 from recipe.recipe import Recipe
 from target.layers import captured_layers
 from target.target import Target
-
-FILE_OVERHEAD_BYTES = 1024
-"""A sample's header and its ledger line."""
 
 
 @dataclass
@@ -65,7 +63,7 @@ def make_plan(
         plan.tokens += num_tokens
         plan.supervised += sum(end - start for start, end in verdict.row.sample.loss_spans)
         plan.longest = max(plan.longest, num_tokens)
-        plan.bytes += stored_bytes(recipe, target, num_tokens)
+        plan.bytes += stored_bytes(recipe, target, num_tokens, verdict.row.sample.loss_spans)
     return plan
 
 
@@ -82,8 +80,14 @@ def show_plan(recipe: Recipe, plan: Plan, target: Target, rate: float | None, sh
     supervised = f"{plan.supervised} of them supervised; " if plan.supervised else ""
     print(f"tokens       {plan.tokens}, {supervised}the longest sample has {plan.longest}")
     layer_ids = captured_layers(recipe.target, target)
-    final = " and the final state" if recipe.dump.final_states == "keep" else ", no final state"
-    print(f"layers       {layer_ids}{final}, {target.hidden_size} wide, {recipe.dump.dtype}")
+    finals = {
+        "keep": "the final state",
+        "top-k": f"the {recipe.dump.top_k} most likely tokens",
+        "drop": "no final state",
+    }
+    unseen = "" if recipe.dump.unseen_states == "keep" else ", without states that no block sees"
+    final = finals[recipe.dump.final_states]
+    print(f"layers       {layer_ids} and {final}, {target.hidden_size} wide, {recipe.dump.dtype}{unseen}")
     print(f"bytes        {plan.bytes} ({plan.bytes / 1e9:.2f} GB), {plan.bytes / max(1, plan.tokens):.0f} per token")
     print(f"files        {plan.samples}, in at most 256 folders")
     if rate:
@@ -110,10 +114,9 @@ def refuse_full_disk(folder: Path, num_bytes: int) -> None:
         )
 
 
-def stored_bytes(recipe: Recipe, target: Target, num_tokens: int) -> int:
-    """Return the bytes that a sample takes, with its header and ledger line."""
-    num_layers, section = len(captured_layers(recipe.target, target)), recipe.dump
-    keeps = section.final_states == "keep"
-    return FILE_OVERHEAD_BYTES + sample_bytes(
-        num_tokens, target.hidden_size, num_layers, section.dtype, final_states=keeps
-    )
+def stored_bytes(recipe: Recipe, target: Target, num_tokens: int, loss_spans: Spans | None = None) -> int:
+    """Return the bytes that a sample takes, with its header and ledger line; at most, if its spans are not known."""
+    kept = Kept.of(recipe, target)
+    form = kept.form(len(captured_layers(recipe.target, target)), target, recipe.dump.dtype)
+    size = form.num_bytes(num_tokens) if loss_spans is None else kept.num_bytes(form, num_tokens, loss_spans)
+    return form.header_bytes + size

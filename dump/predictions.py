@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from contracts.store import StoredSample
+from contracts.top_tokens import TopTokens
 from target.head import TargetHead
 from target.sampling import Context, kept_by, penalize
 
@@ -22,6 +23,22 @@ def sampling_of(sample: StoredSample) -> dict[str, Any] | None:
         **json.loads(sample.metadata.get("sampling") or "{}"),
     }
     return None if sampling["temperature"] in (None, "") else sampling
+
+
+@torch.inference_mode()
+def top_gaps(top: TopTokens, sample: StoredSample) -> torch.Tensor:
+    """Return how far each generated token's log-probability is below the largest one, `(generated tokens,)`.
+
+    0 is the first of the stored tokens; of one that is not stored, the gap to the last of them, which is smaller.
+    """
+    places = sample.loss_mask.nonzero()[:, 0]
+    places = places[places > 0]
+    found, tokens = top.at(places - 1), sample.input_ids[places]
+    is_token, own = found.ids == tokens[:, None], found.log_probs[:, :-1].float()
+    stored = torch.where(is_token.any(1), own.masked_fill(~is_token, -torch.inf).amax(1), own[:, -1])
+    gaps = own[:, 0] - stored
+    # fp16 may round a smaller log-probability up to the largest one.
+    return gaps.where(is_token[:, 0], gaps.clamp(min=torch.finfo(gaps.dtype).tiny))
 
 
 @torch.inference_mode()
@@ -71,5 +88,19 @@ def predict(
     context = Context.of_generated(sample.input_ids, sample.loss_mask)
     for start in range(0, len(context.ends), TOKENS_PER_CHUNK):
         rows = context.rows(start, start + TOKENS_PER_CHUNK)
-        logits = head.logits(sample.hidden_states[rows.ends - 1])
-        yield penalize(logits, sampling, rows), sample.input_ids[rows.ends].long()
+        tokens = sample.input_ids[rows.ends].long()
+        if sample.top is None:
+            logits = head.logits(sample.hidden_states[rows.ends - 1])
+        else:
+            logits = _top_logits(sample.top.at(rows.ends - 1), tokens, head.lm_head.shape[0])
+        yield penalize(logits, sampling, rows), tokens
+
+
+def _top_logits(top: TopTokens, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Return logits `(t, V)`; a generated token that is not stored counts like the last stored one.
+
+    It may have been just before that one in the engine's rounding.
+    """
+    logits, last = top.logits(vocab_size), top.log_probs[:, -2].float()
+    own = logits.gather(1, tokens[:, None])[:, 0]
+    return logits.scatter_(1, tokens[:, None], torch.where(own.isinf(), last, own)[:, None])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -40,10 +41,14 @@ def compare_layers(recipe: Recipe, target: Target, store: Store, manifest: Manif
     for sample_id in sample_ids:
         sample = store.read_sample(sample_id)
         layers = sample.aux_hidden_states.unflatten(1, (len(manifest.layer_ids), -1))
-        has_final = manifest.final_state != "none"
-        states = torch.cat([layers, sample.hidden_states[:, None]], dim=1) if has_final else layers
+        stored = sample.has("aux_hidden_states")[:, None].expand(-1, layers.shape[1])
+        states = layers
+        if sample.hidden_states.shape[1]:
+            states = torch.cat([layers, sample.hidden_states[:, None]], dim=1)
+            stored = torch.cat([stored, sample.has("hidden_states")[:, None]], dim=1)
         tolerance = TOLERANCE[manifest.dtype]
-        if defect := reference.find_defect(sample.input_ids.tolist(), states, manifest.layer_ids, tolerance):
+        ids = sample.input_ids.tolist()
+        if defect := reference.find_defect(ids, states, manifest.layer_ids, tolerance, stored):
             raise IncompleteError(
                 f"{store.sample_path(sample_id)}: found {defect.found}, expected {defect.expected}. Dump again."
             )
@@ -55,6 +60,15 @@ class LayerDefect:
 
     found: str
     expected: str
+
+
+class Found(NamedTuple):
+    """One slot's states (t, H) and the outputs of all layers (t, L+1, H) at `rows (t,)`; the distance to each."""
+
+    states: torch.Tensor
+    outputs: torch.Tensor
+    rows: torch.Tensor
+    errors: list[float]
 
 
 class Reference:
@@ -69,33 +83,40 @@ class Reference:
         self._ffn = self._model.keep_ffn_outputs()
 
     def find_defect(
-        self, token_ids: Sequence[int], states: torch.Tensor, layer_ids: Sequence[int], tolerance: float
+        self,
+        token_ids: Sequence[int],
+        states: torch.Tensor,
+        layer_ids: Sequence[int],
+        tolerance: float,
+        stored: torch.Tensor | None = None,
     ) -> LayerDefect | None:
         """Return what the first wrong slot of `states (T, n+1, H)` holds; None if all are right.
 
-        The last slot is the final state before the final norm; it may be missing.
+        The last slot is the final state before the final norm; it may be missing. `stored (T, n+1)`: which states are
+        there; default: all.
         """
         outputs, states = self._model.forward(token_ids).float(), states.float().cpu()  # outputs: (T, L + 1, H)
         for slot, layer_id in enumerate([*layer_ids, self._num_layers][: states.shape[1]]):
-            errors = [distance(states[:, slot], output) for output in outputs.unbind(1)]
+            rows = torch.arange(len(states)) if stored is None else stored[:, slot].nonzero()[:, 0]
+            errors = [distance(states[rows, slot], output[rows]) for output in outputs.unbind(1)]
             if errors[layer_id] <= tolerance:
                 continue
             name = "the final state" if layer_id == self._num_layers else f"layer {layer_id}"
-            what = self._describe(states[:, slot], outputs, layer_id, errors, tolerance)
+            found = Found(states[rows, slot], outputs[rows], rows, errors)
+            what = self._describe(found, layer_id, tolerance)
             expected = f"the output of {name}, from which it is {errors[layer_id]:.2g} off (at most {tolerance})"
             return LayerDefect(f"{what} in slot {slot}", expected)
         return None
 
-    def _describe(
-        self, found: torch.Tensor, outputs: torch.Tensor, layer_id: int, errors: list[float], tolerance: float
-    ) -> str:
-        """Return what `found (T, H)` is, which is not the output of `layer_id`."""
+    def _describe(self, found: Found, layer_id: int, tolerance: float) -> str:
+        """Return what states are that are not the output of `layer_id`."""
+        errors = found.errors
         nearest = min(range(len(errors)), key=errors.__getitem__)
         if errors[nearest] <= tolerance:
             return f"the output of layer {nearest}"
         last = min(layer_id, self._num_layers - 1)  # the final state is the output of the last layer
         ffn = self._ffn.get(last)
-        if ffn is not None and is_partial_sum(found, outputs[:, layer_id], ffn):
+        if ffn is not None and is_partial_sum(found.states, found.outputs[:, layer_id], ffn[found.rows]):
             return (
                 f"a partial sum of layer {last}'s FFN, as one rank of tensor parallelism holds before its all-reduce "
                 "(docs/tensor-parallel.md)"

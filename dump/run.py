@@ -23,6 +23,7 @@ from contracts.run import Run
 from contracts.sample_file import INT4_BLOCK
 from contracts.store import Manifest, Store
 from dump.fill import open_filler
+from dump.kept import Kept
 from dump.ledger import DumpLedger
 from dump.plan import Plan, make_plan, refuse_full_disk
 from dump.preflight import prove_engines
@@ -119,6 +120,7 @@ def make_manifest(recipe: Recipe, target: Target, conversations: Path, checksum:
             expected=f"a width that blocks of {INT4_BLOCK} divide",
             fix="Use fp8_e4m3.",
         )
+    kept = Kept.of(recipe, target)
     engine = engine_name() if recipe.dump.backend != "hf" else _transformers_version()
     return Manifest(
         target=str(target.path),
@@ -128,7 +130,7 @@ def make_manifest(recipe: Recipe, target: Target, conversations: Path, checksum:
         num_layers=target.num_layers,
         hidden_size=target.hidden_size,
         final_norm=target.final_norm,
-        final_state="pre-norm" if recipe.dump.final_states == "keep" else "none",
+        final_state=kept.final_state,
         tokenizer=target.tokenizer_checksum,
         template=target.template_checksum,
         engine=engine[0],
@@ -137,6 +139,9 @@ def make_manifest(recipe: Recipe, target: Target, conversations: Path, checksum:
         dtype=recipe.dump.dtype,
         conversations=checksum,
         conversations_folder=str(conversations.absolute()),
+        top_k=kept.top_k or None,
+        unseen_states=None if kept.unseen else "dropped",
+        seen_reach=kept.reach,
     )
 
 
@@ -157,8 +162,15 @@ def dump_settings(recipe: Recipe, target: Target, shard: tuple[int, int] | None)
     """Return the settings that change the output; a resume refuses other values."""
     section = recipe.dump.settings()
     del section["args"]  # "serve" has them, without flags that do not change the states
-    if section["final_states"] == "keep":
-        del section["final_states"]  # stores of earlier versions have no such key
+    kept = Kept.of(recipe, target)
+    if kept.final_state == "pre-norm":
+        del section["final_states"]  # stores of earlier versions have no such keys
+    if not kept.top_k:
+        del section["top_k"]
+    if kept.unseen:
+        del section["unseen_states"]
+    else:
+        section["reach"] = kept.reach
     template = recipe.target.training_template
     return {
         "dump": section,

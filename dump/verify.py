@@ -8,6 +8,7 @@ Writes: in the store, unless it is read-only: verified.jsonl, the proof of each 
 Greedy samples: argmax(lm_head(final_norm(hidden_states[t]))), with the sampling penalties applied, must be the token at
 t + 1 if that one was generated. Batches of other shapes round differently, so a token whose logit is within the
 tolerance of the largest counts as a tie.
+Of a store with the most likely tokens in place of the final states, their first one must be the token.
 Sampled ones: the tokens' log-probability under the row's sampling parameters must be near its mean, the negative
 entropy (see `sampled_deviations`).
 """
@@ -34,7 +35,7 @@ from contracts.ledger import Ledger
 from contracts.run import read_run
 from contracts.store import Manifest, Store, StoredSample, open_store
 from drafts.moving import find_device, to_device
-from dump.judge import TIE_TOLERANCE, Judgement, judge_states
+from dump.judge import Judgement, judge_states, tolerance_of
 from dump.proofs import Proofs
 from dump.reference import compare_layers, fits_memory
 from dump.rendered import TemplateMasks
@@ -51,7 +52,8 @@ MAX_READERS = 8
 class Counts:
     """Numbers of checked files, samples and tokens. `coverage`: tokens by thinking mode.
 
-    `known`: how many of the files were proven before.
+    `known`: how many of the files were proven before. `beyond`: samples whose tokens cannot be predicted from the most
+    likely ones alone.
     """
 
     files: int = 0
@@ -64,6 +66,7 @@ class Counts:
     compared: int = 0
     reference: int = 0
     unknown: int = 0
+    beyond: int = 0
     known: int = 0
     coverage: dict[str, Counter[str]] = field(default_factory=dict)
 
@@ -75,6 +78,8 @@ class Counts:
         found = cls(files=1, compared=int(compared), coverage={mode: covered})
         if judged.temperature is None:
             found.unknown = 1
+        elif judged.is_beyond:
+            found.beyond = 1
         elif judged.temperature != 0.0:
             found.sampled, found.sampled_tokens = 1, judged.tokens
         else:
@@ -195,7 +200,8 @@ def _is_done(entry: Mapping[str, Any]) -> bool:
 def _terms(manifest: Manifest, target: Target, sources: Path | None) -> dict[str, Any]:
     """Return what a sample's proof depends on, besides its file."""
     return {
-        "manifest": hash_json(manifest.model_dump(exclude={"target", "conversations_folder"})),
+        # Without the keys that earlier versions did not have, where they say nothing.
+        "manifest": hash_json(manifest.model_dump(exclude={"target", "conversations_folder"}, exclude_none=True)),
         "target": target.fingerprint,
         "final_norm": target.final_norm,
         "with_conversations": sources is not None,
@@ -238,7 +244,7 @@ def _check_manifest(store: Store, manifest: Manifest, target: Target) -> None:
         "final_state": "Dump again.",
         "num_layers": "Dump again.",
     }
-    stored = manifest.final_state if manifest.final_state == "none" else "pre-norm"
+    stored = manifest.final_state if manifest.final_state in ("none", "top-k") else "pre-norm"
     expected = {"final_norm": target.final_norm, "final_state": stored, "num_layers": target.num_layers}
     for key, value in expected.items():
         if getattr(manifest, key) != value:
@@ -333,11 +339,20 @@ def _print_counts(counts: Counts, manifest: Manifest) -> None:
 
 
 def _print_predicted(counts: Counts, manifest: Manifest) -> None:
+    is_top = manifest.final_state == "top-k"
+    what = "most likely ones" if is_top else "states' argmax"
     print(
         f"verify: {counts.files} files whole; {counts.matches} of {counts.tokens} generated tokens of {counts.greedy} "
-        f"greedy samples are the states' argmax, {counts.ties} ties within "
-        f"{TIE_TOLERANCE[manifest.dtype]} (in proportion for logits above 10)"
+        f"greedy samples are the {what}, {counts.ties} ties within {tolerance_of(manifest.dtype, is_top=is_top)}"
+        f"{'' if is_top else ' (in proportion for logits above 10)'}"
     )
+    if is_top:
+        print("verify: without final states the log-probabilities were not computed again")
+    if counts.beyond:
+        print(
+            f"verify: the tokens of {counts.beyond} samples were not predicted: they were drawn with penalties, or "
+            f"from more than the {manifest.top_k} stored tokens"
+        )
     if counts.sampled:
         print(
             f"verify: {counts.sampled_tokens} tokens of {counts.sampled} sampled rows are as likely as they should be"

@@ -12,14 +12,16 @@ import os
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from common.tensor_file import Buffer
+from contracts.sample_file import mask_of
 from contracts.store import Store, StoredSample
 from dump.capture import Captured, CaptureError, Staged, load_staged
+from dump.kept import Kept
 from dump.samples import Capturable
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -35,7 +37,7 @@ class StoreJob:
     dtype: str
     num_layers: int
     hidden_size: int
-    final_states: bool = True
+    kept: Kept = field(default_factory=Kept)
 
 
 def make_pool(num_writers: int) -> ProcessPoolExecutor:
@@ -60,20 +62,22 @@ def _yield_to_the_engine() -> None:
 
 
 def store_sample(job: StoreJob, row: Capturable, staged: Staged) -> dict[str, Any]:
-    """Check and durably store a staged sample; return its ledger entry. Raises OSError, e.g. for a full disk."""
+    """Check and durably store a staged sample; return its ledger entry.
+
+    Raises OSError, e.g. for a full disk; UserError if the most likely tokens do not fit into a GPU's memory.
+    """
     try:
         captured = load_staged(staged, row.sample.token_ids, job.num_layers, job.hidden_size)
     except CaptureError as error:
         return {"id": row.sample_id, "status": "failed", "reason": str(error)}
-    stored = make_stored(row, captured)
-    fields = job.store.write_sample(row.sample_id, stored, job.dtype, _buffer, final_states=job.final_states)
+    stored = job.kept.trim(make_stored(row, captured))
+    keeps = job.kept.final_state == "pre-norm"
+    fields = job.store.write_sample(row.sample_id, stored, job.dtype, _buffer, final_states=keeps)
     return {"id": row.sample_id, "status": "done", "tokens": row.num_tokens, **fields}
 
 
 def make_stored(row: Capturable, captured: Captured) -> StoredSample:
     """Return the stored form of a sample, with its mask and metadata."""
-    mask = torch.zeros(row.num_tokens, dtype=torch.bool)
-    for start, end in row.sample.loss_spans:
-        mask[start:end] = True
+    mask = mask_of(row.sample.loss_spans, row.num_tokens)
     ids = torch.tensor(row.sample.token_ids, dtype=torch.int32)
     return StoredSample(ids, mask, captured.final, captured.layers.flatten(1), row.metadata)

@@ -81,6 +81,7 @@ def note_ranks(target: Target, flags: Mapping[str, Any]) -> str:
 def _problems(recipe: Recipe) -> Iterator[UserError]:
     section = recipe.target
     yield from _check_yarn(recipe)
+    yield from _check_final_states(recipe)
     template = section.training_template
     if template is not None:
         if not template.exists():
@@ -116,6 +117,20 @@ def _problems(recipe: Recipe) -> Iterator[UserError]:
     _check_mask_token(recipe, target)
     _check_engine(recipe, target)
     yield from _check_thinking(recipe, target)
+
+
+def _check_final_states(recipe: Recipe) -> Iterator[UserError]:
+    """Yield a UserError if the dump would leave out what the objective learns from."""
+    if recipe.train is None or not recipe.train.draft.needs_final_states:
+        return
+    dump, lacking = recipe.dump, "the target's distribution, which train.draft learns from"
+    if dump.final_states == "top-k":
+        lacking = recipe.train.draft.lacks_of(dump.top_k)
+    if dump.final_states != "keep" and lacking:
+        found = dump.final_states if dump.final_states == "drop" else f"top-k with dump.top_k {dump.top_k}"
+        yield UserError(
+            "dump.final_states", found=found, expected=lacking, fix="Set it to keep, or change train.draft.objective."
+        )
 
 
 def _check_yarn(recipe: Recipe) -> Iterator[UserError]:

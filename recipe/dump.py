@@ -20,9 +20,14 @@ class DumpSection(Retries):
         default="bfloat16",
         description="of the stored states; fp8: a scale per token and layer; int4: one per 32 values, final states fp8",
     )
-    final_states: Literal["keep", "drop"] = Field(
+    final_states: Literal["keep", "top-k", "drop"] = Field(
         default="keep",
-        description="drop: store the captured layers alone, which is all that objectives on tokens need",
+        description="top-k: store the target's dump.top_k most likely next tokens instead; drop: neither, which is all "
+        "that objectives on tokens need",
+    )
+    top_k: int = Field(default=64, gt=0, description="tokens of each position with final_states top-k")
+    unseen_states: Literal["keep", "drop"] = Field(
+        default="keep", description="drop: leave out states that no block of train.draft can see or learn from"
     )
     include_truncated: bool = Field(default=False, description="whether conversations with a cut reply are dumped")
     include_loops: bool = Field(default=False, description="whether conversations that fell into a loop are dumped")
@@ -49,3 +54,8 @@ class DumpSection(Retries):
     staging_gib: float = operational(default=8.0, gt=0, description="most GiB of states that wait to be stored")
     writers: int = operational(default=2, gt=0, description="processes that store samples")
     max_reject_fraction: float = operational(default=0.01, ge=0, le=1, description="above it the stage exits 1")
+
+    @property
+    def final_state(self) -> str:
+        """The manifest's `final_state`."""
+        return {"keep": "pre-norm", "drop": "none", "top-k": "top-k"}[self.final_states]

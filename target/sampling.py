@@ -53,6 +53,17 @@ def has_penalties(sampling: Mapping[str, Any]) -> bool:
     return any(_value(sampling, name, neutral) != neutral for name, neutral in NO_PENALTIES.items())
 
 
+def follows_from_top(sampling: Mapping[str, Any], num_tokens: int) -> bool:
+    """Return whether the distribution sampled from follows from the log-probabilities of the top `num_tokens` alone.
+
+    It does for greedy sampling, and with a `top_k` of at most that many; not with penalties, after which others may be
+    the most likely ones.
+    """
+    top_k = sampling.get("top_k")
+    is_cut = top_k is not None and 0 < top_k <= num_tokens
+    return not has_penalties(sampling) and (float(sampling["temperature"]) == 0.0 or is_cut)
+
+
 def penalize(logits: torch.Tensor, sampling: Mapping[str, Any], context: Context) -> torch.Tensor:
     """Return logits after repetition, frequency and presence penalties; `logits` itself if there are none.
 

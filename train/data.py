@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -26,6 +26,7 @@ from contracts.mooncake import Mooncake
 from contracts.rolling import RollingStore
 from contracts.shelf import GoneError
 from contracts.store import Manifest, Store, StoredSample, find_token, open_store
+from contracts.top_tokens import TopTokens
 from drafts.batch import Batch
 from drafts.moving import tensors_of, to_device
 from drafts.order import Order, choose_samples
@@ -123,12 +124,13 @@ class Samples:
     def read(self, sample_id: str) -> StoredSample:
         """Read a sample; one of more than `max_tokens` tokens is cut there and added to `truncated`.
 
-        Its final states are read only if the objective needs them; for a GPU, fp8 states stay as they are.
+        Its final states, or most likely tokens, are read only if the objective needs them; for a GPU, fp8 states stay
+        as they are.
         """
         if sample_id in self._cache:
             return self._cache[sample_id]
         sample = self._read_file(sample_id, sample_id)
-        size = sample.aux_hidden_states.nbytes + sample.hidden_states.nbytes
+        size = sample.aux_hidden_states.nbytes + sample.hidden_states.nbytes + (sample.top.nbytes if sample.top else 0)
         with self._lock:
             if size <= self._room:
                 self._room -= size
@@ -219,6 +221,7 @@ class Samples:
             loss_mask=torch.cat([sample.loss_mask for sample in samples]),
             aux_hidden_states=self._join([sample.aux_hidden_states for sample in samples]),
             hidden_states=self._join([sample.hidden_states for sample in samples]),
+            top=_join_top([sample.top for sample in samples]),
             scales={name: self._join([sample.scales[name] for sample in samples]) for name in samples[0].scales},
             lengths=[sample.num_tokens for sample in samples],
             sample_ids=list(picked),
@@ -242,6 +245,13 @@ class Samples:
         return self.ids[self._order.pick(place)]
 
 
+def _join_top(parts: Sequence[TopTokens | None]) -> TopTokens | None:
+    tops = [part for part in parts if part is not None]
+    if not tops:
+        return None
+    return TopTokens(torch.cat([top.ids for top in tops]), torch.cat([top.log_probs for top in tops]))
+
+
 @dataclass(frozen=True)
 class Planned:
     """A batch and the draft's plan for it. `normalizer`: that of all batches of its step."""
@@ -253,7 +263,8 @@ class Planned:
     @property
     def num_bytes(self) -> int:
         """Bytes of the batch's states."""
-        return self.batch.aux_hidden_states.nbytes + self.batch.hidden_states.nbytes
+        top = self.batch.top
+        return self.batch.aux_hidden_states.nbytes + self.batch.hidden_states.nbytes + (top.nbytes if top else 0)
 
 
 def read_ahead(

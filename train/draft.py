@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
@@ -11,6 +12,7 @@ from contracts.draft import DraftConfig, DraftRun
 from contracts.store import Manifest
 from drafts import METHODS
 from drafts.draft import Draft
+from drafts.method import DraftSection
 from drafts.published import read_config
 from recipe.mask import mask_token_of
 from recipe.recipe import Recipe
@@ -32,15 +34,44 @@ def make_config(recipe: Recipe, target: Target, manifest: Manifest) -> DraftConf
             expected=f"layers {recipe.target.aux_layers} as in the recipe",
             fix="Correct target.aux_layers, or dump again.",
         )
-    if section.draft.needs_final_states and manifest.final_state != "pre-norm":
+    if section.draft.needs_final_states:
+        _refuse_final_states(section.draft, manifest)
+    source = {"target_fingerprint": target.fingerprint, "store": manifest.conversations}
+    config = _make(recipe, target, manifest.layer_ids, source)
+    refuse_unseen(config, manifest, "train.draft")
+    return config
+
+
+def _refuse_final_states(section: DraftSection, manifest: Manifest) -> None:
+    """Raise UserError if a store lacks what the objective needs of the target's distribution."""
+    if manifest.final_state == "top-k" and (lacking := section.lacks_of(manifest.top_k or 0)):
+        raise UserError(
+            manifest.target,
+            found=f"a store of the {manifest.top_k} most likely tokens of each position (dump.final_states=top-k)",
+            expected=lacking,
+            fix="Change it, or dump again with dump.final_states=keep or a larger dump.top_k.",
+        )
+    if manifest.final_state not in ("pre-norm", "top-k"):
         raise UserError(
             manifest.target,
             found=f"final states that are {manifest.final_state}",
             expected="the states before the final norm, from which the target's distribution is computed",
             fix="Dump them so (dump.final_states=keep), or set train.draft.objective to tokens.",
         )
-    source = {"target_fingerprint": target.fingerprint, "store": manifest.conversations}
-    return _make(recipe, target, manifest.layer_ids, source)
+
+
+def refuse_unseen(config: DraftConfig, manifest: Manifest, where: str | Path) -> None:
+    """Raise UserError if a draft would see states that a store left out."""
+    reach = manifest.seen_reach
+    if manifest.unseen_states is None or reach is None or (config.reach is not None and config.reach <= reach):
+        return
+    sees = "all tokens" if config.reach is None else f"{config.reach} tokens"
+    raise UserError(
+        where,
+        found=f"a draft that sees {sees} before an anchor",
+        expected=f"at most {reach}: the store has no other states (dump.unseen_states=drop)",
+        fix="Set the sliding_window of that dump, or dump again for this draft.",
+    )
 
 
 def suppose_config(recipe: Recipe, target: Target) -> DraftConfig:

@@ -40,13 +40,13 @@ from target.head import TargetHead, read_head
 from target.target import Target
 from train.confidence import Tried, summarize_confidence, tried_of
 from train.data import AnyStore, open_states
-from train.draft import load_served, served_config, suppose_config
+from train.draft import load_served, refuse_unseen, served_config, suppose_config
 from train.footprint import measure_drafting
 from train.plan import Machine, refuse_unfit, suppose_masks, work_of
 from train.processes import Processes, start_processes
 from train.sampled_drafts import Expected, expect_steps
 from train.start import Start, load_start, open_start, own_config
-from train.walk import Walk, expected_acceptances, ratios_of, temperature_of, walk, walk_sample
+from train.walk import Walk, expected_acceptances, ratios_of, refuse_inexact, temperature_of, walk, walk_sample
 
 FEW = 8
 """Samples of an evaluation that only an error message needs."""
@@ -86,14 +86,17 @@ class Subject:
 def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
     """Walk a store's samples, shared out over processes; write and return the report (on the first process).
 
-    Raises UserError if the store's target or layers are not the draft's, if it holds no sample, or, without `force`, if
+    Raises UserError if the store's target or layers are not the draft's, if it holds no sample, if it has the most
+    likely tokens in place of final states and they do not tell what a reply was sampled from, or, without `force`, if
     drafting does not fit into memory.
     """
     target = Target.here(recipe.target)
     store, manifest = open_states(recipe, asked.store, target)
-    require_final_states(asked.store, manifest)
+    if manifest.final_state != "top-k":
+        require_final_states(asked.store, manifest)
     subject = _open_draft(recipe, target, manifest, asked)
     config = subject.config
+    refuse_unseen(config, manifest, asked.run or asked.draft or asked.store)
     inputs = {
         "draft": subject.checksum,
         "yarn": config.yarn.model_dump() if config.yarn else None,
@@ -283,6 +286,7 @@ def _compare(walked: list[Walked], shifted: Shifted, config: DraftConfig) -> dic
 
 
 def _walk(draft: Draft, head: TargetHead, sample: StoredSample, sample_id: str) -> Walked:
+    refuse_inexact(sample, sample_id)
     drafted = draft.draft(sample, head)
     found = walk_sample(sample, drafted.tokens)
     groups = {

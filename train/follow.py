@@ -16,8 +16,8 @@ import torch
 
 from common.errors import IncompleteError, UserError
 from contracts.mooncake import PART_BYTES, Mooncake, MooncakeShelf
-from contracts.rolling import HEADER_BYTES, Position, RollingStore, is_rolling, open_rolling
-from contracts.sample_file import sample_bytes
+from contracts.rolling import Position, RollingStore, is_rolling, open_rolling
+from contracts.sample_file import SampleForm
 from contracts.shelf import place_key
 from drafts.order import WindowPlan, plan_window
 from recipe.recipe import Recipe
@@ -38,8 +38,9 @@ def open_followed(recipe: Recipe, folder: Path, target: Target, mooncake: Moonca
     said, shelf = 0.0, None
     if mooncake is not None:
         num_layers, length = len(captured_layers(recipe.target, target)), recipe.target.max_model_len
-        largest = sample_bytes(length, target.hidden_size, num_layers, recipe.dump.dtype) + HEADER_BYTES
-        shelf = MooncakeShelf(mooncake, largest_bytes=max(largest, PART_BYTES))
+        dump, has_spans = recipe.dump, recipe.dump.unseen_states == "drop"
+        form = SampleForm(target.hidden_size, num_layers, dump.dtype, dump.final_state, dump.top_k, has_spans=has_spans)
+        shelf = MooncakeShelf(mooncake, largest_bytes=max(form.num_bytes(length) + form.header_bytes, PART_BYTES))
     while not (is_rolling(folder) or (shelf is not None and shelf.fetch(folder))):
         if (folder / "ledger.jsonl").exists():
             raise UserError(folder, found="a whole store", expected="a rolling one", fix="Leave out --follow.")

@@ -23,12 +23,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from contracts.draft import DraftConfig
+from contracts.top_tokens import TopTokens
 from drafts import METHODS
 from drafts.attention import forget_buffers
 from drafts.batch import Batch
 from drafts.draft import PLACES_AT_ONCE, Draft
 from drafts.method import DraftSection
-from drafts.moving import to_device
+from drafts.moving import tensors_of, to_device
 from target.head import TargetHead
 
 KINDS = ("weights", "gradients", "optimizer", "head", "batch", "activations", "logits")
@@ -43,7 +44,8 @@ class Work:
     """What a step works on: a draft, a head, and the documents of one rank's batch.
 
     `loss_masks`: one per document, (T,). `on_gpu`: the device, which decides kernels and dtypes. `tied`: embedding and
-    lm_head are one tensor. `has_final_states`: the batch holds the target's final states.
+    lm_head are one tensor. `has_final_states`: the batch holds the target's final states. `top_k`: it holds that many
+    of its most likely tokens instead.
     """
 
     config: DraftConfig
@@ -53,6 +55,7 @@ class Work:
     tied: bool = False
     has_final_states: bool = True
     gradient_checkpointing: bool = False
+    top_k: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -165,7 +168,7 @@ def measure_step(work: Work) -> Footprint:
         plan = draft.plan(batch)
         with scene.without_values, meter:
             batch, plan = to_device((batch, plan), scene.device)
-            for tensor in (batch.aux_hidden_states, batch.hidden_states):
+            for tensor in (batch.aux_hidden_states, batch.hidden_states, *tensors_of(batch.top)):
                 meter.note(tensor, BATCH)
             for parameter in draft.parameters():
                 parameter.register_post_accumulate_grad_hook(lambda p: meter.move(p.grad, GRADIENTS))
@@ -249,6 +252,7 @@ def _make_batch(work: Work, scene: _Scene) -> Batch:
     widths = (len(work.config.layer_ids) * hidden, hidden * work.has_final_states)
     with scene.without_values, scene.device:
         states = [torch.empty(work.num_tokens, width, dtype=work.dtype) for width in widths]
+        top = None if work.top_k is None else _make_top(work.num_tokens, work.top_k)
     return Batch(
         token_ids=torch.zeros(work.num_tokens, dtype=torch.long),
         loss_mask=torch.cat(list(work.loss_masks)),
@@ -257,7 +261,13 @@ def _make_batch(work: Work, scene: _Scene) -> Batch:
         lengths=lengths,
         sample_ids=[str(number) for number in range(len(lengths))],
         seeds=list(range(len(lengths))),
+        top=top,
     )
+
+
+def _make_top(num_tokens: int, top_k: int) -> TopTokens:
+    ids = torch.empty(num_tokens, top_k, dtype=torch.int32)
+    return TopTokens(ids, torch.empty(num_tokens, top_k + 1, dtype=torch.float16))
 
 
 def _finish(work: Work, scene: _Scene) -> Footprint:

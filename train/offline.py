@@ -74,7 +74,7 @@ def train_offline(
         on_gpu = processes.device.type == "cuda"
         samples = Samples(store, section, config.max_position_embeddings, on_gpu=on_gpu)
         if not (force or is_complete(output)):  # before the folder belongs to a recipe that cannot run
-            _refuse_unfit(recipe, target, config, samples, processes)
+            _refuse_unfit(recipe, target, config, samples, processes, manifest.top_k)
         run = None
         if processes.is_first:
             run = Run.open(
@@ -107,11 +107,13 @@ def train_offline(
         return summary
 
 
-def _refuse_unfit(recipe: Recipe, target: Target, config: DraftConfig, samples: Samples, processes: Processes) -> None:
+def _refuse_unfit(
+    recipe: Recipe, target: Target, config: DraftConfig, samples: Samples, processes: Processes, top_k: int | None
+) -> None:
     """Raise UserError if this process's largest batch does not fit into memory."""
     section = recipe.training()
     masks = samples.largest_masks(processes.rank, processes.world)
-    work = work_of(section, config, target, masks, processes.device.type == "cuda")
+    work = work_of(section, config, target, masks, processes.device.type == "cuda", top_k)
     parallel = section.parallel if processes.world > 1 else "single"
     refuse_unfit("train offline", Machine.here(processes.device), work, measure_step, (parallel, processes.world))
 

@@ -22,7 +22,8 @@ import torch
 from common.errors import UserError
 from common.memory import free_memory
 from contracts.draft import DraftConfig, DraftRun
-from contracts.store import Store, sample_bytes
+from contracts.sample_file import SampleForm
+from contracts.store import Store
 from recipe.hardware import find_node
 from recipe.recipe import Recipe
 from recipe.train import TrainSection
@@ -72,7 +73,8 @@ class Question:
     """What `train plan` is asked: the hardware, the data, and rates to compute hours from.
 
     Memory is that of batches of the longest samples, hours are those of samples of `mean_tokens`. `prompt_share`: the
-    share of a sample's tokens that are not supervised. `dtype`: of the stored states. `mfu`: share of the GPU's peak
+    share of a sample's tokens that are not supervised. `dtype`: of the stored states. `top_k`: of a store with the most
+    likely tokens in place of final states. `mfu`: share of the GPU's peak
     that training reaches. `read_rate`: GB/s that a node reads.
     """
 
@@ -85,6 +87,7 @@ class Question:
     dtype: str
     mfu: float
     read_rate: float | None = None
+    top_k: int | None = None
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,10 @@ def answer(recipe: Recipe, request: Request, *, as_json: bool) -> TrainPlan:
     machine, per_node = Machine.named(name), 1 if name == "cpu" else find_node(name, "--gpu").num_gpus
     max_tokens, mean_tokens, prompt_share = recipe.target.max_model_len, request.mean_tokens, request.prompt_share
     dtype: str = recipe.dump.dtype
+    top_k = recipe.dump.top_k if recipe.dump.final_states == "top-k" else None
     if request.store is not None:
-        dtype = Store(request.store).read_manifest().dtype
+        manifest = Store(request.store).read_manifest()
+        dtype, top_k = manifest.dtype, manifest.top_k
         max_tokens, mean_tokens, prompt_share = _describe_store(Store(request.store), max_tokens)
     question = Question(
         machine,
@@ -170,6 +175,7 @@ def answer(recipe: Recipe, request: Request, *, as_json: bool) -> TrainPlan:
         dtype=dtype,
         mfu=request.mfu,
         read_rate=request.read_rate,
+        top_k=top_k,
     )
     plan = make_plan(recipe, target, config, question)
     if request.run is not None:
@@ -214,17 +220,24 @@ def suppose_masks(num_samples: int, num_tokens: int, prompt_share: float = 0.0) 
 
 
 def work_of(
-    section: TrainSection, config: DraftConfig, target: Target, masks: list[torch.Tensor], on_gpu: bool
+    section: TrainSection,
+    config: DraftConfig,
+    target: Target,
+    masks: list[torch.Tensor],
+    on_gpu: bool,
+    top_k: int | None = None,
 ) -> Work:
-    """Return the work of a rank's step over documents with these loss masks."""
+    """Return the work of a rank's step over documents with these loss masks. `top_k`: of the store, if it has them."""
+    needed = section.draft.needs_final_states
     return Work(
         config,
         section.draft,
         masks,
         on_gpu,
         tied=target.is_tied,
-        has_final_states=section.draft.needs_final_states,
+        has_final_states=needed and top_k is None,
         gradient_checkpointing=section.gradient_checkpointing,
+        top_k=top_k if needed else None,
     )
 
 
@@ -234,15 +247,18 @@ def make_plan(recipe: Recipe, target: Target, config: DraftConfig, question: Que
     samples = math.ceil(section.batch_size / question.num_gpus)
 
     def of(changed: TrainSection, number: int, num_tokens: int) -> Work:
-        return work_of(changed, config, target, suppose_masks(number, num_tokens), machine.on_gpu)
+        return work_of(changed, config, target, suppose_masks(number, num_tokens), machine.on_gpu, question.top_k)
 
     size = (samples, question.max_tokens)
     memory = {name: _peak_of(of, section, size, layout) for name, layout in _layouts(question.num_gpus).items()}
     usual_masks = suppose_masks(1, question.mean_tokens, question.prompt_share)
-    usual = work_of(section, config, target, usual_masks, machine.on_gpu)
-    needed = section.draft.needs_final_states
-    num_layers, width = len(config.layer_ids), config.hidden_size
-    read = sample_bytes(question.mean_tokens, width, num_layers, question.dtype, final_states=needed)
+    usual = work_of(section, config, target, usual_masks, machine.on_gpu, question.top_k)
+    state = "none" if not section.draft.needs_final_states else "top-k" if question.top_k else "pre-norm"
+    form = SampleForm(
+        config.hidden_size, len(config.layer_ids), question.dtype, state, question.top_k, config.vocab_size
+    )
+    num_predicting = round(question.mean_tokens * (1 - question.prompt_share))
+    read = form.num_bytes(question.mean_tokens, num_predicting=num_predicting)
     plan = TrainPlan(
         config=config,
         section=section,

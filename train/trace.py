@@ -12,7 +12,7 @@ import torch
 
 from common.errors import UserError
 from contracts.draft import DraftRun
-from contracts.store import StoredSample, require_final_states
+from contracts.store import StoredSample, require_all_states
 from contracts.trace import Trace, write_traces
 from drafts.draft import Draft
 from drafts.places import spans_of
@@ -29,7 +29,7 @@ def trace(recipe: Recipe, run_folder: Path, store_folder: Path, output: Path, nu
     """Trace the first samples whose first reply has over K+1 tokens. Raises UserError if there is none."""
     target = Target.here(recipe.target)
     store, manifest = open_states(recipe, store_folder, target)
-    require_final_states(store_folder, manifest)
+    require_all_states(store_folder, manifest)
     draft = load_served(DraftRun(run_folder), recipe)
     num_tokens = draft.config.num_draft_tokens
     head = read_head(target)

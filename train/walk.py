@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
+from common.errors import UserError
 from contracts.store import StoredSample
 from drafts.places import spans_of
 from target.head import TargetHead
-from target.sampling import Context, probabilities_of
+from target.sampling import Context, follows_from_top, probabilities_of
 
 ROWS_PER_CHUNK = 1024
 
@@ -66,6 +68,23 @@ def temperature_of(sample: StoredSample) -> float:
     return float(sample.metadata.get("temperature", "") or 0.0)
 
 
+def refuse_inexact(sample: StoredSample, sample_id: str) -> None:
+    """Raise UserError for a sampled reply if its distribution does not follow from the stored tokens alone."""
+    temperature = temperature_of(sample)
+    if sample.top is None or temperature == 0.0 or follows_from_top(_sampling_of(sample), sample.top.k):
+        return
+    raise UserError(
+        f"sample {sample_id}",
+        found=f"a reply sampled at temperature {temperature:g}, and {sample.top.k} log-probabilities of each position",
+        expected="sampling with a top_k of at most that many and without penalties: else its distribution is not known",
+        fix="Give a store of greedy replies, or one that was dumped with dump.final_states=keep.",
+    )
+
+
+def _sampling_of(sample: StoredSample) -> dict[str, Any]:
+    return {**json.loads(sample.metadata.get("sampling") or "{}"), "temperature": temperature_of(sample)}
+
+
 def expected_acceptances(found: Walk, sample: StoredSample, head: TargetHead) -> float:
     """Return the target's summed probability of all tried tokens; for a greedy sample, the accepted ones."""
     if not found.tried_rows:
@@ -95,14 +114,17 @@ def _target_probabilities(
     sample: StoredSample, head: TargetHead, rows: torch.Tensor, tokens: torch.Tensor
 ) -> list[torch.Tensor]:
     """Return the probability with which the target samples each of `tokens` after `rows`, both (n,), in chunks."""
-    sampling = {**json.loads(sample.metadata.get("sampling") or "{}"), "temperature": temperature_of(sample)}
+    sampling = _sampling_of(sample)
     starts = torch.tensor([start for start, _ in spans_of(sample.loss_mask)])
     found = []
     for part, wanted in zip(rows.split(ROWS_PER_CHUNK), tokens.split(ROWS_PER_CHUNK), strict=True):
         # Row start - 1 is the prompt's last: its state gives the reply's first token.
         prompt_lengths = starts[torch.searchsorted(starts, part + 1, right=True) - 1]
         context = Context(sample.input_ids, part + 1, prompt_lengths)
-        logits = head.logits(sample.hidden_states[part].to(head.lm_head.device))
+        if sample.top is None:
+            logits = head.logits(sample.hidden_states[part].to(head.lm_head.device))
+        else:
+            logits = sample.top.at(part).logits(head.lm_head.shape[0])
         probabilities = probabilities_of(sampling, logits, context.to(logits.device)).cpu()
         found.append(probabilities.gather(1, wanted[:, None])[:, 0])
     return found

@@ -26,7 +26,7 @@ class DFlash(BlockDraft):
         assert self.section is not None
         hidden = self.hidden(batch.token_ids, batch.aux_hidden_states, blocks, head.embedding)
         weights, bounds = self.block_weights(blocks)
-        teacher = None if blocks.teacher is None else make_teacher(head, batch.hidden_states, blocks.teacher)
+        teacher = None if blocks.teacher is None else make_teacher(head, batch.final, blocks.teacher)
         found = fused_loss(
             hidden.flatten(0, 1).index_select(0, blocks.slots),
             head.lm_head,

@@ -87,7 +87,7 @@ class DSpark(BlockDraft):
         hidden = hidden.flatten(0, 1).index_select(0, blocks.slots)
         embedded = self._embed_before(batch.token_ids, blocks).flatten(0, 1).index_select(0, blocks.slots)
         weights, bounds = self.block_weights(blocks)
-        teacher = None if blocks.teacher is None else make_teacher(head, batch.hidden_states, blocks.teacher)
+        teacher = None if blocks.teacher is None else make_teacher(head, batch.final, blocks.teacher)
         found = fused_loss(
             hidden,
             head.lm_head,

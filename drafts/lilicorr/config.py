@@ -82,6 +82,11 @@ class LiLiCorrSection(BlockSection):
     def needs_final_states(self) -> bool:
         return super().needs_final_states or self.penalty_weight > 0
 
+    def lacks_of(self, top_k: int) -> str:
+        if self.penalty_weight > 0:
+            return "the target's logit of every candidate, for train.draft.penalty_weight"
+        return super().lacks_of(top_k)
+
 
 class LiLiCorrConfig(BlockConfig):
     """`block_size` includes the anchor."""

@@ -99,7 +99,7 @@ class LiLiCorr(BlockDraft):
         hidden = hidden.flatten(0, 1).index_select(0, blocks.slots)
         labels = blocks.labels.view(-1)[blocks.slots]
         weights, bounds = self.block_weights(blocks)
-        teacher = None if blocks.teacher is None else make_teacher(head, batch.hidden_states, blocks.teacher)
+        teacher = None if blocks.teacher is None else make_teacher(head, batch.final, blocks.teacher)
         options = LossOptions(
             Objective.of(self.section), teacher, bounds, num_candidates=self.config.lilicorr_candidate_topk
         )

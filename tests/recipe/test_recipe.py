@@ -92,6 +92,26 @@ def test_a_recipe_for_synthesis_needs_no_training_section(tmp_path: Path) -> Non
         recipe.training()
 
 
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        (["dump.final_states=drop", "train.draft.objective=distill"], "found drop, expected the target's distribution"),
+        (["dump.final_states=drop"], ""),
+        (["dump.final_states=top-k", "train.draft.objective=distill"], ""),
+        (["dump.final_states=top-k", "dump.top_k=5", "train.draft.objective=top_k_kl"], "expected the 10 tokens of"),
+    ],
+)
+def test_a_dump_that_leaves_out_what_the_objective_learns_from_is_refused_before_it_starts(
+    sets: list[str], words: str
+) -> None:
+    recipe = load_recipe(TINY, sets)
+    if not words:
+        return check_recipe(recipe)
+    with pytest.raises(UserError, match=rf"dump\.final_states: .*{words}"):
+        check_recipe(recipe)
+    return None
+
+
 def test_the_global_batch_holds_all_accumulated_batches() -> None:
     section = load_recipe(TINY, ["train.global_batch_size=12", "train.gradient_accumulation_steps=3"]).training()
     assert section.batch_size == 4

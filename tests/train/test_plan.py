@@ -119,6 +119,22 @@ def test_minimax_m3s_recipes_fit_on_eight_gpus_of_80_gb(name: str) -> None:
     assert plan["fits"]["ddp x8"]
 
 
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [("dflash", {"num_layers": 1, "num_anchors": 64}), ("eagle3", {"ttt_length": 2, "draft_vocab_size": 32_000})],
+)
+def test_a_step_on_the_most_likely_tokens_has_no_product_with_the_targets_head(
+    method: str, own: dict[str, Any]
+) -> None:
+    # On the meta device, where whatever needs a value fails.
+    whole = work_of_m3(method, 1024, objective="distill", **own)
+    top = replace(whole, has_final_states=False, top_k=64)
+    assert count_flops(top) < count_flops(whole)
+    batch = [measure_step(work).peak()["batch"] for work in (top, whole)]
+    assert 0 < batch[0] < batch[1]
+    assert batch[1] - batch[0] == pytest.approx(2 * 1024 * (2 * 6144 - 64 * 4 - 65 * 2), rel=0.01)
+
+
 def test_a_plan_says_what_fits_and_what_to_change() -> None:
     plan = json.loads(run_here("train", "plan", "-r", M3, "--gpu", "h100", "--json").stdout)
     assert plan["gpus"] == 8
