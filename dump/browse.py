@@ -42,8 +42,7 @@ def browse(store_folder: Path, output: Path, limit: int | None, target: Path | N
         entries = [entry for entry in entries if entry["id"] in walked.steps]
     chosen = spread(entries, limit)
     draft = f"{walked.draft}, K = {walked.num_draft_tokens}" if walked else ""
-    title = f"dump: {store_folder}" + (f", with the draft {walked.draft}" if walked else "")
-    browser = Browser(title, "samples", target or Path(manifest.target), draft)
+    browser = Browser(f"dump: {store_folder}", "samples", target or Path(manifest.target), draft)
     for row in track(_read_rows(store, chosen, walked), "browse", "sample", total=len(chosen)):
         browser.add(row)
     browser.write(output)
@@ -76,7 +75,7 @@ def make_row(
     }
     sampling = json.loads(sample.metadata.get("sampling") or "{}")
     facts = {
-        "loop": ", ".join(f"{tokens} tokens with period {period}" for period, tokens in loops),
+        "repeats": ", ".join(f"{tokens} tokens with period {period}" for period, tokens in loops),
         "sampling": ", ".join(f"{key} {value}" for key, value in sampling.items()),
         **(more or {}),
     }

@@ -86,7 +86,7 @@ def make_row(conversation: Conversation, entry: Mapping[str, Any]) -> Row:
         "source": conversation.source_id,
         "place": f"row {conversation.index}, sample {conversation.sample}",
         "stopped": conversation.stopped,
-        "loop": f"turn {loop.turn}: {loop.num_tokens} tokens with period {loop.period}" if loop else "",
+        "repeats": f"turn {loop.turn}: {loop.num_tokens} tokens with period {loop.period}" if loop else "",
         "generated": f"{conversation.usage['completion_tokens']} tokens",
         "sampling": ", ".join(f"{key} {value}" for key, value in conversation.sampling.items()),
     }

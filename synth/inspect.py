@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.errors import UserError
-from contracts.conversation import Conversation
 from synth.browse import Entry, list_entries, make_row, read_record
 from target.browse import Browser
 from target.view import Decoder, print_tokens, supervised_of
@@ -35,11 +34,6 @@ def inspect_conversation(folder: Path, id_: str, html: Path | None) -> None:
         print_tokens(
             part.name or "tokens", list(decoder.split(part.token_ids, supervised_of(len(part.token_ids), part.spans)))
         )
-
-
-def find_conversation(folder: Path, id_: str) -> Conversation:
-    """Read only the record of an id, id prefix or source id. Raises UserError unless exactly one matches."""
-    return read_record(*find_entry(folder, id_))
 
 
 def find_entry(folder: Path, id_: str) -> Entry:

@@ -137,13 +137,15 @@ function tags(row) {
 function showList() {
   const rows = order.slice(page * PAGE_ROWS, (page + 1) * PAGE_ROWS);
   const items = rows.map((row, i) => {
-    const top = make("div", { className: "top" }, make("span", { className: "label" }, index.rows.label[row]), ...tags(row));
     const walked = index.rows.steps[row] ? `${acceptance(row).toFixed(2)} · ` : "";
     const number = make("span", { className: "number" }, walked + count(index.rows.tokens[row], "tokens"));
     if (walked) number.title = "acceptance length, tokens";
-    top.append(number);
-    const text = index.rows.excerpt[row].map((p) => index.texts[p]).join("");
-    const item = make("li", { id: `row-${row}`, role: "option" }, top, make("div", { className: "excerpt" }, text || "–"));
+    const text = index.rows.excerpt[row].map((piece) => index.texts[piece]).join("");
+    const item = make(
+      "li", { id: `row-${row}`, role: "option" },
+      make("div", { className: "line" }, make("span", { className: "label" }, index.rows.label[row]), number),
+      make("div", { className: "line" }, ...tags(row), make("span", { className: "excerpt" }, text || "–")),
+    );
     item.ariaSelected = String(row === chosen);
     item.ariaPosInSet = String(page * PAGE_ROWS + i + 1);
     item.ariaSetSize = String(order.length);
@@ -436,7 +438,7 @@ function describeStep(part, i) {
   const slot = part.starts[i] - place;
   const said = {
     accepted: `draft token ${slot} of ${drafted.length}, accepted`,
-    wrong: `the target's own token: draft token ${slot} was wrong`,
+    wrong: `draft token ${slot} was wrong; this is the target's`,
     bonus: `the target's token after all ${drafted.length} draft tokens`,
   }[part.role[i]];
   const chips = drafted.map((piece, k) => {
@@ -560,6 +562,7 @@ function listen() {
 
 async function begin() {
   index = await unpack(0);
+  if (index.draft) $("draft").textContent = `Draft: ${index.draft}`;
   lower = index.texts.map((text) => text.toLowerCase());
   lengths = index.ids.map((ids) => (Array.isArray(ids) ? ids.length : 1));
   special = new Set(index.special);
