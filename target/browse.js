@@ -179,10 +179,12 @@ function markChosen() {
   } else $("list").removeAttribute("aria-activedescendant");
 }
 
+// Move by rows; from the top of a page that does not have the chosen row.
 function move(by) {
   if (!order.length) return;
   const at = order.indexOf(chosen);
-  const to = at < 0 ? Math.min(order.length - 1, page * PAGE_ROWS) : Math.min(order.length - 1, Math.max(0, at + by));
+  const here = at >= 0 && Math.floor(at / PAGE_ROWS) === page;
+  const to = here || Math.abs(by) > 1 ? Math.min(order.length - 1, Math.max(0, at + by)) : page * PAGE_ROWS;
   if (Math.floor(to / PAGE_ROWS) !== page) {
     page = Math.floor(to / PAGE_ROWS);
     showList();
