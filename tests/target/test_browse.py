@@ -195,6 +195,8 @@ def test_keys_lead_through_rows_pages_search_and_tokens(many: Path, chromium: Ch
     assert "token 1, id" in page.inner_text("#card")
     page.keyboard.press("?")
     assert page.is_visible("#keys")
+    page.click("#keys button")
+    assert not page.is_visible("#keys")
     assert opened.errors == []
     page.close()
 
