@@ -21,7 +21,7 @@ from common.html import Script, pack, write_page
 from target.view import Decoder, supervised_of
 
 TEMPLATE = Path(__file__).with_name("browse.html.j2")
-SCRIPT = Path(__file__).with_name("browse.js")
+SCRIPTS = [Path(__file__).with_name(name) for name in ("browse_row.js", "browse.js")]
 MAX_BLOCK_TOKENS = 65536
 MAX_BLOCK_ROWS = 512
 EXCERPT = 32
@@ -121,7 +121,7 @@ class Browser:
             "facets": [self._facet(name) for name in dict.fromkeys(name for row in self._facets for name in row)],
             "blocks": self._sizes,
         }
-        script = Script(SCRIPT.read_text(encoding="utf-8"))
+        script = Script("".join(path.read_text(encoding="utf-8") for path in SCRIPTS))
         write_page(path, TEMPLATE, title=self._title, blocks=[pack(index), *self._blocks], script=script)
 
     def _facet(self, name: str) -> dict[str, object]:
