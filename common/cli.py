@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -13,6 +14,14 @@ from common.errors import UserError
 
 ShardOption = Annotated[
     str | None, typer.Option("--shard", metavar="I/N", help="Do only part I of N parts of the work; I counts from 0.")
+]
+
+LimitOption = Annotated[
+    int, typer.Option("--limit", min=0, help="At most N rows, spread evenly over all; 0: no limit.", metavar="N")
+]
+TargetOption = Annotated[
+    Path | None,
+    typer.Option("--target", help="The target's folder, for its tokenizer.", show_default="where the run had it"),
 ]
 
 

@@ -1,5 +1,7 @@
 """Write HTML pages from jinja2 templates: each one a single file that loads nothing, with all values escaped.
 
+A page may have one script, which its security policy names by hash, and data that the script unpacks.
+
 Reads:  the template, and in `common/templates` what all pages share: the frame, the stylesheet, tables and pictures.
 Writes: the page.
 """
@@ -7,6 +9,9 @@ Writes: the page.
 from __future__ import annotations
 
 import base64
+import gzip
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +36,24 @@ class Table:
     def is_long(self) -> bool:
         """Whether the page folds it."""
         return len(self.rows) > LONG_TABLE
+
+
+@dataclass(frozen=True)
+class Script:
+    """The script of a page; give it to `write_page` as the value `script`."""
+
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        """The hash by which the page's policy allows the script."""
+        return base64.b64encode(hashlib.sha256(self.text.encode()).digest()).decode()
+
+
+def pack(value: object) -> str:
+    """Return a value as gzip of its JSON, in base64, for a script to unpack: nothing in it can be taken for HTML."""
+    data = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return base64.b64encode(gzip.compress(data, mtime=0)).decode()
 
 
 def write_page(path: Path, template: Path, **values: object) -> None:

@@ -131,18 +131,23 @@ def read_conversations(folder_or_file: Path, shard: tuple[int, int] | None = Non
     """
     path = folder_or_file / CONVERSATIONS_FILE if folder_or_file.is_dir() else folder_or_file
     for where, line in _read_records(path, shard):
-        value = parse_line(line, where, WHAT)
-        try:
-            yield Conversation.model_validate(value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "the record"
-            raise UserError(
-                where,
-                found=f"{place}: {first['msg']}",
-                expected="a conversation record",
-                fix="See docs/formats.md, or run `synth generate` again.",
-            ) from None
+        yield parse_conversation(line, where)
+
+
+def parse_conversation(line: bytes, where: str) -> Conversation:
+    """Return a line's record. Raises UserError for a line that is none."""
+    value = parse_line(line, where, WHAT)
+    try:
+        return Conversation.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the record"
+        raise UserError(
+            where,
+            found=f"{place}: {first['msg']}",
+            expected="a conversation record",
+            fix="See docs/formats.md, or run `synth generate` again.",
+        ) from None
 
 
 def hash_conversations(folders: Sequence[Path], shard: tuple[int, int] | None = None) -> str:

@@ -199,6 +199,17 @@ def read_sample_file(path: Path, *, final_states: bool = True, decode: bool = Tr
         raise _unreadable(path, error) from None
 
 
+def read_sample_tokens(path: Path) -> StoredSample:
+    """Read one sample without its states: they are (T, 0). Raises UserError if the file is missing or broken."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            ids, mask = (file.get_tensor(name) for name in ("input_ids", "loss_mask"))
+            none = torch.empty((len(ids), 0))
+            return StoredSample(ids, mask, none, none, file.metadata() or {})
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from None
+
+
 def parse_sample(where: str, data: bytes, *, final_states: bool = True, decode: bool = True) -> StoredSample:
     """Return the sample whose file has the content `data`; see `read_sample_file`."""
     try:

@@ -51,6 +51,7 @@ from contracts.sample_file import (
     StoredSample,
     read_sample_file,
     read_sample_tensor,
+    read_sample_tokens,
     write_sample_file,
 )
 from contracts.shards import shard_folder
@@ -205,6 +206,10 @@ class Store:
     def read_sample(self, sample_id: str, *, final_states: bool = True, decode: bool = True) -> StoredSample:
         """Read one sample; see `read_sample_file`."""
         return read_sample_file(self.sample_path(sample_id), final_states=final_states, decode=decode)
+
+    def read_tokens(self, sample_id: str) -> StoredSample:
+        """Read a sample's tokens, mask and metadata without its states; see `read_sample_tokens`."""
+        return read_sample_tokens(self.sample_path(sample_id))
 
     def read_mask(self, sample_id: str) -> torch.Tensor:
         """Read a sample's loss mask `(T,)` alone."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from common.cli import ShardOption, expand_options, make_app, parse_shard
+from common.cli import LimitOption, ShardOption, TargetOption, expand_options, make_app, parse_shard
 from common.errors import run_app
 from recipe.cli import NO_MOONCAKE, MooncakeOptions, OverridesOption, RecipeOption, load_checked
 
@@ -194,6 +194,23 @@ def inspect(
     from dump.inspect import inspect_sample
 
     inspect_sample(store, id_, html)
+
+
+@app.command(epilog="Example: dump browse runs/store --proposals runs/proposals.jsonl --output runs/browse.html")
+def browse(
+    store: StoreArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("browse.html"),
+    proposals: Annotated[
+        Path | None,
+        typer.Option(help="Colour the tokens by which a draft would accept: the file of `train eval --proposals`."),
+    ] = None,
+    limit: LimitOption = 10000,
+    target: TargetOption = None,
+) -> None:
+    """Write one HTML page to search, filter and read all samples."""
+    from dump.browse import browse as browse_store
+
+    browse_store(store, output, limit or None, target, proposals)
 
 
 @app.command(epilog="Example: dump stats runs/store")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from common.errors import UserError
-from contracts.ledger import STATUSES, Ledger
+from contracts.ledger import STATUSES
 from contracts.sample_file import TOP_TOKENS
-from contracts.shards import folders_by_count
 from contracts.store import Manifest, Store, StoredSample
-from target.view import Decoder, print_tokens, write_html
+from dump.browse import last_entries, make_row
+from target.browse import Browser
+from target.view import Decoder, print_tokens
 
 
 def inspect_sample(folder: Path, id_: str, html: Path | None) -> None:
@@ -29,16 +29,18 @@ def inspect_sample(folder: Path, id_: str, html: Path | None) -> None:
             fix="Give the whole id, or more of it.",
         )
     sample = store.read_sample(found[0])
-    pieces = list(Decoder(Path(manifest.target)).split(sample.input_ids.tolist(), sample.loss_mask.tolist()))
-    facts = {key: value for key, value in sample.metadata.items() if value} | _norms(sample, manifest)
+    target, row = Path(manifest.target), make_row(found[0], sample, _norms(sample, manifest))
     if html is not None:
-        write_html(html, f"sample {found[0]}", facts, {"tokens": pieces})
+        browser = Browser(f"sample {found[0]}", "samples", target)
+        browser.add(row)
+        browser.write(html)
         print(f"dump: {html}")
         return
     print(f"sample {found[0]}")
-    for key, value in facts.items():
-        print(f"  {key}: {value}")
-    print_tokens("tokens", pieces)
+    for key, value in {**row.facets, **row.facts}.items():
+        if value:
+            print(f"  {key}: {value}")
+    print_tokens("tokens", list(Decoder(target).split(sample.input_ids.tolist(), sample.loss_mask.tolist())))
 
 
 def _norms(sample: StoredSample, manifest: Manifest) -> dict[str, str]:
@@ -62,7 +64,7 @@ def show_stats(folder: Path) -> None:
     """Print counts, lengths and sizes of a store, finished or not."""
     store = Store(folder)
     manifest = store.read_manifest()
-    entries = _last_entries(store)
+    entries = last_entries(store)
     counts = Counter(entry["status"] for entry in entries)
     done = [entry for entry in entries if entry["status"] == "done"]
     tokens = np.array([entry["tokens"] for entry in done] or [0])
@@ -79,12 +81,3 @@ def show_stats(folder: Path) -> None:
     reasons = Counter(entry["reason"] for entry in entries if entry.get("reason"))
     for reason, count in reasons.most_common(8):
         print(f"left out  {count}: {reason}")
-
-
-def _last_entries(store: Store) -> list[dict[str, Any]]:
-    """Return the last entry of each sample, also from shards that are not joined yet."""
-    if store.ledger_path.exists():
-        return list(Ledger(store.ledger_path).entries.values())
-    shards = [path for paths in folders_by_count(store.folder).values() for path in paths]
-    ledgers = [Ledger(path) for shard in shards if (path := shard / "ledger.jsonl").exists()]
-    return list({id_: entry for ledger in ledgers for id_, entry in ledger.entries.items()}.values())

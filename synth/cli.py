@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from common.cli import ShardOption, make_app, parse_shard
+from common.cli import LimitOption, ShardOption, TargetOption, make_app, parse_shard
 from common.errors import run_app
 from recipe.cli import OverridesOption, RecipeOption, load_checked
 
@@ -95,6 +95,19 @@ def inspect(
     from synth.inspect import inspect_conversation
 
     inspect_conversation(run, id_, html)
+
+
+@app.command(epilog="Example: synth browse runs/synth --output runs/synth/browse.html")
+def browse(
+    run: RunArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("browse.html"),
+    limit: LimitOption = 10000,
+    target: TargetOption = None,
+) -> None:
+    """Write one HTML page to search, filter and read all conversations."""
+    from synth.browse import browse as browse_run
+
+    browse_run(run, output, limit or None, target)
 
 
 @app.command(epilog="Example: synth verify runs/synth -r recipes/Tiny-DFlash/recipe.yaml")

@@ -1,23 +1,22 @@
-"""Show tokens in a terminal or as an HTML page, with the supervised ones coloured."""
+"""Decode tokens one by one, and print them with the supervised ones coloured."""
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import typer
 
 from common.errors import UserError
-from common.html import write_page
 
-TEMPLATE = Path(__file__).with_name("view.html.j2")
+MAX_PENDING = 8
+"""Tokens that are decoded together at most; a whole character has up to 4 bytes."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """One token, or several that decode to characters only together. `start` is the position of the first one."""
 
     text: str
@@ -43,20 +42,46 @@ class Decoder:
                 target,
                 found="no tokenizer.json",
                 expected="the target's folder",
-                fix="Put the target back.",
+                fix="Put the target back, or name its folder.",
             )
         self._tokenizer = Tokenizer.from_file(str(path))
+        self._texts: dict[int, str] = {}
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self.special_ids = {token_id for token_id, token in added if token.special}
+        # SentencePiece's decoders strip the space before a text's first token, so decode behind another token.
+        self._before: list[int] = self._tokenizer.encode("a", add_special_tokens=False).ids
+        self._text_before = str(self._tokenizer.decode(self._before, skip_special_tokens=False))
+
+    def text(self, token_id: int) -> str:
+        """Return a token's text; "\ufffd" stands for bytes that are no whole character."""
+        if token_id not in self._texts:
+            self._texts[token_id] = self._decode([token_id])
+        return self._texts[token_id]
 
     def split(self, token_ids: Sequence[int], supervised: Sequence[bool]) -> Iterator[Piece]:
         """Yield the tokens as pieces; the tokens of a piece are all supervised or all not."""
         pending: list[int] = []
         for position, token_id in enumerate(token_ids):
             pending.append(token_id)
-            text = str(self._tokenizer.decode(pending, skip_special_tokens=False))
+            text = self.text(token_id) if len(pending) == 1 else self._decode(pending)
             last = position + 1 == len(supervised) or supervised[position + 1] != supervised[position]
-            if not text.endswith("\ufffd") or last or len(pending) >= 8:
+            if not text.endswith("\ufffd") or last or len(pending) >= MAX_PENDING:
                 yield Piece(text, supervised[position], pending, position + 1 - len(pending))
                 pending = []
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text = str(self._tokenizer.decode(self._before + token_ids, skip_special_tokens=False))
+        if text.startswith(self._text_before):
+            return text[len(self._text_before) :]
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+
+
+def supervised_of(num_tokens: int, spans: Iterable[tuple[int, int]]) -> list[bool]:
+    """Return which of a sample's tokens are in one of the half-open spans."""
+    supervised = [False] * num_tokens
+    for start, end in spans:
+        supervised[start:end] = [True] * (end - start)
+    return supervised
 
 
 def print_tokens(title: str, pieces: Sequence[Piece]) -> None:
@@ -72,8 +97,3 @@ def print_tokens(title: str, pieces: Sequence[Piece]) -> None:
         else:
             print(f"«{text}»" if supervised else text, end="")
     print()
-
-
-def write_html(path: Path, title: str, facts: Mapping[str, str], parts: Mapping[str, Sequence[Piece]]) -> None:
-    """Write an HTML page of facts and each part's tokens; hovering over a token shows position and ids."""
-    write_page(path, TEMPLATE, title=title, facts=facts, parts=parts)

@@ -91,6 +91,9 @@ def eval_(
         Path | None, typer.Option(help="Instead of --run: an export, or a published draft of any known layout.")
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Evaluate only the first N samples.")] = None,
+    proposals: Annotated[
+        Path | None, typer.Option(help="Also write what the draft proposed at each step, for `dump browse`.")
+    ] = None,
     force: ForceOption = False,
     set_: OverridesOption = None,
 ) -> None:
@@ -104,7 +107,7 @@ def eval_(
         )
     from train.evaluate import Evaluation, evaluate
 
-    evaluate(load_checked(recipe, set_), Evaluation(store, output, run, draft, samples, force))
+    evaluate(load_checked(recipe, set_), Evaluation(store, output, run, draft, samples, force, proposals))
 
 
 @app.command(epilog="Example: train export -r recipes/Tiny-DFlash/recipe.yaml --run runs/draft --output runs/export")

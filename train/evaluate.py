@@ -4,7 +4,7 @@ Reads:  a training run's chosen checkpoint, with the rope of its export, or a pu
         held-out conversations.
 Writes: OUTPUT (JSON): acceptance length with its bootstrap interval and per position; by thinking mode, category,
         length and temperature of the samples, and by the context before each step; the reliability of the draft's
-        confidences, if it has some.
+        confidences, if it has some. With `--proposals`, what the draft proposed at each step (contracts/proposals.py).
 
 The walk of one reply: the first token comes from the prefill and is the first anchor. Draft a block there, accept the
 prefix that agrees with the generated tokens, add the target's own next token, and continue from it. The last block ends
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.cores import count_cores
@@ -30,6 +31,7 @@ from common.errors import UserError
 from common.files import hash_file, read_json, write_json
 from contracts.acceptance import Acceptance
 from contracts.draft import DraftConfig, DraftRun
+from contracts.proposals import Proposals, read_proposals_head, write_proposals
 from contracts.run import read_run
 from contracts.store import Manifest, Store, StoredSample, require_final_states
 from drafts.draft import Draft
@@ -46,7 +48,16 @@ from train.plan import Machine, refuse_unfit, suppose_masks, work_of
 from train.processes import Processes, start_processes
 from train.sampled_drafts import Expected, expect_steps
 from train.start import Start, load_start, open_start, own_config
-from train.walk import Walk, expected_acceptances, ratios_of, refuse_inexact, temperature_of, walk, walk_sample
+from train.walk import (
+    Walk,
+    expected_acceptances,
+    proposals_of,
+    ratios_of,
+    refuse_inexact,
+    temperature_of,
+    walk,
+    walk_sample,
+)
 
 FEW = 8
 """Samples of an evaluation that only an error message needs."""
@@ -58,7 +69,7 @@ MANY = 64
 class Evaluation:
     """What `train eval` is asked for: a run's checkpoint, or a draft in a folder of any layout.
 
-    `num_samples`: only the store's first; `force`: however small the memory.
+    `num_samples`: only the store's first; `force`: however small the memory; `proposals`: where to write those.
     """
 
     store: Path
@@ -67,6 +78,12 @@ class Evaluation:
     draft: Path | None = None
     num_samples: int | None = None
     force: bool = False
+    proposals: Path | None = None
+
+    @property
+    def subject(self) -> str:
+        """The folder of the draft."""
+        return str(self.run or self.draft)
 
 
 @dataclass(frozen=True)
@@ -107,7 +124,7 @@ def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
     }
     if asked.output.exists():
         report = read_json(asked.output, "an evaluation")
-        if report.get("inputs") == inputs:
+        if report.get("inputs") == inputs and _has_proposals(asked, report):
             print(f"eval: {asked.output} is finished, skipped (acceptance length {report['acceptance_length']:.3f})")
             return dict(report)
     sample_ids = store.sample_ids()[: asked.num_samples]
@@ -125,12 +142,24 @@ def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
         if subject.start:
             few = (store.read_sample(id_) for id_ in sample_ids[:FEW])
             refuse_layers(subject.start, manifest.layer_ids, lambda: acceptance_of(draft, head, few))
-        walked, shifted = _walk_all(draft, head, store, sample_ids, manifest, processes)
+        samples = Samples(store, sample_ids, manifest.layer_ids, keep_proposals=asked.proposals is not None)
+        walked, shifted = _walk_all(draft, head, samples, processes)
     report = {**_report(walked, config.num_draft_tokens), **_compare(walked, shifted, config), "inputs": inputs}
     if processes.is_first:
+        if asked.proposals is not None:
+            steps = {one.sample: one.proposals for one in walked if one.proposals is not None}
+            write_proposals(asked.proposals, Proposals(config.num_draft_tokens, asked.subject, inputs, steps))
+            print(f"eval: proposals of {report['steps']} steps -> {asked.proposals}")
         write_json(asked.output, report)
         _print(report, config, asked.output)
     return report
+
+
+def _has_proposals(asked: Evaluation, report: dict[str, Any]) -> bool:
+    """Whether the proposals that are asked for are those of a finished report."""
+    if asked.proposals is None:
+        return True
+    return asked.proposals.exists() and read_proposals_head(asked.proposals).inputs == report["inputs"]
 
 
 def _print(report: dict[str, Any], config: DraftConfig, output: Path) -> None:
@@ -231,7 +260,7 @@ class Walked:
 
     `by_context`: acceptance by the number of tokens before a step's anchor, as a bucket. `tried`: the draft tokens that
     were tried, if the draft has confidences. `sampled`: what is expected if draft tokens
-    are sampled, for a sampled reply.
+    are sampled, for a sampled reply. `proposals`: what was drafted at each step, if that is asked for.
     """
 
     sample: str
@@ -241,6 +270,7 @@ class Walked:
     by_context: dict[str, Acceptance]
     tried: Tried | None = None
     sampled: Expected | None = None
+    proposals: np.ndarray | None = None
 
     def acceptance(self, num_tokens: int) -> Acceptance:
         return Acceptance.from_steps([a for reply in self.accepted for a in reply], num_tokens)
@@ -250,24 +280,33 @@ Shifted = dict[tuple[int, ...], list[Acceptance]]
 """Acceptance of the first samples with other layers than the draft's."""
 
 
-def _walk_all(
-    draft: Draft, head: TargetHead, store: AnyStore, ids: list[str], manifest: Manifest, processes: Processes
-) -> tuple[list[Walked], Shifted]:
-    """Walk all samples; and the first few with the layers below and above the draft's, if the store has those."""
-    stored, layers = manifest.layer_ids, draft.config.layer_ids
+@dataclass(frozen=True)
+class Samples:
+    """The samples to walk, `ids` of a store with the layers `stored`."""
 
-    def read(sample_id: str, layer_ids: Sequence[int]) -> StoredSample:
-        sample = store.read_sample(sample_id)
-        if list(layer_ids) == stored:
+    store: AnyStore
+    ids: list[str]
+    stored: list[int]
+    keep_proposals: bool = False
+
+    def read(self, sample_id: str, layer_ids: Sequence[int]) -> StoredSample:
+        """Read a sample with the states of these layers alone."""
+        sample = self.store.read_sample(sample_id)
+        if list(layer_ids) == self.stored:
             return sample
-        return sample.of_layers([stored.index(i) for i in layer_ids], len(stored))
+        return sample.of_layers([self.stored.index(i) for i in layer_ids], len(self.stored))
 
-    walked = [_walk(draft, head, read(id_, layers), id_) for id_ in processes.track(ids, "eval")]
+
+def _walk_all(draft: Draft, head: TargetHead, samples: Samples, processes: Processes) -> tuple[list[Walked], Shifted]:
+    """Walk all samples; and the first few with the layers below and above the draft's, if the store has those."""
+    layers = draft.config.layer_ids
+    walked = [_walk(draft, head, samples, id_) for id_ in processes.track(samples.ids, "eval")]
     shifted: Shifted = {}
     for shift in (-1, 1):
         others = tuple(i + shift for i in layers)
-        if set(others) <= set(stored):
-            shifted[others] = [acceptance_of(draft, head, [read(id_, others)]) for id_ in ids[:MANY]]
+        if set(others) <= set(samples.stored):
+            few = samples.ids[:MANY]
+            shifted[others] = [acceptance_of(draft, head, [samples.read(id_, others)]) for id_ in few]
     return processes.gather(walked), shifted
 
 
@@ -285,7 +324,8 @@ def _compare(walked: list[Walked], shifted: Shifted, config: DraftConfig) -> dic
     return {"layer_ids": config.layer_ids, "shifted_layers": lines} if lines else {}
 
 
-def _walk(draft: Draft, head: TargetHead, sample: StoredSample, sample_id: str) -> Walked:
+def _walk(draft: Draft, head: TargetHead, samples: Samples, sample_id: str) -> Walked:
+    sample = samples.read(sample_id, draft.config.layer_ids)
     refuse_inexact(sample, sample_id)
     drafted = draft.draft(sample, head)
     found = walk_sample(sample, drafted.tokens)
@@ -304,7 +344,8 @@ def _walk(draft: Draft, head: TargetHead, sample: StoredSample, sample_id: str) 
         scores = draft.score(sample, head, temperature_of(sample))
         sampled = expect_steps(ratios_of(sample, head, scores), spans_of(sample.loss_mask))
     by_context = _by_context(found, draft.config.num_draft_tokens)
-    return Walked(sample_id, found.replies, expected, groups, by_context, tried, sampled)
+    proposals = proposals_of(found, drafted.tokens) if samples.keep_proposals else None
+    return Walked(sample_id, found.replies, expected, groups, by_context, tried, sampled, proposals)
 
 
 def _by_context(found: Walk, num_tokens: int) -> dict[str, Acceptance]:

@@ -63,6 +63,12 @@ def walk_sample(sample: StoredSample, drafted: torch.Tensor) -> Walk:
     return found
 
 
+def proposals_of(found: Walk, drafted: torch.Tensor) -> np.ndarray:
+    """Return the steps of a walk with their draft tokens, (S, 2 + K) int32: see contracts/proposals.py."""
+    columns = torch.tensor([found.places, found.steps], dtype=torch.int32).reshape(2, -1).T
+    return torch.cat([columns, drafted[found.places].to(torch.int32)], dim=1).numpy()
+
+
 def temperature_of(sample: StoredSample) -> float:
     """Return the temperature of a sample's replies, 0 for greedy or rendered ones."""
     return float(sample.metadata.get("temperature", "") or 0.0)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import hashlib
+import html
+import json
 import re
 from pathlib import Path
 
 import pytest
 from jinja2 import UndefinedError
 
-from common.html import Table, write_page
+from common.html import Script, Table, pack, write_page
 
 TEMPLATE = """{% extends "page.html.j2" %}
 {% from "parts.html.j2" import picture, table %}
@@ -39,6 +44,22 @@ def test_a_page_is_one_file_for_light_and_dark(tmp_path: Path) -> None:
     assert links == ["data:image/png;base64,iVBORw=="]
     assert "prefers-color-scheme: dark" in page
     assert "url(" not in page
+
+
+def test_a_page_runs_its_own_script_alone(tmp_path: Path) -> None:
+    assert "script-src 'none'" in html.unescape(write(tmp_path))
+    script = Script("alert(1)\n")
+    page = write(tmp_path, script=script)
+    (text,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    expected = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    assert f"script-src 'sha256-{expected}'" in html.unescape(page)
+
+
+def test_packed_data_hold_no_markup_and_are_read_back() -> None:
+    value = {"<script>": ["</script>&\u2028é", 1, None]}
+    packed = pack(value)
+    assert re.fullmatch(r"[A-Za-z0-9+/=]+", packed)
+    assert json.loads(gzip.decompress(base64.b64decode(packed))) == value
 
 
 def test_a_long_table_is_folded(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import scripted
 from conftest import read_lines, run, run_here
 from generated import generate, settings, write
+from page_data import text_of, unpack
 
 from common.errors import UserError
 from contracts.conversation import read_conversations
@@ -344,14 +345,39 @@ def test_inspect_shows_the_supervised_tokens_in_the_terminal_and_as_html(
         assert "«reply to no ids <b>[e~[»" in printed
         assert "token ids: rendered, not the server's" in printed
     run("synth", "inspect", tmp_path / "out", "mine", "--html", tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert page.count('class="marked') > 5
-    assert "<b>" not in page.replace("&lt;b&gt;", "")
+    index, (row,) = unpack(tmp_path / "page.html")
+    assert "«reply to no ids <b>[e~[»" in text_of(index, row)
     (failed,) = [line["id"] for line in read_lines(tmp_path / "out/ledger.jsonl") if line["status"] == "failed"]
     for name, found in (("zzz", "0 conversations"), (failed, "a row that is failed (HTTP 400")):
         result = run("synth", "inspect", tmp_path / "out", name, check=False)
         assert result.returncode == 2
         assert found in result.stderr
+
+
+def test_browse_shows_every_row_of_the_input_those_without_a_conversation_too(
+    recipe_path: Path, tmp_path: Path, server: scripted.Server
+) -> None:
+    rows = [{"prompt": "fail 400"}, {"id": "mine", "prompt": "loop"}, {"id": "long", "prompt": "endless"}, {"x": 1}]
+    args = ("-r", recipe_path, "--prompts", write(tmp_path / "prompts.jsonl", rows), "--output", tmp_path / "out")
+    sets = settings("synth.max_failed_fraction=1", "synth.max_tokens=200", "target.max_model_len=512")
+    run("synth", "generate", *args, "--endpoint", server.url, *sets)
+    printed = run("synth", "browse", tmp_path / "out", "--output", tmp_path / "page.html").stdout
+    assert "4 of 4 rows" in printed
+    index, found = unpack(tmp_path / "page.html")
+    facets = {facet["name"]: [facet["values"][code] if code >= 0 else None for code in facet["codes"]]
+              for facet in index["facets"]}  # fmt: skip
+    entries = sorted(read_lines(tmp_path / "out/ledger.jsonl"), key=lambda entry: entry["index"])
+    assert facets["status"] == [entry["status"] for entry in entries]
+    assert facets["status"][0] == "failed"
+    assert facets["status"][3] == "filtered"
+    assert facets["loop"][1] == "yes"
+    assert facets["finish reason"][2] == "length"
+    assert index["rows"]["label"][1:3] == ["mine", "long"]
+    assert "HTTP 400" in found[0][0]["reason"]
+    assert [len(parts) for _, parts in found] == [0, 1, 1, 0]
+    printed = run("synth", "browse", tmp_path / "out", "-o", tmp_path / "two.html", "--limit", "2").stdout
+    assert "2 of 4 rows" in printed
+    assert unpack(tmp_path / "two.html")[0]["rows"]["label"] == [index["rows"]["label"][n] for n in (0, 2)]
 
 
 def test_calls_that_a_server_without_token_ids_took_out_of_the_text_are_refused(

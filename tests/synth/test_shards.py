@@ -16,7 +16,8 @@ from conftest import ROOT, kill_when, read_lines, run
 from generated import generate, settings, write
 
 from contracts.conversation import find_part, read_conversations
-from synth.inspect import find_conversation
+from synth.browse import read_record
+from synth.inspect import find_entry
 
 FILE = "conversations.jsonl"
 
@@ -59,7 +60,7 @@ def test_merged_shards_are_what_one_run_writes(recipe_path: Path, tmp_path: Path
     beside = run("synth", "generate", *args, "--retry-failed", check=False)
     assert beside.returncode == 2
     assert "found shards, expected none in the output of a run without --shard" in beside.stderr
-    assert find_conversation(output, whole[7].id) == whole[7]
+    assert read_record(*find_entry(output, whole[7].id)) == whole[7]
 
 
 def test_a_run_that_goes_on_with_another_number_of_shards_loses_and_repeats_nothing(
