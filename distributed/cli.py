@@ -53,26 +53,8 @@ def submit(
     from distributed.plan import STAGES, StagePlan
     from distributed.secrets import hide
 
-    if stage not in (*STAGES, "pipeline", "rolling"):
-        raise UserError("stage", found=stage, expected="synth, dump, train, pipeline or rolling", fix="Correct it.")
-    if (stage == "rolling") != (window is not None) or (in_turns and stage != "rolling"):
-        raise UserError("--window", found=f"stage {stage}", expected="it for rolling alone", fix="Correct them.")
-    where = mooncake.where()
-    if where is not None and (window is None or in_turns):
-        raise UserError(
-            "--mooncake",
-            found="--in-turns" if in_turns else f"stage {stage}",
-            expected="rolling, with dump and train at the same time: samples vanish with the dump that lent its memory",
-            fix="Leave out --mooncake.",
-        )
-    loaded, given = load_checked(recipe, set_), DEFAULTS.override(resources)
-    if stage == "rolling" and not in_turns and given.cluster != "slurm":
-        raise UserError(
-            "--cluster",
-            found=str(given.cluster),
-            expected="slurm: dump and train run at the same time",
-            fix="Give --in-turns, or start `dump run --window` and `train offline --follow` yourself.",
-        )
+    loaded, given, where = load_checked(recipe, set_), DEFAULTS.override(resources), mooncake.where()
+    _refuse_unfit(stage, window, str(given.cluster), in_turns=in_turns, mooncake=where is not None)
     if stage in ("train", "pipeline", "rolling"):
         loaded.training().check_processes(given.num_processes)
     names = {"pipeline": STAGES, "rolling": ("dump", "train")}.get(stage, ())
@@ -132,6 +114,30 @@ def retry(
             known = [word for word in plan.overrides if REDACTED not in word]
             load_recipe(Path(plan.recipe), known).training().check_processes(plan.resources.num_processes)
     _submit_all(plans)
+
+
+def _refuse_unfit(stage: str, window: float | None, cluster: str, *, in_turns: bool, mooncake: bool) -> None:
+    """Raise UserError for options that do not fit each other."""
+    from distributed.plan import STAGES
+
+    if stage not in (*STAGES, "pipeline", "rolling"):
+        raise UserError("stage", found=stage, expected="synth, dump, train, pipeline or rolling", fix="Correct it.")
+    if (stage == "rolling") != (window is not None) or (in_turns and stage != "rolling"):
+        raise UserError("--window", found=f"stage {stage}", expected="it for rolling alone", fix="Correct them.")
+    if mooncake and (stage != "rolling" or in_turns):
+        raise UserError(
+            "--mooncake",
+            found="--in-turns" if in_turns else f"stage {stage}",
+            expected="rolling, with dump and train at the same time: samples vanish with the dump that lent its memory",
+            fix="Leave out --mooncake.",
+        )
+    if stage == "rolling" and not in_turns and cluster != "slurm":
+        raise UserError(
+            "--cluster",
+            found=cluster,
+            expected="slurm: dump and train run at the same time",
+            fix="Give --in-turns, or start `dump run --window` and `train offline --follow` yourself.",
+        )
 
 
 def _submit_all(plans: list[StagePlan]) -> None:
