@@ -3,8 +3,8 @@
 Reads:  a training run's chosen checkpoint, with the rope of its export, or a published draft's folder; and a store of
         held-out conversations.
 Writes: OUTPUT (JSON): acceptance length with its bootstrap interval and per position; by thinking mode, category,
-        length and temperature of the samples, and by the context before each step; the reliability of the draft's
-        confidences, if it has some.
+        length and temperature of the samples (`rows`: by mode and temperature together), and by the context before each
+        step; the reliability of the draft's confidences, if it has some.
 
 The walk of one reply: the first token comes from the prefill and is the first anchor. Draft a block there, accept the
 prefix that agrees with the generated tokens, add the target's own next token, and continue from it. The last block ends
@@ -71,14 +71,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Subject:
-    """The draft that is evaluated: its config, the hash of its weights, the function that loads them.
+    """The draft that is evaluated: its config, what identifies its weights, the function that loads them.
 
     `load` also returns lines that say what became of each tensor of a folder. `start`: the folder that it was read
     from, if it is not a run's checkpoint.
     """
 
     config: DraftConfig
-    checksum: str
+    inputs: dict[str, str]
     load: Callable[[TargetHead], tuple[Draft, list[str]]]
     start: Start | None = None
 
@@ -95,7 +95,7 @@ def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
     subject = _open_draft(recipe, target, manifest, asked)
     config = subject.config
     inputs = {
-        "draft": subject.checksum,
+        **subject.inputs,
         "yarn": config.yarn.model_dump() if config.yarn else None,
         "store": store.checksum,
         "samples": asked.num_samples,
@@ -104,7 +104,7 @@ def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
     }
     if asked.output.exists():
         report = read_json(asked.output, "an evaluation")
-        if report.get("inputs") == inputs:
+        if report.get("inputs") == inputs and "rows" in report:  # earlier versions wrote none
             print(f"eval: {asked.output} is finished, skipped (acceptance length {report['acceptance_length']:.3f})")
             return dict(report)
     sample_ids = store.sample_ids()[: asked.num_samples]
@@ -124,6 +124,7 @@ def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
             refuse_layers(subject.start, manifest.layer_ids, lambda: acceptance_of(draft, head, few))
         walked, shifted = _walk_all(draft, head, store, sample_ids, manifest, processes)
     report = {**_report(walked, config.num_draft_tokens), **_compare(walked, shifted, config), "inputs": inputs}
+    report["set"] = asked.store.resolve().name
     if processes.is_first:
         write_json(asked.output, report)
         _print(report, config, asked.output)
@@ -163,7 +164,7 @@ def _open_draft(recipe: Recipe, target: Target, manifest: Manifest, asked: Evalu
         run = DraftRun(asked.run)
         config = served_config(read_config(run), recipe)
         _check_store(asked.store, manifest, config, target)
-        return Subject(config, hash_file(run.chosen_weights()), lambda _: (load_served(run, recipe), []))
+        return Subject(config, {"draft": hash_file(run.chosen_weights())}, lambda _: (load_served(run, recipe), []))
     assert asked.draft is not None
     start = open_start(asked.draft, recipe, target)
     source = {"target_fingerprint": target.fingerprint, "store": ""}
@@ -175,7 +176,7 @@ def _open_draft(recipe: Recipe, target: Target, manifest: Manifest, asked: Evalu
         lines = load_start(start, draft, head)
         return draft.eval(), lines
 
-    return Subject(config, start.checksum, load, start)
+    return Subject(config, start.inputs("draft"), load, start)
 
 
 def acceptance_of(draft: Draft, head: TargetHead, samples: Iterable[StoredSample]) -> Acceptance:
@@ -328,11 +329,29 @@ def _report(walked: list[Walked], num_tokens: int) -> dict[str, Any]:
             name: {key: _summarize(members) for key, members in sorted(by_key.items())}
             for name, by_key in groups.items()
         },
+        "rows": _make_rows(walked, num_tokens),
         "samples": len(walked),
         **_confidence(walked),
         **_sampled(walked),
         "walks": [{"sample": one.sample, "accepted": one.accepted} for one in walked],
     }
+
+
+def _make_rows(walked: list[Walked], num_tokens: int) -> list[dict[str, Any]]:
+    """Return a row per thinking mode and temperature; a temperature is None where the store has none."""
+    groups: dict[tuple[str, str], list[Acceptance]] = {}
+    for one in walked:
+        key = one.groups["by_mode"], one.groups["by_temperature"]
+        groups.setdefault(key, []).append(one.acceptance(num_tokens))
+    return [
+        {
+            "thinking_mode": mode,
+            "temperature": float(temperature) if temperature else None,
+            "n": len(parts),
+            **_summarize(parts),
+        }
+        for (mode, temperature), parts in sorted(groups.items())
+    ]
 
 
 def _confidence(walked: list[Walked]) -> dict[str, Any]:
