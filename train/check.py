@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from common.errors import IncompleteError, UserError
 from common.files import hash_json
 from contracts.certificate import CERTIFICATE_FILE, FORMAT_VERSION, Certificate, find_digests, read_certificate
@@ -95,8 +97,8 @@ def _other_sources(folder: Path, certificate: Certificate, figures: Figures) -> 
             for part in parts:
                 if part.report not in certified:
                     yield f"{section}: the report with sha256 {part.report} is not one that it cites"
-                elif part != certified[part.report]:
-                    yield f"{section}: {_first_difference(certified[part.report], part)}"
+                elif name := _find_difference(certified[part.report], part):
+                    yield f"{section}: {name}"
         if figures.data.store is not None:
             yield from _compare_data(certificate, figures)
     except UserError as error:
@@ -110,11 +112,22 @@ def _compare_data(certificate: Certificate, figures: Figures) -> Iterator[str]:
     found = describe_data(run, data.conversations, figures.data)
     for name in ("store_facts", "synthesis", "prompts"):
         ours, theirs = getattr(data, name), getattr(found, name)
-        if ours is not None and theirs is not None and ours != theirs:
-            yield f"data.{name}: {_first_difference(ours, theirs)}"
+        if ours is not None and theirs is not None and (difference := _find_difference(ours, theirs)):
+            yield f"data.{name}: {difference}"
 
 
-def _first_difference(certified: Any, found: Any) -> str:
-    before, now = certified.model_dump(mode="json"), found.model_dump(mode="json")
-    name = next(name for name in before if before[name] != now[name])
-    return f"{name} is {str(now[name])[:80]}, certified {str(before[name])[:80]}"
+def _find_difference(certified: BaseModel, found: BaseModel) -> str:
+    """Return the first field that differs, "" if none; names of sets do not count, which the user chooses."""
+    names: Any = {"set": True, "sets": True, "rows": {"__all__": {"set"}}}
+    before, now = certified.model_dump(mode="json", exclude=names), found.model_dump(mode="json", exclude=names)
+    for name, value in before.items():
+        if value != now[name]:
+            return f"{name}: found {_short(now[name], value)}, certified {_short(value, now[name])}"
+    return ""
+
+
+def _short(value: Any, other: Any) -> str:
+    """Return a value as text, or of two lists the first elements that differ."""
+    if isinstance(value, list) and isinstance(other, list) and len(value) == len(other):
+        value = next(one for one, two in zip(value, other, strict=True) if one != two)
+    return str(value)[:160]

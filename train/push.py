@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import IncompleteError, UserError
 from common.hub import check_repo, explain_hub
 from train.check import check_folder
 
@@ -38,13 +38,19 @@ def push(folder: Path, repo: str, *, public: bool) -> str:
                 expected="a private one",
                 fix="Give --public if everybody may read the draft, or make it private on its settings page.",
             )
-        commit = api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            commit_message=f"{certificate.name}, certificate {certificate.digest[:12]}",
-            ignore_patterns=[".*", "*/.*"],
-            delete_patterns=list(STALE),
-        )
+        try:
+            commit = api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message=f"{certificate.name}, certificate {certificate.digest[:12]}",
+                ignore_patterns=[".*", "*/.*"],
+                delete_patterns=list(STALE),
+            )
+        except RuntimeError as error:  # of a blob, by huggingface_hub and hf_xet
+            raise IncompleteError(
+                f"{repo}: found a broken upload ({error}), expected every file. Run the same command again: what was "
+                "sent is kept."
+            ) from None
     pushed = f"{repo}@{commit.oid}"
     print(f"export: {folder} -> {pushed} (certificate {certificate.digest})")
     return pushed
