@@ -80,18 +80,21 @@ class SynthesisFacts(Part):
 
 
 class PromptSource(Part):
-    """One source of the prompts. `license` is None if the manifest states none."""
+    """One source of the prompts: its rows, and how many of them were kept. `license`: None if none is stated."""
 
     name: str
-    rows: int | None
+    origin: str
+    rows: int
+    kept: int
     license: str | None
 
 
 class PromptFacts(Part):
-    """The prompts' manifest: its checksum and its sources."""
+    """The prompts' manifest: its checksum, its sources, and the evaluation sets whose questions it keeps out."""
 
     manifest: str
     sources: list[PromptSource]
+    evaluation_sets: list[str]
 
 
 class DataFacts(Part):
@@ -110,7 +113,10 @@ class DataFacts(Part):
 
 
 class TrainingFacts(Part):
-    """The training run and the checkpoint that was exported. `init_from`: what it started from, if anything."""
+    """The training run and the checkpoint that was exported. `init_from`: what it started from, if anything.
+
+    `trackers`: id and address of the run at each experiment tracker that others may reach.
+    """
 
     checkpoint: str
     weights: str
@@ -119,6 +125,7 @@ class TrainingFacts(Part):
     loss: float
     seconds: float
     init_from: dict[str, str]
+    trackers: dict[str, dict[str, str]]
     environment: dict[str, str]
 
 
@@ -166,11 +173,37 @@ class Equality(Part):
     unknown: int
 
 
+class SetOverlap(Part):
+    """How many of an evaluation set's rows overlap with the training data."""
+
+    rows: int
+    overlapping: int
+
+
+class PartOfOverlap(Part):
+    """The acceptance length of `n` conversations, with its 95% interval."""
+
+    n: int
+    acceptance_length: float
+    interval: tuple[float, float] | None
+
+
+class Overlap(Part):
+    """The overlap of what was measured with the training data, as `bench acceptance --training-conversations` finds it.
+
+    `training`: checksums of what was searched. `acceptance`: by number of draft tokens, of `all`, `without_overlap` and
+    `overlap_only`; None where it is not known.
+    """
+
+    training: list[str]
+    sets: dict[str, SetOverlap]
+    acceptance: dict[str, dict[str, PartOfOverlap | None]]
+
+
 class Served(Part):
     """A folder of `bench acceptance`: checksum of acceptance.json, the server's settings and machine, its figures.
 
-    `speeds` by concurrency, with the recommended number of draft tokens. `overlap`: with the training rows, as `bench
-    acceptance` found it.
+    `speeds` by concurrency, with the recommended number of draft tokens. `overlap`: None if it was not looked for.
     """
 
     sets: list[str]
@@ -181,7 +214,7 @@ class Served(Part):
     equality: list[Equality]
     overruns: int
     speeds: list[Speeds]
-    overlap: dict[str, Any] | None
+    overlap: Overlap | None
 
 
 class Lossless(Part):

@@ -13,13 +13,21 @@ from written import write_store
 
 from bench.replay import make_report
 from bench.requests import Answer, Turn, answers_to_json
+from common.files import hash_json
 from contracts.conversation import CONVERSATIONS_FILE
 from recipe.load import load_recipe
 from serve.command import fingerprint_draft
 from target.target import Target
 
 SAMPLING = {"thinking_modes": ["enabled"], "temperature": [0.0], "tool_call_parser": None}
-OVERLAP = {"rows": 4, "overlapping": 1, "acceptance_length_without": 1.5}
+FIGURES = {"n": 2, "acceptance_length": 1.5, "interval": [1.0, 2.0]}
+OVERLAP = {
+    "training": [{"path": "/home/somebody/train.jsonl", "rows": 9, "sha256": "e" * 64}],
+    "sets": {"held_out": {"rows": 4, "overlapping": 1}},
+    "rows": [{"text": "words of a question"}],
+    "acceptance": {"3": {"all": FIGURES, "without_overlap": FIGURES, "overlap_only": None}},
+}
+TRACKERS = {"wandb": {"run_id": "r1", "url": "https://wandb.ai/r1"}, "mlflow": {"url": "file:///home/somebody"}}
 LOSSLESS = {"replies": 9, "identical": 8, "ties": 1, "tolerance": 0.001, "num_chats": 1, "passes": [{"concurrency": 8}]}
 
 
@@ -38,14 +46,20 @@ class Cited:
         folder = self.folder / "conversations"
         folder.mkdir()
         (folder / CONVERSATIONS_FILE).write_text('{"id": "a"}\n{"id": "b"}\n')
-        write_run(folder, "synth generate", {"prompts": "f" * 64}, {"synth": SAMPLING}, {"done": 2, "failed": 0})
+        write_run(
+            folder, "synth generate", {"prompts": hash_json(["f" * 64])}, {"synth": SAMPLING}, {"done": 2, "failed": 0}
+        )
         return folder
 
     @cached_property
     def prompts(self) -> Path:
         path = self.folder / "manifest.json"
-        sources = [{"name": "org/set", "rows": 20, "license": "cc-by-4.0"}, {"name": "own", "rows": 4}]
-        path.write_text(json.dumps({"prompts": "f" * 64, "sources": sources}))
+        sources = [
+            {"name": "chat", "origin": "org/set", "rows": 20, "license": "cc-by-4.0", "counts": {"kept": 18}},
+            {"name": "own", "origin": "/data/own.jsonl", "rows": 4, "license": None, "counts": {"kept": 4}},
+        ]
+        made = {"output": {"sha256": "f" * 64}, "sources": sources, "evaluation_sets": [{"name": "gsm8k"}]}
+        path.write_text(json.dumps(made))
         return path
 
     @cached_property
@@ -55,6 +69,7 @@ class Cited:
     @cached_property
     def run(self) -> Path:
         run_here("train", "offline", *self.recipe, "--store", self.store, "--output", self.folder / "run")
+        (self.folder / "run/trackers.json").write_text(json.dumps({"trackers": TRACKERS}))
         return self.folder / "run"
 
     @cached_property

@@ -6,6 +6,7 @@ The YAML block at its top is the hub's metadata with a model-index, as huggingfa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from contracts.speeds import explain_speeds
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 TASK = "text-generation"
 METRIC = "acceptance_length"
+HUB_NAME = re.compile(r"[\w.-]+/[\w-]+")
+"""Without a dot in the last part, which a path of a file has."""
 
 
 def make_card(certificate: Certificate) -> str:
@@ -37,7 +40,6 @@ def make_card(certificate: Certificate) -> str:
         a="An" if certificate.draft.method[0] in "aeiou" else "A",
         descriptor=DESCRIPTOR_FILE,
         files={name: checksum for name, checksum in certificate.files.items() if name != CARD_FILE},
-        predicted=[row for part in certificate.predicted for row in part.rows],
         rows=[row for part in certificate.served for row in part.rows],
         speeds=[(", ".join(part.sets), explain_speeds(part.speeds)) for part in certificate.served if part.speeds],
         recommended=_recommended(certificate),
@@ -58,7 +60,7 @@ def make_metadata(certificate: Certificate) -> ModelCardData:
         library_name="vllm",
         tags=["speculative-decoding", "draft-model", certificate.draft.method, "draftline"],
         base_model=certificate.target.repository,
-        datasets=[source.name for source in sources if source.name.count("/") == 1] or None,
+        datasets=[source.origin for source in sources if HUB_NAME.fullmatch(source.origin)] or None,
         model_name=certificate.name if results else None,
         eval_results=results or None,
     )

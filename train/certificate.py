@@ -32,6 +32,8 @@ from train.reports import ACCEPTANCE, LOSSLESS, Source, read_lossless, read_pred
 
 WEIGHTS_FILE = "model.safetensors"
 THIS_FOLDER = "<this folder>"
+TRACKERS_FILE = "trackers.json"
+"""In the folder of a training run that logs to experiment trackers."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def build_certificate(
         draft=_describe_draft(config, descriptor, state),
         target=_describe_target(target, config.target_fingerprint),
         data=describe_data(state, config.store, figures.data),
-        training=_describe_training(state, descriptor, recipe),
+        training=_describe_training(exported.run, state, descriptor, recipe),
         recipe=descriptor.recipe or {},
         **found,
         commands=_make_commands(exported, target),
@@ -141,7 +143,26 @@ def _describe_target(target: Target, fingerprint: str) -> TargetFacts:
     )
 
 
-def _describe_training(state: Mapping[str, Any], descriptor: Descriptor, recipe: Recipe) -> TrainingFacts:
+def _read_trackers(run: DraftRun) -> dict[str, dict[str, str]]:
+    """Return id and address of the run at its trackers; paths of this machine stay here."""
+    path = run.folder / TRACKERS_FILE
+    trackers = read_json(path, "the runs at trackers")["trackers"] if path.exists() else {}
+    found = {
+        name: {
+            key: value for key in ("run_id", "url") if (value := str(facts.get(key) or "")) and _is_public(key, value)
+        }
+        for name, facts in trackers.items()
+    }
+    return {name: facts for name, facts in found.items() if facts}
+
+
+def _is_public(key: str, value: str) -> bool:
+    return key != "url" or value.startswith("http")
+
+
+def _describe_training(
+    run: DraftRun, state: Mapping[str, Any], descriptor: Descriptor, recipe: Recipe
+) -> TrainingFacts:
     summary = state["summary"]
     return TrainingFacts(
         checkpoint=str(descriptor.weights).partition("/")[0],
@@ -151,6 +172,7 @@ def _describe_training(state: Mapping[str, Any], descriptor: Descriptor, recipe:
         loss=summary["loss"],
         seconds=state["seconds"],
         init_from={key: value for key, value in state["inputs"].items() if key.startswith("init_from")},
+        trackers=_read_trackers(run),
         environment=state.get("environment", {}),
     )
 

@@ -39,7 +39,8 @@ def check_folder(folder: Path, figures: Figures | None = None) -> Certificate:
         print(f"check: {line}")
     if found:
         raise IncompleteError(
-            f"{folder}: found {len(found)} differences from its certificate, expected none. First: {found[0]}. Get the "
+            f"{folder}: found {len(found)} difference{'s' if found[1:] else ''} from its certificate, expected none. "
+            f"First: {found[0]}. Get the "
             "folder again, or export the draft again."
         )
     for name in sorted(_files_besides(folder, certificate)):

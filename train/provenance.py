@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import hash_file, read_json
+from common.files import hash_file, hash_json, read_json
 from contracts.certificate import DataFacts, PromptFacts, PromptSource, StoreFacts, SynthesisFacts
 from contracts.conversation import CONVERSATIONS_FILE, hash_conversations
 from contracts.store import Store
@@ -87,14 +87,27 @@ def _describe_synthesis(folder: Path, expected: str) -> SynthesisFacts:
 def _describe_prompts(path: Path, expected: str) -> PromptFacts:
     """Return the facts of the prompts' manifest. Raises UserError if it is of other prompts."""
     manifest = read_json(path, "a prompts' manifest, as `synth prepare` writes it")
-    _compare(path, str(manifest.get("prompts")), expected, "the prompts that the manifest describes")
+    checksum = hash_json([(manifest.get("output") or {}).get("sha256")])  # that of a prompt set of one file
+    _compare(path, checksum, expected, "prompts")
     return PromptFacts(
         manifest=hash_file(path),
         sources=[
-            PromptSource(name=str(found["name"]), rows=found.get("rows"), license=found.get("license"))
-            for found in manifest.get("sources", [])
+            PromptSource(
+                name=source["name"],
+                origin=_without_folder(str(source["origin"])),
+                rows=source["rows"],
+                kept=source["counts"]["kept"],
+                license=source["license"],
+            )
+            for source in manifest["sources"]
         ],
+        evaluation_sets=[found["name"] for found in manifest["evaluation_sets"]],
     )
+
+
+def _without_folder(origin: str) -> str:
+    """Return a name on the hub as it is, and of a path of this machine the last part."""
+    return Path(origin).name if Path(origin).is_absolute() else origin
 
 
 def _compare(path: Path, found: str, expected: str, what: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import hash_file, read_json
-from contracts.certificate import Equality, Lossless, Predicted, Served, make_row
+from contracts.certificate import Equality, Lossless, Overlap, Predicted, Served, make_row
 from contracts.run import read_run
 from contracts.speeds import Speeds
 
@@ -100,7 +100,7 @@ def read_served(source: Source, draft: str, target: str) -> Served:
         equality=_read_equality(report),
         overruns=sum(map(len, overruns.values())) if isinstance(overruns, Mapping) else len(overruns),
         speeds=[Speeds.model_validate(at) for at in report.get("speeds") or []],
-        overlap=report.get("overlap"),
+        overlap=_read_overlap(report["overlap"]) if report.get("overlap") else None,
     )
 
 
@@ -129,6 +129,15 @@ def _open(folder: Path, stage: str, draft: str, target: str) -> tuple[dict[str, 
             )
     path = folder / REPORTS[stage]
     return run, dict(read_json(path, f"the output of `{stage}`")), hash_file(path)
+
+
+def _read_overlap(found: Mapping[str, Any]) -> Overlap:
+    """Return the figures of an overlap, without the paths of this machine and the texts of rows."""
+    return Overlap(
+        training=[str(file["sha256"]) for file in found["training"]],
+        sets=found["sets"],
+        acceptance=found["acceptance"],
+    )
 
 
 def _read_equality(report: Mapping[str, Any]) -> list[Equality]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cited import OVERLAP, Cited
+from cited import OVERLAP, TRACKERS, Cited
 from conftest import run_here
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -45,7 +45,11 @@ def test_a_certificate_says_what_the_reports_and_the_data_say(cited: Cited) -> N
         (1, "disabled", 1.0), (1, "enabled", 2.0), (3, "disabled", 2.0), (3, "enabled", 2.0),
     ]  # fmt: skip
     assert {row.set for row in served.rows} == {"held_out"}
-    assert (served.overlap, served.environment, served.speeds[0].concurrency) == (OVERLAP, {"vllm": "0.32.0"}, 1)
+    assert served.overlap is not None
+    assert served.overlap.model_dump(mode="json") == {
+        **{key: OVERLAP[key] for key in ("sets", "acceptance")}, "training": ["e" * 64],
+    }  # fmt: skip
+    assert (served.environment, served.speeds[0].concurrency) == ({"vllm": "0.32.0"}, 1)
     assert (served.equality[0].identical, served.equality[0].total) == (4, 4)
     assert (certificate.lossless[0].replies, certificate.lossless[0].ties) == (9, 1)
     data = certificate.data
@@ -53,10 +57,12 @@ def test_a_certificate_says_what_the_reports_and_the_data_say(cited: Cited) -> N
     assert data.prompts is not None
     assert (data.samples, data.synthesis.counts["done"], data.synthesis.sampling["temperature"]) == (10, 2, [0.0])
     assert [(source.name, source.license) for source in data.prompts.sources] == [
-        ("org/set", "cc-by-4.0"),
+        ("chat", "cc-by-4.0"),
         ("own", None),
     ]
     assert certificate.training.environment["python"]
+    assert certificate.training.trackers == {"wandb": TRACKERS["wandb"]}
+    assert "somebody" not in (cited.exported / "certificate.json").read_text()
     assert certificate.target.fingerprint == cited.target.fingerprint
     assert set(certificate.files) == {"config.json", "draftline.json", "model.safetensors", "README.md"}
 
@@ -73,9 +79,12 @@ def test_the_card_holds_every_figure_and_the_hubs_model_index(cited: Cited) -> N
     assert card.data.datasets == ["org/set"]
     assert card.content.splitlines() == text.splitlines()  # the hub writes the same block again
     for said in (
-        "Overlap of held_out with the training data: 1 of 4 rows; acceptance length without them 1.500.",
-        "| org/set | 20 | cc-by-4.0 |",
-        "| own | 4 | not stated |",
+        "| held_out | 4 | 1 |",
+        "| 3 | 1.500 [1.000, 2.000], n = 2 | 1.500 [1.000, 2.000], n = 2 |  |",
+        "| chat | org/set | 20 | 18 | cc-by-4.0 |",
+        "| own | own.jsonl | 4 | 4 | not stated |",
+        "Questions of gsm8k were kept out.",
+        "| run at wandb | [r1](https://wandb.ai/r1) |",
         "| held_out | enabled | 0 | 3 | 2.000 [",
         "--speculative-draft-model-path '<this folder>' --speculative-algorithm DFLASH",
         "| `bench lossless`: prefix cache, chunked prefill, 8 at once, tool calls | 9 | 8 | 1 ties within 0.001 |",
