@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from common.errors import UserError
@@ -86,9 +87,9 @@ def revision_of(folder: Path) -> str | None:
 @contextmanager
 def explain_hub(where: str) -> Iterator[None]:
     """Turn errors of requests to the hub into a UserError that names the repository and never the token."""
-    import httpx2
-    from huggingface_hub import errors
+    from huggingface_hub import errors, get_session
 
+    transport = import_module(type(get_session()).__module__.partition(".")[0])  # httpx; from version 2 on httpx2
     try:
         yield
     except errors.GatedRepoError:
@@ -105,7 +106,7 @@ def explain_hub(where: str) -> Iterator[None]:
         found = "no right to do this" if status in (401, 403) else f"HTTP status {status}"
         fix = "Set HF_TOKEN to a token with write access." if status in (401, 403) else "Try again later."
         raise _refuse(where, f"{found} from the hub", "an answer", fix) from None
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx2.TransportError) as error:
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, transport.TransportError) as error:
         offline = isinstance(error, errors.OfflineModeIsEnabled) or "HF_HUB_OFFLINE" in str(error)
         why = "HF_HUB_OFFLINE is set" if offline else "no network, or the hub does not answer"
         fix = f"Download it where there is network: hf download {where.replace('@', ' --revision ')}. Or give a folder."

@@ -1,8 +1,8 @@
 """Upload an export to the Hugging Face hub.
 
 `upload_folder` is resumable: with hf_xet it commits in parts, and a second call skips the files that are there and the
-chunks that are stored; without it, blobs that are stored are not sent again. `upload_large_folder`, which kept a list
-of finished files in the folder, is gone from huggingface_hub 2 for this reason.
+chunks that are stored; without it, blobs that are stored are not sent again. `upload_large_folder` would keep a list of
+finished files inside the export; huggingface_hub 2 dropped it, since `upload_folder` resumes.
 """
 
 from __future__ import annotations

@@ -80,8 +80,9 @@ def test_the_script_gives_every_command_flags_that_it_has(
         "recipe check", "synth generate", "synth stats", "dump plan", "dump run", "dump verify", "bench gate",
         "train offline", "train eval", "train export", "bench acceptance", "serve command",
     ]  # fmt: skip
-    assert called[-2][:2] == ["train", "export"]  # once more, for the card
-    assert "--served" in called[-2]
+    assert called[-3][:2] == ["train", "export"]  # once more, for certificate and card
+    assert "--served" in called[-3]
+    assert called[-2][:3] == ["train", "export", "--check"]
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 3, 5, 8])
