@@ -45,7 +45,7 @@ from contracts.acceptance import Acceptance
 from contracts.conversation import read_conversations
 from contracts.run import Run
 from recipe.recipe import Recipe
-from serve.command import MODEL_NAME, Serving, build_command, fingerprint_draft, speculation_of
+from serve.command import MODEL_NAME, Serving, build_command, draft_inputs, speculation_of
 from serve.ranks import Ranks, watch_ranks
 from serve.server import find_port, run_server
 from serve.settings import measured_settings
@@ -145,7 +145,7 @@ def _open_run(recipe: Recipe, target: Target, draft: Path, matrix: Matrix, sets:
         inputs={
             "prompts": hash_json([hash_file(path) for path in sets]),
             "target": target.fingerprint,
-            "draft": fingerprint_draft(recipe, draft),
+            **draft_inputs(recipe, draft),
         },
         recipe_yaml=recipe.to_yaml(),
     )

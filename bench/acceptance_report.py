@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from contracts.acceptance import Acceptance
 
 HEADER = "| category | dataset | n | mean acceptance length [95%] | draft acceptance rate | per position |"
 RULE = "|---|---|---:|---:|---:|---|"
+ALL = "(all)"
+"""The category of a row over all categories."""
 
 
 def summarize(
@@ -35,16 +38,18 @@ def summarize(
 ) -> dict[str, Any]:
     """Compute the figures of each K from its groups `results[K]`, as bench/acceptance.py writes them.
 
-    `rows` has an entry per set, category, mode, temperature and K; `by_mode` and `pooled` aggregate them.
+    `rows` has an entry per set, category, mode, temperature and K; `by_set`, `by_mode` and `pooled` aggregate them.
     """
-    report: dict[str, Any] = {"rows": [], "by_mode": [], "pooled": {}, "greedy": {}, "overruns": {}}
+    report: dict[str, Any] = {"rows": [], "by_set": [], "by_mode": [], "pooled": {}, "greedy": {}, "overruns": {}}
     for k, groups in results.items():
         answers = {a.id: a for group in groups for a in answers_from_json(group["answers"])}
         loops = {id_ for id_, answer in answers.items() if find_loop(answer.token_ids, loop_tokens)}
         told = {_key(group) for group in groups if group["per_request"]}
-        rows = make_rows([turn for turn in turns if turn.group in told], answers, loops, k)
-        rows += [row_of_counters(turns, loops, group, k) for group in groups if not group["per_request"]]
+        of_requests = [turn for turn in turns if turn.group in told]
+        of_counters = [row_of_counters(turns, loops, group, k) for group in groups if not group["per_request"]]
+        rows = make_rows(of_requests, answers, loops, k) + of_counters
         report["rows"] += rows
+        report["by_set"] += make_set_rows(of_requests, answers, loops, k) + of_counters
         modes = sorted({(row["thinking_mode"], row["temperature"]) for row in rows})
         for mode, temperature in modes:
             members = [row for row in rows if (row["thinking_mode"], row["temperature"]) == (mode, temperature)]
@@ -97,6 +102,13 @@ def make_rows(
     return rows
 
 
+def make_set_rows(
+    turns: Sequence[Turn], answers: Mapping[str, Answer], loops: Collection[str], num_draft_tokens: int
+) -> list[dict[str, Any]]:
+    """Make a row per set, mode and temperature, over all categories."""
+    return make_rows([replace(turn, category=ALL) for turn in turns], answers, loops, num_draft_tokens)
+
+
 def row_of_counters(
     turns: Sequence[Turn], loops: Collection[str], group: Mapping[str, Any], num_draft_tokens: int
 ) -> dict[str, Any]:
@@ -108,7 +120,7 @@ def row_of_counters(
     )
     return {
         "dataset": group["dataset"],
-        "category": "(all)",
+        "category": ALL,
         "thinking_mode": group["thinking_mode"],
         "temperature": group["temperature"],
         "num_draft_tokens": num_draft_tokens,

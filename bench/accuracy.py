@@ -26,7 +26,7 @@ from common.files import hash_file, hash_json, read_json, write_json
 from contracts.conversation import NO_FILTERS, NO_PENALTIES
 from contracts.run import Run
 from recipe.recipe import Recipe
-from serve.command import MODEL_NAME, Serving, build_command, fingerprint_draft, speculation_of
+from serve.command import MODEL_NAME, Serving, build_command, draft_inputs, speculation_of
 from serve.flags import Sizes
 from serve.server import find_port, run_server
 from serve.settings import measured_settings
@@ -164,7 +164,7 @@ def measure(work: Evaluation) -> dict[str, Any]:
         },
         inputs={
             "target": work.target.fingerprint,
-            "draft": fingerprint_draft(recipe, work.draft),
+            **draft_inputs(recipe, work.draft),
             "include_path": hash_folder(section.include_path) if section.include_path else "",
         },
         recipe_yaml=recipe.to_yaml(),

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 app = make_app("Measure a served draft: acceptance, speed, accuracy, agreement with the trainer.")
 
-DraftOption = Annotated[Path, typer.Option(help="Folder of the exported draft (`train export`).")]
+DraftOption = Annotated[
+    Path, typer.Option(help="Folder of the exported draft (`train export`), or org/name@revision on the hub.")
+]
 StoreOption = Annotated[Path, typer.Option(help="A store of greedy conversations (`dump run`).")]
 
 
@@ -111,6 +113,7 @@ def acceptance(
     from bench.acceptance import Matrix, measure
     from bench.draft_tokens import parse_draft_tokens
     from bench.replay import measure as replay
+    from drafts.published import find_draft
 
     if (conversations is None) == (not prompts):
         raise typer.BadParameter("give either --conversations or --prompts")
@@ -118,13 +121,13 @@ def acceptance(
         raise typer.BadParameter("--thinking-modes, --temperature, --limit and --endpoint need --prompts")
     loaded = options.load()
     if conversations is not None:
-        replay(loaded, conversations, draft, output, parse_draft_tokens(draft_tokens))
+        replay(loaded, conversations, find_draft(draft), output, parse_draft_tokens(draft_tokens))
         return
     modes = thinking_modes.split(",") if thinking_modes is not None else list(dict.fromkeys(loaded.synth.modes_in_turn))
     matrix = Matrix(
         prompts or [], modes or [""], temperature or [0.0], parse_draft_tokens(draft_tokens), limit, endpoint
     )
-    measure(loaded, options.args, draft, matrix, output)
+    measure(loaded, options.args, find_draft(draft), matrix, output)
 
 
 @app.command(
@@ -156,9 +159,10 @@ def lossless(
 ) -> None:
     """Check greedy equality under prefix caching, chunked prefill, concurrency and tool calls."""
     from bench.lossless import Check, Load, check
+    from drafts.published import find_draft
 
     load = Load(conversations, requests, concurrency or [1, 8, 32], max_num_batched_tokens, tolerance)
-    check(Check(options.load(), draft, load, output))
+    check(Check(options.load(), find_draft(draft), load, output))
 
 
 @app.command(
@@ -186,6 +190,7 @@ def accuracy(
     own flags.
     """
     from bench.accuracy import Evaluation, measure
+    from drafts.published import find_draft
 
     flags = {
         "bench.accuracy.tasks": None if tasks is None else [name for name in tasks.split(",") if name],
@@ -193,7 +198,7 @@ def accuracy(
         "bench.accuracy.limit": limit,
     }
     loaded = options.load(flags)
-    measure(Evaluation(loaded, draft, output, points.plan_evaluated(loaded)))
+    measure(Evaluation(loaded, find_draft(draft), output, points.plan_evaluated(loaded)))
 
 
 @app.command(
@@ -232,8 +237,9 @@ def parity(
     from bench.parity import Compared
     from bench.parity import parity as compare_sides
     from contracts.draft import DraftRun
+    from drafts.published import find_draft
 
-    compare_sides(options.load(), options.args, Compared(DraftRun(run), draft, store), output, samples)
+    compare_sides(options.load(), options.args, Compared(DraftRun(run), find_draft(draft), store), output, samples)
 
 
 @app.command(epilog="Example: see the last command of recipes/Tiny-DFlash/run.sh")
@@ -284,16 +290,19 @@ def sweep(
     draft: Annotated[
         str | None,
         typer.Option(
-            help="An exported draft (`train export`), or the name of one in serve.heads.", show_default="no draft"
+            help="An exported draft (`train export`), org/name@revision on the hub, or the name of one in serve.heads.",
+            show_default="no draft",
         ),
     ] = None,
     baseline: Annotated[bool, typer.Option(help="Also measure each point without the draft.")] = True,
 ) -> None:
     """Measure throughput, latencies and acceptance of each layout and load, with and without the draft."""
     from bench.sweep import sweep as sweep_points
+    from drafts.published import find_draft
 
     loaded = options.load()
-    sweep_points(loaded, points.plan(loaded), draft, output, with_baseline=baseline)
+    found = str(find_draft(draft)) if draft else None
+    sweep_points(loaded, points.plan(loaded), found, output, with_baseline=baseline)
 
 
 @app.command(epilog="Example: bench compare runs/sweep runs/sweep-eagle3 --output runs/compare")

@@ -31,7 +31,7 @@ from contracts.conversation import CONVERSATIONS_FILE, check_written_by, read_co
 from contracts.run import Run
 from recipe.recipe import Recipe
 from serve.client import AnswerError, Client, ask
-from serve.command import MODEL_NAME, Serving, build_command, fingerprint_draft
+from serve.command import MODEL_NAME, Serving, build_command, draft_inputs
 from serve.flags import layer_flags, speculative_overrides
 from serve.server import find_port, run_server
 from serve.settings import NEUTRAL_FLAGS, output_settings
@@ -164,7 +164,7 @@ def check(work: Check) -> dict[str, Any]:
         inputs={
             **{name: hash_file(path) for name, path in files.items() if path},
             "target": work.target.fingerprint,
-            "draft": fingerprint_draft(recipe, work.draft),
+            **draft_inputs(recipe, work.draft),
         },
         recipe_yaml=recipe.to_yaml(),
     )

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.acceptance_report import make_set_rows
 from bench.differences import compare_replies, find_overruns
 from bench.draft_tokens import check_draft_tokens, with_draft_tokens
 from bench.requests import (
@@ -38,7 +39,7 @@ from contracts.conversation import CONVERSATIONS_FILE, check_written_by, read_co
 from contracts.run import Run
 from contracts.speeds import Speeds, explain_speeds, warn_of_noise, warn_of_slow_draft
 from recipe.recipe import Recipe
-from serve.command import MODEL_NAME, Serving, build_command, fingerprint_draft, speculation_of
+from serve.command import MODEL_NAME, Serving, build_command, draft_inputs, speculation_of
 from serve.flags import speculative_overrides
 from serve.ranks import watch_ranks
 from serve.server import find_port, run_server
@@ -72,7 +73,7 @@ def measure(
     state = check_written_by(conversations, target)
     own = int(speculation_of(recipe, target, draft)["num_speculative_tokens"])
     numbers = check_draft_tokens(draft_tokens or [1, served_draft_tokens(recipe, own)], own, draft)
-    turns = read_turns(read_conversations(conversations))
+    turns = read_turns(read_conversations(conversations), dataset=conversations.resolve().name)
     refuse_min_p(conversations, turns)
     if not turns:
         raise UserError(conversations, found="no finished conversation", expected="some", fix="Raise synth.max_tokens.")
@@ -87,16 +88,16 @@ def measure(
         inputs={
             "conversations": hash_file(conversations / CONVERSATIONS_FILE),
             "target": target.fingerprint,
-            "draft": fingerprint_draft(recipe, draft),
+            **draft_inputs(recipe, draft),
         },
         recipe_yaml=recipe.to_yaml(),
     )
     if run.complete:
         report = dict(read_json(output / "acceptance.json", "a finished benchmark"))
-        if sorted(map(int, report.get("by_draft_tokens", []))) == numbers:
+        if "by_set" in report and sorted(map(int, report["by_draft_tokens"])) == numbers:
             print(f"bench: {output} is finished, skipped")
             return report
-        run.reopen()  # this call measures other numbers of draft tokens
+        run.reopen()  # this call measures other numbers of draft tokens, or the figures are of an earlier version
     replay = Replay(recipe, target, turns, run)
     baseline = serve_and_send(replay, None, output / "baseline.json")
     runs = {}
@@ -136,6 +137,7 @@ def make_report(
         **reports[max(runs)],
         **{name: sum(report[name] for report in reports.values()) for name in ("greedy_identical", "greedy_total")},
         "differing": [{**found, "draft_tokens": k} for k, report in reports.items() for found in report["differing"]],
+        "by_set": [row for report in reports.values() for row in report["by_set"]],
         "by_draft_tokens": {
             str(k): {name: report[name] for name in ("acceptance_length", "per_position", "steps", "tokens_per_s")}
             for k, report in reports.items()
@@ -263,6 +265,7 @@ def compare(
         **total.summary(),
         "by_mode": {mode: Acceptance.pool(parts).summary() for mode, parts in sorted(by_mode.items())},
         "by_category": {name: Acceptance.pool(parts).summary() for name, parts in sorted(by_category.items())},
+        "by_set": make_set_rows(measured, answers, (), num_draft_tokens),
         "turns": len(measured),
         "num_draft_tokens": num_draft_tokens,
         "counters": {"acceptance_length": round(raw.acceptance_length, 4), **counters},

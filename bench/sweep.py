@@ -24,7 +24,7 @@ from common.files import hash_file, read_json, write_atomic, write_json
 from common.redact import redact_words
 from contracts.run import Run
 from recipe.recipe import Recipe
-from serve.command import ServeCommand, Serving, build_command, fingerprint_draft, speculation_of
+from serve.command import ServeCommand, Serving, build_command, draft_inputs, speculation_of
 from serve.flags import Sizes
 from serve.server import find_port, run_server
 from serve.settings import measured_settings
@@ -97,7 +97,7 @@ def sweep(
         settings={"sweep": recipe.bench.sweep.settings(), "serve": measured_settings(recipe)},
         inputs={
             "target": target.fingerprint,
-            "draft": fingerprint_draft(recipe, draft) if draft else "",
+            **(draft_inputs(recipe, draft) if draft else {"draft": ""}),
             "dataset": _hash_dataset(recipe.bench.sweep.dataset),
         },
         recipe_yaml=recipe.to_yaml(),

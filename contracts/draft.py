@@ -6,7 +6,8 @@ run folder    step-000500/{weights.safetensors, state/, position.json, recipe.ya
               metrics.jsonl    one line every few steps; curves.png and tensorboard/ show them
 export        config.json, model.safetensors    what a server loads
               draftline.json   the descriptor, the same for all methods, which `serve`, `bench`, `distributed` read
-              README.md        the model card
+              certificate.json where the draft comes from, and its figures (contracts/certificate.py)
+              README.md        the model card, made from the certificate
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from common.section import Section
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 DESCRIPTOR_FILE = "draftline.json"
+CARD_FILE = "README.md"
 
 
 class Yarn(Section):

@@ -1,8 +1,9 @@
 """The run of a stage in its output folder: lock, settings, inputs, time and completion.
 
-Writes: `run.json` (stage, settings, inputs, seconds, whether complete), `resolved.yaml` (the recipe with defaults),
-        `command.txt` (all command lines of the run), `run.lock` (locked while a process works). Secrets are redacted
-        (common/redact.py).
+Writes: `run.json` (stage, settings, inputs, software and machine that began it, seconds, whether
+        complete), `resolved.yaml` (the
+        recipe with defaults), `command.txt` (all command lines of the run), `run.lock` (locked while a process works).
+        Secrets are redacted (common/redact.py).
 
 A folder belongs to one set of settings and inputs. Resuming with others is an error that names the difference.
 """
@@ -19,6 +20,7 @@ from typing import IO, Any
 from common.errors import UserError
 from common.files import explain_unwritable, lock_file, read_json, write_atomic, write_json
 from common.redact import redact, redact_words
+from common.versions import read_environment
 from contracts.shards import next_generation
 
 
@@ -55,7 +57,8 @@ class Run:
             state = read_json(path, "a run's state")
             _refuse_changes(folder, state, fresh)
         else:
-            state = {**fresh, "seconds": 0.0, "complete": False, "summary": {}}
+            begun = {"environment": read_environment(), "seconds": 0.0, "complete": False, "summary": {}}
+            state = {**fresh, **begun}  # a resume compares what is fresh
         run = cls(folder, state, lock)
         if not run.complete:
             run._begin()

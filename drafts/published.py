@@ -8,6 +8,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import read_json
+from common.hub import fetch_snapshot, parse_reference
 from contracts.draft import DESCRIPTOR_FILE, Descriptor, DraftConfig, DraftRun
 from drafts import METHODS
 from drafts.method import DraftMethod
@@ -62,15 +63,30 @@ def _recognize(folder: Path) -> tuple[DraftMethod, Descriptor, dict[str, Any]]:
     )
 
 
+def find_draft(draft: Path | str) -> Path:
+    """Return the folder of a draft; the only place that resolves `org/name@revision`, to a snapshot of one commit.
+
+    A folder here comes first. A name of serve.heads stays as it is. Commands call this once, so that one commit is used
+    from the first server to the last. A hub name without a revision is only looked up in the local cache: a mistyped
+    path must not download somebody's repository. Raises UserError for a revision that is neither on the hub nor in the
+    cache.
+    """
+    path = Path(draft)
+    if path.exists():
+        return path
+    reference = parse_reference(str(draft))
+    return fetch_snapshot(reference) if reference else find_folder(path)
+
+
 def read_draft(folder: Path, num_target_layers: int) -> tuple[DraftMethod, Published]:
     """Return the method and the draft of a training run, of one of its checkpoints, or of a published folder.
 
-    A hub name (`org/draft`) is looked up in the local hub cache. Raises UserError for a folder of no known method, and
-    for what the method's module does not implement.
+    `folder` may be a name on the hub (`find_draft`). Raises UserError for a folder of no known method, and for what the
+    method's module does not implement.
     """
     from drafts.weights import read_tensors
 
-    found = find_folder(folder)
+    found = find_draft(folder)
     for run in (DraftRun(found), DraftRun(found.parent)):
         if run.config_path.exists():
             return _read_checkpoint(run, run.chosen_weights().parent if run.folder == found else found)
@@ -80,7 +96,7 @@ def read_draft(folder: Path, num_target_layers: int) -> tuple[DraftMethod, Publi
             folder,
             found="no config.json" + (" in the hub's cache" if of_hub else ""),
             expected="a folder of `train offline`, one of its checkpoints, an export, or a published draft",
-            fix=f"Download it: hf download {folder}" if of_hub else "Correct the path.",
+            fix=f"Download it: hf download {folder}. Or give {folder}@main." if of_hub else "Correct the path.",
         )
     method, _, config = _recognize(found)
     draft = method.read_published(DraftFolder(found, config, read_tensors(found), num_target_layers))

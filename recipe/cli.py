@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from contracts.mooncake import Mooncake
     from recipe.recipe import Recipe
 
-RecipeOption = Annotated[Path, typer.Option("--recipe", "-r", help="The pipeline's recipe (YAML).")]
+_RECIPE = typer.Option("--recipe", "-r", help="The pipeline's recipe (YAML).")
+RecipeOption = Annotated[Path, _RECIPE]
+OptionalRecipeOption = Annotated[Path | None, _RECIPE]
 OverridesOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, as in train.num_steps=50. Repeatable."),

@@ -59,7 +59,8 @@ class TrainSection(Section):
         description="products in bf16, weights in fp32; default: on GPUs. CPUs gain with avx512_bf16 or AMX",
     )
     init_from: Path | None = operational(
-        default=None, description="start from a run, a checkpoint or a published draft's folder; default: at random"
+        default=None,
+        description="folder of a run, a checkpoint or a published draft to start from, or org/name@revision of the hub",
     )
     evaluate_every: int = operational(
         default=0, ge=0, description="steps between evaluations on held-out rows; 0: never"

@@ -48,8 +48,10 @@ torchrun --standalone --nproc-per-node "$gpus" -m train.cli eval "${with[@]}" --
   --store "$run/store/held_out" --output "$run/eval.json"
 train export "${with[@]}" --run "$run/draft" --output "$run/export" --eval "$run/eval.json"
 
-# 6. Measure the held-out prompts without the draft, with the recipe's number of draft tokens and with 1; the model card
-#    gets the speeds. Print the command that serves target and draft.
+# 6. Measure the held-out prompts without the draft, with the recipe's number of draft tokens and with 1; certificate and
+#    model card get the figures. Print the command that serves target and draft.
 bench acceptance "${with[@]}" --conversations "$run/synth/held_out" --draft "$run/export" --output "$run/bench"
-train export "${with[@]}" --run "$run/draft" --output "$run/export" --eval "$run/eval.json" --served "$run/bench"
+train export "${with[@]}" --run "$run/draft" --output "$run/export" --eval "$run/eval.json" --served "$run/bench" \
+  --store "$run/store/train"
+train export --check "$run/export"
 serve command "${with[@]}" --draft "$run/export" --for production

@@ -28,7 +28,9 @@ class ServerOptions:
     draft: Annotated[
         str | None,
         typer.Option(
-            help="An exported draft (`train export`), the name of one in serve.heads, or none.", show_default="none"
+            help="An exported draft (`train export`), org/name@revision on the hub, the name of one in serve.heads, or "
+            "none.",
+            show_default="none",
         ),
     ] = None
     variant: Annotated[
@@ -66,6 +68,7 @@ class ServerOptions:
 
     def build(self, recipe: Recipe, port: int) -> ServeCommand:
         """Build the command. Raises UserError for an unknown purpose or contradictory flags."""
+        from drafts.published import find_draft
         from recipe.check import note_ranks
         from recipe.serve import Purpose
         from serve.command import Serving, build_command
@@ -84,7 +87,7 @@ class ServerOptions:
             layer_ids = captured_layers(recipe.target, target)
             extraction = to_server_args(extraction_args(recipe, target, layer_ids, self.extract.absolute()))
         serving = Serving(
-            draft=None if self.draft == "none" else self.draft,
+            draft=None if self.draft in (None, "none") else find_draft(self.draft),
             purpose=cast("Purpose | None", self.purpose),
             sizes=Sizes(self.isl, self.osl, self.concurrency),
             extra_args={**extraction, **parse_flags(self.extra or [])},

@@ -15,6 +15,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import hash_file, hash_json, read_json
+from common.hub import revision_of
 from contracts.draft import DESCRIPTOR_FILE, Descriptor
 from drafts import METHODS
 from drafts.published import num_speculative_tokens, read_descriptor
@@ -91,6 +92,7 @@ class ServeCommand:
             f"  -e PYTHONPATH={CHECKOUT_IN_CONTAINER} -v {shlex.quote(f'{CHECKOUT}:{CHECKOUT_IN_CONTAINER}:ro')}",
         ]
         folders = [word for word in (*self.args, *_strings_in_json(self.args)) if Path(word).is_absolute()]
+        folders = [_whole_repository(folder) for folder in folders]
         lines += [f"  -v {shlex.quote(f'{folder}:{folder}:ro')}" for folder in dict.fromkeys(folders)]
         args = list(self.args)
         args[args.index("--host") + 1] = "0.0.0.0"  # noqa: S104 (inside the container; -p says who reaches it)
@@ -206,8 +208,19 @@ def fingerprint_draft(recipe: Recipe, draft: Path | str) -> str:
     """Hash a draft: the config and weights in an export's folder, or the recipe's entry in serve.heads."""
     if (head := recipe.serve.heads.get(str(draft))) is not None:
         return hash_json(head.model_dump(mode="json"))
-    files = [Path(draft) / "config.json", *sorted(Path(draft).glob("*.safetensors"))]
+    return fingerprint_files(Path(draft))
+
+
+def fingerprint_files(folder: Path) -> str:
+    """Hash the config and weights in an export's folder."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     return hash_json([hash_file(file) for file in files])
+
+
+def draft_inputs(recipe: Recipe, draft: Path | str) -> dict[str, str]:
+    """Return the inputs of a run with a draft: its hash, and the repository and commit of a snapshot of the hub."""
+    revision = None if str(draft) in recipe.serve.heads else revision_of(Path(draft))
+    return {"draft": fingerprint_draft(recipe, draft), **({"draft_revision": revision} if revision else {})}
 
 
 def of_head(head: HeadSection, target: Target) -> dict[str, Any]:
@@ -262,6 +275,11 @@ def check_draft(draft: Path, descriptor: Descriptor, target: Target) -> None:
             expected=f"one for {target.fingerprint[:12]} ({target.path})",
             fix="Train a draft for this target, or serve the other one.",
         )
+
+
+def _whole_repository(folder: str) -> str:
+    """Return the repository's folder of a snapshot in the hub's cache, whose files are links into it."""
+    return str(Path(folder).parent.parent) if revision_of(Path(folder)) else folder
 
 
 def _indent(args: Sequence[str], by: str = "  ") -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from contracts.conversation import CONVERSATIONS_FILE, Conversation, Sample
+from contracts.conversation import CONVERSATIONS_FILE, Conversation, Sample, hash_conversations
 from contracts.ledger import LedgerWriter
 from contracts.run import Run
 from contracts.store import Manifest, Store
@@ -48,13 +48,23 @@ def write_conversations(target_folder: Path, folder: Path, count: int, shared: i
     return folder
 
 
-def write_store(folder: Path, target: Target, num_samples: int = 10, layer_ids: Sequence[int] = (1, 2)) -> Path:
-    """A finished store of random states, made with the store's own writer. A layer's states are the same in all."""
+def write_store(
+    folder: Path,
+    target: Target,
+    num_samples: int = 10,
+    layer_ids: Sequence[int] = (1, 2),
+    conversations: Path | None = None,
+) -> Path:
+    """A finished store of random states, made with the store's own writer. A layer's states are the same in all.
+
+    Its manifest names `conversations`, whatever is in them.
+    """
+    checksum = hash_conversations([conversations]) if conversations else "c" * 64
     opened = Run.open(
         folder,
         "dump run",
         settings={},
-        inputs={"conversations": "c" * 64, "target": target.fingerprint},
+        inputs={"conversations": checksum, "target": target.fingerprint},
         recipe_yaml="",
     )
     store = Store(folder)
@@ -72,7 +82,8 @@ def write_store(folder: Path, target: Target, num_samples: int = 10, layer_ids: 
             engine="none",
             engine_version="",
             dtype="float32",
-            conversations="c" * 64,
+            conversations=checksum,
+            conversations_folder=str(conversations or ""),
         )
     )
     ledger = LedgerWriter(store.ledger_path)

@@ -1,133 +1,116 @@
-"""The model card of an exported draft."""
+"""The model card of an exported draft: README.md, made from its certificate and from nothing else.
+
+The YAML block at its top is the hub's metadata with a model-index, as huggingface_hub writes it
+(https://github.com/huggingface/hub-docs/blob/main/modelcard.md). The text is a jinja2 template.
+"""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from common.files import read_json
-from contracts.draft import DESCRIPTOR_FILE, Descriptor, DraftConfig
-from contracts.run import read_run
-from contracts.speeds import Speeds, explain_speeds
-from recipe.recipe import Recipe
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from contracts.certificate import AcceptanceRow, Certificate
+from contracts.draft import CARD_FILE, DESCRIPTOR_FILE
+from contracts.speeds import explain_speeds
+
+TEMPLATE = Path(__file__).with_name("card.md.j2")
+TASK = "text-generation"
+METRIC = "acceptance_length"
+HUB_NAME = re.compile(r"[\w.-]+/[\w-]+")
+"""Without a dot in the last part, which a path of a file has."""
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What is known of a draft: the report of `train eval`, and the folder of `bench acceptance`; None if not given."""
-
-    evaluation: Path | None = None
-    served: Path | None = None
-
-    def read_evaluation(self) -> dict[str, Any] | None:
-        return read_json(self.evaluation, "a report of `train eval`") if self.evaluation else None
-
-    def read_speeds(self, draft: str) -> list[Speeds] | None:
-        """Read the speeds; `draft` is the fingerprint of the export. Raises UserError for another draft's or none."""
-        if self.served is None:
-            return None
-        if read_run(self.served, "bench acceptance")["inputs"]["draft"] != draft:
-            raise UserError(
-                self.served, found="figures of another draft", expected="this draft's", fix="Give the right folder."
-            )
-        speeds = read_json(self.served / "acceptance.json", "the output of `bench acceptance`").get("speeds")
-        if not speeds:
-            raise UserError(
-                self.served,
-                found="no speeds",
-                expected="those with the draft and without",
-                fix="Run `bench acceptance --conversations`.",
-            )
-        return [Speeds.model_validate(at) for at in speeds]
+def make_card(certificate: Certificate) -> str:
+    """Return the card's text; it does not depend on the certificate's digests and on the card's own checksum."""
+    environment = Environment(  # noqa: S701 (Markdown, not HTML)
+        loader=FileSystemLoader(TEMPLATE.parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"figure": _figure, "interval": _interval, "counts": _counts, "mode": _mode, "cell": _cell}
+    text = environment.get_template(TEMPLATE.name).render(
+        c=certificate,
+        a="An" if certificate.draft.method[0] in "aeiou" else "A",
+        descriptor=DESCRIPTOR_FILE,
+        files={name: checksum for name, checksum in certificate.files.items() if name != CARD_FILE},
+        rows=[row for part in certificate.served for row in part.rows],
+        speeds=[(", ".join(part.sets), explain_speeds(part.speeds)) for part in certificate.served if part.speeds],
+        recommended=_recommended(certificate),
+    )
+    return f"---\n{make_metadata(certificate).to_yaml()}\n---\n{text}"
 
 
-def make_card(
-    config: DraftConfig,
-    recipe: Recipe,
-    descriptor: Descriptor,
-    figures: dict[str, Any] | None,
-    speeds: list[Speeds] | None = None,
-) -> str:
-    """Return the card's text: description, serving command, acceptance, speed and training data of the draft.
-
-    `figures`: a report of `train eval`, or None.
-    """
-    num_tokens = config.num_draft_tokens
-    speculation = {**descriptor.speculative, "model": "<this folder>", "num_speculative_tokens": num_tokens}
-    training = recipe.training()
-    return f"""---
-library_name: vllm
-tags: [speculative-decoding, {config.method}]
----
-# A {config.method} draft for {recipe.target.path.name}
-
-Hidden size {config.hidden_size}, {num_tokens} draft tokens per step; reads the outputs of the target's layers
-{config.layer_ids} (0-based). Embedding and lm_head are the target's.
-
-## Serving
-
-    vllm serve <target> --speculative-config '{json.dumps(speculation)}'
-
-## Acceptance
-
-{_acceptance(figures, num_tokens)}
-
-## Speed
-
-{_speed(speeds)}
-
-## Training
-
-| what | |
-|---|---|
-| target's fingerprint | `{config.target_fingerprint}` |
-| conversations (sha256) | `{config.store}` |
-| weights (sha256) | `{descriptor.sha256}` |
-| objective | {training.draft.objective}, {training.num_steps} steps |
-
-The whole recipe is in `{DESCRIPTOR_FILE}`.
-"""
-
-
-def _speed(speeds: list[Speeds] | None) -> str:
-    if speeds is None:
-        return "Not measured: give `train export --served` the folder of `bench acceptance --conversations`."
-    return (
-        "Tokens/s by number of draft tokens (K) and requests in flight, on held-out conversations. They hold for the "
-        "machine and the server flags of this measurement: measure on yours.\n\n" + explain_speeds(speeds)
+def make_metadata(certificate: Certificate) -> ModelCardData:
+    """Return the hub's metadata, with a result in the model-index for each row of the certificate."""
+    results = [
+        _make_result(row, source)
+        for source, parts in (("simulated", certificate.predicted), ("served by vLLM", certificate.served))
+        for part in parts
+        for row in part.rows
+    ]
+    sources = certificate.data.prompts.sources if certificate.data.prompts else []
+    return ModelCardData(
+        library_name="vllm",
+        tags=["speculative-decoding", "draft-model", certificate.draft.method, "draftline"],
+        base_model=certificate.target.repository,
+        datasets=[source.origin for source in sources if HUB_NAME.fullmatch(source.origin)] or None,
+        model_name=certificate.name if results else None,
+        eval_results=results or None,
     )
 
 
-def _acceptance(figures: dict[str, Any] | None, num_tokens: int) -> str:
-    if figures is None:
-        return "Not evaluated: give `train export` the report of `train eval`."
-    low, high = figures["interval"]
-    rows = "\n".join(
-        f"| {mode or 'unset'} | {part['acceptance_length']:.3f} | {part['steps']} |"
-        for mode, part in figures["by_mode"].items()
-    )
-    return (
-        f"Simulated on {figures['samples']} held-out samples: acceptance length {figures['acceptance_length']:.3f} "
-        f"(95% interval {low:.3f} to {high:.3f}) at K = {num_tokens}; by position "
-        f"{', '.join(f'{share:.3f}' for share in figures['per_position'])}.\n\n"
-        f"| thinking mode | acceptance length | steps |\n|---|---|---|\n{rows}{_confidence(figures)}"
+def _make_result(row: AcceptanceRow, source: str) -> EvalResult:
+    """Return a row as a result. Those of one set and mode share an entry: the hub tells them apart by these two."""
+    temperature = "" if row.temperature is None else f", temperature {row.temperature:g}"
+    return EvalResult(
+        task_type=TASK,
+        task_name="Speculative decoding",
+        dataset_type=row.set,
+        dataset_name=row.set,
+        dataset_config=row.thinking_mode or None,
+        metric_type=METRIC,
+        metric_name=f"acceptance length, {source}, K = {row.num_draft_tokens}{temperature}",
+        metric_value=row.acceptance_length,
+        metric_args={
+            "source": source,
+            "num_draft_tokens": row.num_draft_tokens,
+            "temperature": row.temperature,
+            "confidence_interval": list(row.interval) if row.interval else None,
+            "steps": row.steps,
+        },
     )
 
 
-def _confidence(figures: dict[str, Any]) -> str:
-    """Return the reliability of the confidences by position; "" if the draft has none."""
-    if "confidence" not in figures:
-        return ""
-    found = figures["confidence"]
-    rows = "\n".join(
-        f"| {at['position']} | {at['tried']} | {at['accepted']:.3f} | {at['calibrated']:.3f} |"
-        for at in found["by_position"]
-    )
-    return (
-        f"\n\nConfidence head, calibrated on the same samples: expected calibration error "
-        f"{found['calibrated_error']:.3f} ({found['calibration_error']:.3f} before).\n\n"
-        f"| draft token | tried | accepted | mean confidence |\n|---|---|---|---|\n{rows}"
-    )
+def _recommended(certificate: Certificate) -> list[tuple[int, int, str]]:
+    """Return `(concurrency, K, set)` of the recommended numbers of draft tokens."""
+    return [(at.concurrency, at.recommended, ", ".join(part.sets)) for part in certificate.served for at in part.speeds]
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _interval(edges: Sequence[float] | None) -> str:
+    return f" [{edges[0]:.3f}, {edges[1]:.3f}]" if edges else ""
+
+
+def _counts(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{_cell(name)} {_cell(value)}" for name, value in values.items() if value not in (0, None, []))
+
+
+def _mode(row: AcceptanceRow) -> str:
+    temperature = "unknown" if row.temperature is None else f"{row.temperature:g}"
+    return f"{_cell(row.thinking_mode or 'unset')} | {temperature}"
+
+
+def _cell(value: object) -> str:
+    """Return text for a cell of a table: on one line, without the sign that ends it."""
+    words: Iterable[str] = str(value).split()
+    return " ".join(words).replace("|", "\\|")

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from common.cli import expand_options, make_app
 from common.errors import UserError, run_app
-from recipe.cli import NO_MOONCAKE, MooncakeOptions, OverridesOption, RecipeOption, load_checked
+from recipe.cli import (
+    NO_MOONCAKE,
+    MooncakeOptions,
+    OptionalRecipeOption,
+    OverridesOption,
+    RecipeOption,
+    load_checked,
+)
+
+if TYPE_CHECKING:
+    from train.certificate import Figures
 
 app = make_app("Train a draft from a store, evaluate it, export it.")
 
@@ -88,7 +99,10 @@ def eval_(
     output: Annotated[Path, typer.Option("--output", "-o", help="The report (JSON).")],
     run: OptionalRunOption = None,
     draft: Annotated[
-        Path | None, typer.Option(help="Instead of --run: an export, or a published draft of any known layout.")
+        Path | None,
+        typer.Option(
+            help="Instead of --run: an export, a published draft of any known layout, or org/name@revision on the hub."
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Evaluate only the first N samples.")] = None,
     proposals: Annotated[
@@ -110,29 +124,94 @@ def eval_(
     evaluate(load_checked(recipe, set_), Evaluation(store, output, run, draft, samples, force, proposals))
 
 
-@app.command(epilog="Example: train export -r recipes/Tiny-DFlash/recipe.yaml --run runs/draft --output runs/export")
-def export(
-    recipe: RecipeOption,
-    run: RunOption,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The directory that a server loads.")],
+@dataclass(frozen=True)
+class CitedOptions:
+    """The reports and the data that a draft's certificate cites."""
+
     evaluation: Annotated[
-        Path | None, typer.Option("--eval", help="Report of `train eval`, for the model card.")
-    ] = None,
+        list[str] | None,
+        typer.Option(
+            "--eval",
+            metavar="[NAME=]FILE",
+            help="Report of `train eval`. Repeatable; the first one also calibrates confidences.",
+        ),
+    ] = None
     served: Annotated[
-        Path | None,
-        typer.Option(help="Folder of `bench acceptance --conversations`: its speeds go on the model card."),
-    ] = None,
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FOLDER",
+            help="Folder of `bench acceptance` or `bench lossless` with this draft. Repeatable.",
+        ),
+    ] = None
+    store: Annotated[Path | None, typer.Option(help="The store that the draft was trained on.")] = None
+    prompts: Annotated[
+        Path | None, typer.Option(help="With --store: the prompts' manifest (`synth prepare`), for their licenses.")
+    ] = None
+
+    def figures(self) -> Figures:
+        """Return where they are. Raises UserError for a wrong name."""
+        from train.certificate import Figures
+        from train.provenance import DataFolders
+        from train.reports import Source
+
+        return Figures(
+            [Source.parse("--eval", text) for text in self.evaluation or []],
+            [Source.parse("--served", text) for text in self.served or []],
+            DataFolders(self.store, self.prompts),
+        )
+
+
+@app.command(epilog="Example: train export -r recipes/Tiny-DFlash/recipe.yaml --run runs/draft --output runs/export")
+@expand_options
+def export(
+    cited: CitedOptions,
+    recipe: OptionalRecipeOption = None,
+    run: OptionalRunOption = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The directory that a server loads.")] = None,
     layout: Annotated[
         str | None,
         typer.Option("--format", help="A layout of the method: native or speculators.", show_default="native"),
     ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Write nothing: compare this export, or org/name@revision, with its certificate, and that with the "
+            "reports and the data given.",
+        ),
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Then upload --output to the hub, as a private repository.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: as a public one.")] = False,
     set_: OverridesOption = None,
 ) -> None:
-    """Write the folder that vLLM loads."""
-    from train.card import Figures
-    from train.export import export as export_draft
+    """Write the folder that vLLM loads, with its certificate and model card; check it; push it to the hub.
 
-    export_draft(load_checked(recipe, set_), run, output, Figures(evaluation, served), layout)
+    --push alone, with --output, uploads a finished export.
+    """
+    needed = {"--recipe": recipe, "--run": run, "--output": output}
+    missing = [name for name, value in needed.items() if value is None]
+    if check is not None:
+        from drafts.published import find_draft
+        from train.check import check_folder
+
+        if len(missing) < len(needed) or push:
+            raise typer.BadParameter("--check writes nothing: it takes no --recipe, --run, --output and --push")
+        check_folder(find_draft(check), cited.figures())
+        return
+    if public and not push:
+        raise typer.BadParameter("--public needs --push")
+    if missing and not (push and missing == ["--recipe", "--run"]):
+        raise typer.BadParameter(f"give {', '.join(missing)}, or --check FOLDER")
+    if recipe is not None and run is not None and output is not None:
+        from train.export import export as export_draft
+
+        export_draft(load_checked(recipe, set_), run, output, cited.figures(), layout)
+    if push and output is not None:
+        from train.push import push as push_draft
+
+        push_draft(output, push, public=public)
 
 
 @app.command(

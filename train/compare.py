@@ -23,10 +23,11 @@ from common.html import Table, write_page
 from contracts.acceptance import Acceptance
 from contracts.run import read_run
 from recipe.recipe import Recipe
-from train.card import Figures
+from train.certificate import Figures
 from train.evaluate import Evaluation, evaluate
 from train.export import export
 from train.offline import train_offline
+from train.reports import Source
 
 TEMPLATE = Path(__file__).with_name("compare.html.j2")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -90,7 +91,7 @@ def compare(
         folder = output / name
         train_offline(recipe, stores[0], folder / "draft")
         report = evaluate(recipe, Evaluation(stores[1], folder / "eval.json", folder / "draft"))
-        export(recipe, folder / "draft", folder / "export", Figures(folder / "eval.json"))
+        export(recipe, folder / "draft", folder / "export", Figures([Source(folder / "eval.json")]))
         done.append(Variant(name, recipe, report, read_run(folder / "draft", "train offline")))
     result = summarize(done)
     write_json(output / "compare.json", result)

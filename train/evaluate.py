@@ -3,8 +3,9 @@
 Reads:  a training run's chosen checkpoint, with the rope of its export, or a published draft's folder; and a store of
         held-out conversations.
 Writes: OUTPUT (JSON): acceptance length with its bootstrap interval and per position; by thinking mode, category,
-        length and temperature of the samples, and by the context before each step; the reliability of the draft's
-        confidences, if it has some. With `--proposals`, what the draft proposed at each step (contracts/proposals.py).
+        length and temperature of the samples (`rows`: by mode and temperature together), and by the context before each
+        step; the reliability of the draft's confidences, if it has some. With `--proposals`, what the draft proposed at
+        each step (contracts/proposals.py).
 
 The walk of one reply: the first token comes from the prefill and is the first anchor. Draft a block there, accept the
 prefix that agrees with the generated tokens, add the target's own next token, and continue from it. The last block ends
@@ -88,14 +89,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Subject:
-    """The draft that is evaluated: its config, the hash of its weights, the function that loads them.
+    """The draft that is evaluated: its config, what identifies its weights, the function that loads them.
 
     `load` also returns lines that say what became of each tensor of a folder. `start`: the folder that it was read
     from, if it is not a run's checkpoint.
     """
 
     config: DraftConfig
-    checksum: str
+    inputs: dict[str, str]
     load: Callable[[TargetHead], tuple[Draft, list[str]]]
     start: Start | None = None
 
@@ -115,7 +116,7 @@ def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
     config = subject.config
     refuse_unseen(config, manifest, asked.run or asked.draft or asked.store)
     inputs = {
-        "draft": subject.checksum,
+        **subject.inputs,
         "yarn": config.yarn.model_dump() if config.yarn else None,
         "store": store.checksum,
         "samples": asked.num_samples,
@@ -124,7 +125,8 @@ def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
     }
     if asked.output.exists():
         report = read_json(asked.output, "an evaluation")
-        if report.get("inputs") == inputs and _has_proposals(asked, report):
+        # Reports of earlier versions have no rows.
+        if report.get("inputs") == inputs and "rows" in report and _has_proposals(asked, report):
             print(f"eval: {asked.output} is finished, skipped (acceptance length {report['acceptance_length']:.3f})")
             return dict(report)
     sample_ids = store.sample_ids()[: asked.num_samples]
@@ -145,6 +147,7 @@ def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
         samples = Samples(store, sample_ids, manifest.layer_ids, keep_proposals=asked.proposals is not None)
         walked, shifted = _walk_all(draft, head, samples, processes)
     report = {**_report(walked, config.num_draft_tokens), **_compare(walked, shifted, config), "inputs": inputs}
+    report["set"] = asked.store.resolve().name
     if processes.is_first:
         if asked.proposals is not None:
             steps = {one.sample: one.proposals for one in walked if one.proposals is not None}
@@ -195,7 +198,7 @@ def _open_draft(recipe: Recipe, target: Target, manifest: Manifest, asked: Evalu
         run = DraftRun(asked.run)
         config = served_config(read_config(run), recipe)
         _check_store(asked.store, manifest, config, target)
-        return Subject(config, hash_file(run.chosen_weights()), lambda _: (load_served(run, recipe), []))
+        return Subject(config, {"draft": hash_file(run.chosen_weights())}, lambda _: (load_served(run, recipe), []))
     assert asked.draft is not None
     start = open_start(asked.draft, recipe, target)
     source = {"target_fingerprint": target.fingerprint, "store": ""}
@@ -207,7 +210,7 @@ def _open_draft(recipe: Recipe, target: Target, manifest: Manifest, asked: Evalu
         lines = load_start(start, draft, head)
         return draft.eval(), lines
 
-    return Subject(config, start.checksum, load, start)
+    return Subject(config, start.inputs("draft"), load, start)
 
 
 def acceptance_of(draft: Draft, head: TargetHead, samples: Iterable[StoredSample]) -> Acceptance:
@@ -373,11 +376,29 @@ def _report(walked: list[Walked], num_tokens: int) -> dict[str, Any]:
             name: {key: _summarize(members) for key, members in sorted(by_key.items())}
             for name, by_key in groups.items()
         },
+        "rows": _make_rows(walked, num_tokens),
         "samples": len(walked),
         **_confidence(walked),
         **_sampled(walked),
         "walks": [{"sample": one.sample, "accepted": one.accepted} for one in walked],
     }
+
+
+def _make_rows(walked: list[Walked], num_tokens: int) -> list[dict[str, Any]]:
+    """Return a row per thinking mode and temperature; a temperature is None where the store has none."""
+    groups: dict[tuple[str, str], list[Acceptance]] = {}
+    for one in walked:
+        key = one.groups["by_mode"], one.groups["by_temperature"]
+        groups.setdefault(key, []).append(one.acceptance(num_tokens))
+    return [
+        {
+            "thinking_mode": mode,
+            "temperature": float(temperature) if temperature else None,
+            "n": len(parts),
+            **_summarize(parts),
+        }
+        for (mode, temperature), parts in sorted(groups.items())
+    ]
 
 
 def _confidence(walked: list[Walked]) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 Reads:  a training run's chosen checkpoint.
 Writes: OUTPUT/config.json and model.safetensors (without embedding and lm_head: the server shares the target's),
-        draftline.json (the descriptor) and README.md (the model card). The folder has a temporary name until it is
-        complete.
+        draftline.json (the descriptor), certificate.json and README.md (the model card). The folder has a temporary
+        name until it is complete.
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,19 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from common.files import explain_unwritable, hash_file, read_json, write_atomic, write_json
-from contracts.draft import DESCRIPTOR_FILE, Descriptor, DraftConfig, DraftRun
+from common.versions import read_environment
+from contracts.certificate import CERTIFICATE_FILE, read_certificate
+from contracts.draft import CARD_FILE, DESCRIPTOR_FILE, Descriptor, DraftConfig, DraftRun
 from contracts.run import read_run
 from contracts.store import DTYPES
 from drafts import METHODS
 from drafts.method import DraftMethod, ExportFacts
-from drafts.published import read_config
+from drafts.published import read_config, read_descriptor
 from recipe.recipe import Recipe
-from serve.command import fingerprint_draft
 from target.target import Target
-from train.card import Figures, make_card
+from train.card import make_card
+from train.certificate import Exported, Figures, build_certificate
 from train.draft import served_config
-
-CARD_FILE = "README.md"
 
 
 def export(
@@ -37,11 +38,11 @@ def export(
 ) -> None:
     """Write the draft of a run to `output`; keep an export that has the same descriptor.
 
-    `figures`: for the model card; speeds are also added to an existing export's card, since they are measured with it.
-    `layout`: one of the method's; default: its first.
+    `figures`: for the certificate and the card. Those of an existing export are written anew if any are given, since
+    most are measured with it. `layout`: one of the method's; default: its first.
 
     Raises UserError if `output` holds something else, if YaRN's window is not the context length, for an unknown
-    layout, or for speeds of another draft.
+    layout, or for figures of another draft.
     """
     figures = figures or Figures()
     read_run(run_folder, "train offline")
@@ -52,41 +53,62 @@ def export(
     if layout not in method.layouts:
         raise UserError("--format", found=layout, expected=f"one of {', '.join(method.layouts)}", fix="Correct it.")
     weights = run.chosen_weights()
-    evaluated = figures.read_evaluation()
-    calibration = _calibration(evaluated, weights)
+    evaluation = figures.evaluations[0].path if figures.evaluations else None
+    calibration = _calibration(evaluation, weights)
     descriptor = method.describe_trained(config).model_copy(
         update={
             "weights": f"{weights.parent.name}/{weights.name}",
             "sha256": hash_file(weights),
             "dtype": recipe.export.dtype,
             "layout": layout,
-            "evaluation": hash_file(figures.evaluation) if figures.evaluation else None,
+            "evaluation": hash_file(evaluation) if evaluation else None,
             "calibration": calibration,
             "recipe": recipe.redacted(),
         }
     )
+    exported = Exported(output, run, config, descriptor)
     if output.exists():
-        _refuse_changes(output, descriptor)
-        speeds = figures.read_speeds(fingerprint_draft(recipe, output))
-        card = make_card(config, recipe, descriptor, evaluated, speeds)
-        if speeds is None or card == (output / CARD_FILE).read_text(encoding="utf-8"):
-            print(f"export: {output} is finished, skipped")
-        else:
-            write_atomic(output / CARD_FILE, card)
-            print(f"export: speeds of {figures.served} -> {output / CARD_FILE}")
+        _renew_card(recipe, exported, figures)
         return
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with explain_unwritable(output):
         temporary.mkdir(parents=True)
-    source = _Source(weights, calibration)
-    _write_weights(method, config, layout, source, recipe, temporary)
+    _write_weights(method, config, layout, _Source(weights, calibration), recipe, temporary)
     write_json(temporary / DESCRIPTOR_FILE, descriptor.model_dump(mode="json"))
-    speeds = figures.read_speeds(fingerprint_draft(recipe, temporary))
-    card = make_card(config, recipe, descriptor, evaluated, speeds)
-    (temporary / CARD_FILE).write_text(card, encoding="utf-8")
+    _write_card(recipe, replace(exported, folder=temporary), figures, read_environment())
     temporary.rename(output)
     print(f"export: {weights.parent.name} -> {output}")
+
+
+def _renew_card(recipe: Recipe, exported: Exported, figures: Figures) -> None:
+    """Write certificate and card of an existing export anew if figures are given, or if it has none."""
+    output = exported.folder
+    _refuse_changes(output, exported.descriptor)
+    exists = (output / CERTIFICATE_FILE).exists()
+    if exists and not figures.any:
+        print(f"export: {output} is finished, skipped")
+        return
+    environment = read_certificate(output)[0].environment if exists else read_environment()
+    exported = replace(exported, descriptor=read_descriptor(output))  # with the recipe of the export
+    if _write_card(recipe, exported, figures, environment):
+        print(f"export: certificate and card -> {output / CARD_FILE}")
+    else:
+        print(f"export: {output} is finished, skipped")
+
+
+def _write_card(recipe: Recipe, exported: Exported, figures: Figures, environment: Mapping[str, str]) -> bool:
+    """Write certificate.json and README.md; return whether they differ from those that were there."""
+    certificate = build_certificate(recipe, exported, figures, environment)
+    card = make_card(certificate)
+    sealed, folder = certificate.sealed(card), exported.folder
+    if (folder / CERTIFICATE_FILE).exists() and (folder / CARD_FILE).exists():
+        before = read_json(folder / CERTIFICATE_FILE, "a certificate"), (folder / CARD_FILE).read_bytes()
+        if before == (sealed.model_dump(mode="json"), card.encode()):
+            return False
+    sealed.write(folder)
+    write_atomic(folder / CARD_FILE, card)
+    return True
 
 
 @dataclass(frozen=True)
@@ -97,10 +119,11 @@ class _Source:
     calibration: tuple[float, float] | None
 
 
-def _calibration(evaluated: dict[str, Any] | None, weights: Path) -> tuple[float, float] | None:
+def _calibration(evaluation: Path | None, weights: Path) -> tuple[float, float] | None:
     """Return the calibration that an evaluation found. Raises UserError if it is of other weights."""
-    found = (evaluated or {}).get("confidence")
-    if evaluated is None or found is None:
+    evaluated = read_json(evaluation, "a report of `train eval`") if evaluation else {}
+    found = evaluated.get("confidence")
+    if found is None:
         return None
     if (evaluated.get("inputs") or {}).get("draft") != hash_file(weights):
         raise UserError(

@@ -84,7 +84,7 @@ def train_offline(
                 inputs={
                     "target": target.fingerprint,
                     "store": store.checksum,
-                    **({"init_from": start.checksum} if start else {}),
+                    **(start.inputs("init_from") if start else {}),
                 },
                 recipe_yaml=recipe.to_yaml(),
             )

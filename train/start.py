@@ -1,6 +1,7 @@
 """Start from a draft that exists: read it, check it against target and recipe, load its weights, say what was taken.
 
-Reads: a run's folder, one of its checkpoints, or a published draft's folder (`train.init_from`, `train eval --draft`).
+Reads: a run's folder, one of its checkpoints, a published draft's folder, or `org/name@revision` on the hub
+       (`train.init_from`, `train eval --draft`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from common.errors import UserError
+from common.hub import revision_of
 from contracts.draft import DraftConfig
 from drafts import METHODS
 from drafts.draft import Draft
@@ -44,6 +46,11 @@ class Start:
     def checksum(self) -> str:
         """The hash of its weights."""
         return hash_weights(self.draft.path)
+
+    def inputs(self, name: str) -> dict[str, str]:
+        """Return the inputs of a run that uses it: its checksum, and the repository and commit if it is of the hub."""
+        revision = revision_of(self.draft.path)
+        return {name: self.checksum, **({f"{name}_revision": revision} if revision else {})}
 
 
 def open_start(folder: Path, recipe: Recipe, target: Target, *, to_train: bool = False) -> Start:

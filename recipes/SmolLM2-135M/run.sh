@@ -43,9 +43,14 @@ train eval "${with[@]}" --run "$run/draft" --store "$run/store/held_out" --outpu
 train export "${with[@]}" --run "$run/draft" --output "$run/export" --eval "$run/eval-held_out.json"
 
 # 5. Predict and measure the acceptance on prompts that the draft never saw, and the speed with the draft and without.
+figures=(--eval "$run/eval-held_out.json" --store "$run/store/train")
 for split in "${splits[@]:1}"; do
   train eval "${with[@]}" --run "$run/draft" --store "$run/store/$split" --output "$run/eval-$split.json"
   bench acceptance "${with[@]}" --conversations "$run/synth/$split" --draft "$run/export" --output "$run/bench/$split"
+  figures+=(--served "$run/bench/$split")
+  if [[ "$split" != held_out ]]; then
+    figures+=(--eval "$run/eval-$split.json")
+  fi
 done
-train export "${with[@]}" --run "$run/draft" --output "$run/export" --eval "$run/eval-held_out.json" \
-  --served "$run/bench/held_out"
+train export "${with[@]}" --run "$run/draft" --output "$run/export" "${figures[@]}"
+train export --check "$run/export"

@@ -31,10 +31,12 @@ train offline "${with[@]}" --store "$run/store/train" --output "$run/draft"
 train eval "${with[@]}" --run "$run/draft" --store "$run/store/held_out" --output "$run/eval.json"
 train export "${with[@]}" --run "$run/draft" --output "$run/export" --eval "$run/eval.json"
 
-# 5. Measure the held-out prompts without the draft, with 7 draft tokens and with 1. The model card gets the speeds, and the
-#    number of draft tokens to serve at each concurrency.
+# 5. Measure the held-out prompts without the draft, with 7 draft tokens and with 1. Certificate and model card get the
+#    figures, and the number of draft tokens to serve at each concurrency.
 bench acceptance "${with[@]}" --conversations "$run/synth/held_out" --draft "$run/export" --output "$run/bench"
-train export "${with[@]}" --run "$run/draft" --output "$run/export" --eval "$run/eval.json" --served "$run/bench"
+train export "${with[@]}" --run "$run/draft" --output "$run/export" --eval "$run/eval.json" --served "$run/bench" \
+  --store "$run/store/train"
+train export --check "$run/export"
 bench report --target "$run/target" \
   --synth-train "$run/synth/train" --synth-held-out "$run/synth/held_out" \
   --store-train "$run/store/train" --store-held-out "$run/store/held_out" \

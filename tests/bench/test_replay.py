@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from bench.acceptance import check_counters
 from bench.differences import compare_replies, find_overruns
-from bench.replay import compare
+from bench.replay import compare, make_report
 from bench.report import make_table
 from bench.requests import Answer, Turn, answers_to_json, kept_steps, read_turns
 from common.errors import IncompleteError
@@ -57,6 +58,19 @@ def test_the_figures_come_from_sums_and_a_difference_is_located() -> None:
     assert (report["greedy_identical"], report["greedy_total"]) == (1, 2)
     (found,) = report["differing"]
     assert (found["turn"], found["concurrency"], found["first_token"], found["tokens"]) == ("b", 1, 0, (1, 9))
+
+
+def test_a_set_has_a_row_for_each_mode_and_number_of_draft_tokens_with_its_interval() -> None:
+    turns, baseline, drafted = make_results({"num_drafts": 2.0, "num_accepted_tokens": 1.0})
+    turns = [replace(turn, dataset="held_out") for turn in turns]
+    report = make_report(turns, baseline, {3: drafted, 1: drafted})
+    rows = [
+        (row["dataset"], row["thinking_mode"], row["temperature"], row["num_draft_tokens"], row["acceptance_length"])
+        for row in report["by_set"]
+    ]
+    of_set = [("held_out", mode, 0.0, k, length) for k in (1, 3) for mode, length in (("disabled", 1), ("enabled", 2))]
+    assert rows == of_set
+    assert all(row["interval"] == [row["acceptance_length"]] * 2 and row["n"] == 1 for row in report["by_set"])
 
 
 def test_a_difference_tells_the_logit_gap_after_the_last_common_token() -> None:

@@ -254,7 +254,7 @@ def test_a_draft_of_another_method_or_without_weights_or_with_code_is_refused(tr
     assert "train.draft.method: found dflash, expected eagle3" in result.stderr
     absent = trained.start("dflash", Path("org/draft"), tmp_path / "run", check=False)
     assert "org/draft: found no config.json in the hub's cache" in absent.stderr
-    assert "Download it: hf download org/draft" in absent.stderr
+    assert "Download it: hf download org/draft. Or give org/draft@main." in absent.stderr
     folder = trained.changed("dflash", tmp_path / "draft", lambda *_: None)
     (folder / "model.safetensors").unlink()
     assert "found no weights" in trained.start("dflash", folder, tmp_path / "run", check=False).stderr
