@@ -106,6 +106,13 @@ def acceptance(
         str | None,
         typer.Option(help="URL of a running server with this draft, ending in /v1.", show_default="start servers"),
     ] = None,
+    training_conversations: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="What the draft was trained on (`synth generate`, or its prompts). Report which questions overlap "
+            "with it, and the acceptance without them. Repeatable."
+        ),
+    ] = None,
 ) -> None:
     """Measure acceptance on prompt sets (by category, mode and draft tokens) or held-out conversations."""
     from bench.acceptance import Matrix, measure
@@ -118,11 +125,17 @@ def acceptance(
         raise typer.BadParameter("--thinking-modes, --temperature, --limit and --endpoint need --prompts")
     loaded = options.load()
     if conversations is not None:
-        replay(loaded, conversations, draft, output, parse_draft_tokens(draft_tokens))
+        replay(loaded, conversations, draft, output, parse_draft_tokens(draft_tokens), training_conversations or [])
         return
     modes = thinking_modes.split(",") if thinking_modes is not None else list(dict.fromkeys(loaded.synth.modes_in_turn))
     matrix = Matrix(
-        prompts or [], modes or [""], temperature or [0.0], parse_draft_tokens(draft_tokens), limit, endpoint
+        prompts or [],
+        modes or [""],
+        temperature or [0.0],
+        parse_draft_tokens(draft_tokens),
+        limit,
+        endpoint,
+        training_conversations or [],
     )
     measure(loaded, options.args, draft, matrix, output)
 

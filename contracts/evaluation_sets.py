@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import read_json
 from contracts.conversation import CONVERSATIONS_FILE
+from contracts.prepared import PROMPTS_FILE
 from contracts.prompt_files import PromptSet, open_hub, open_prompts
 from contracts.prompts import PROMPT_KEYS, parse_list, read_category, read_id
+from contracts.run import is_complete
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,9 @@ def parse_name(text: str, option: str = "--prompts") -> tuple[str, Path | None]:
     name, separator, path = text.partition("=")
     if not separator and name in SOURCES and not Path(name).is_file():
         return name, None
-    file = Path(path if separator else name)
-    name = name if separator else file.stem
-    if (file / CONVERSATIONS_FILE).is_file():
-        file /= CONVERSATIONS_FILE
+    folder = Path(path if separator else name)
+    name = name if separator else folder.stem
+    file = find_rows(folder)
     if not file.is_file():
         raise UserError(
             f"{option} {text}",
@@ -110,6 +112,26 @@ def parse_name(text: str, option: str = "--prompts") -> tuple[str, Path | None]:
             f"{option} {text}", found=f"the name {name!r}", expected="letters, digits, - and _", fix="Give NAME=FILE."
         )
     return name, file
+
+
+def find_rows(path: Path) -> Path:
+    """Return the file of rows in a folder of `synth generate` or `synth prepare`; any other path unchanged.
+
+    Raises UserError for an unfinished output or one whose shards were not merged.
+    """
+    if not (path / "run.json").exists():
+        return path
+    name = {"synth generate": CONVERSATIONS_FILE, "synth prepare": PROMPTS_FILE}.get(
+        read_json(path / "run.json", "a run's state")["stage"]
+    )
+    if name is None or not is_complete(path):
+        raise UserError(
+            path,
+            found="no finished output of `synth generate` or `synth prepare`",
+            expected="prompts or conversations",
+            fix="Finish it (`synth merge` joins shards), or give a file.",
+        )
+    return path / name
 
 
 def make_row(row: dict[str, Any], name: str, number: int, source: Source | None) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -23,12 +24,14 @@ import numpy as np
 from common.minhash import NUM_BANDS, band_keys, similarity, sketch
 from common.text import drop_symbols, normalize_tokens
 from contracts.evaluation_sets import EvaluationSet
+from contracts.prompt_files import Row
 from contracts.prompts import read_prompt_row, read_text
 
 NGRAM = 13
 MIN_WORDS = 8
 MAX_SHARED = 10
 NEAR = 0.8
+BATCH_ROWS = 256
 _FACTORS = np.random.default_rng(1).integers(2**63, size=256, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
 
@@ -116,6 +119,25 @@ def read_question(row: Mapping[str, Any], dataset: str, index: int) -> Question 
     # Training rows often hold the first turn of a question with several.
     texts = list(dict.fromkeys(["".join(map("".join, tokens)), "".join(tokens[0])])) if turns else []
     return Question(dataset, index, source.id, turns, texts) if turns else None
+
+
+def find_overlaps(rows: Iterable[Row], index: OverlapIndex) -> Iterator[tuple[dict[str, Any], list[Match]]]:
+    """Yield the rows of a training set that overlap with questions, prompts and replies, and their matches.
+
+    Rows that cannot be read are skipped, as in training.
+    """
+    rows = iter(rows)
+    while batch := list(islice(rows, BATCH_ROWS)):
+        values, documents = [], []
+        for row in batch:
+            try:
+                messages = read_prompt_row(row.value).messages
+            except ValueError:
+                continue
+            values.append(row.value)
+            documents.append(read_document(messages, with_replies=True))
+        found = index.find(documents, sketch([document.said for document in documents]))
+        yield from ((value, matches) for value, matches in zip(values, found, strict=True) if matches)
 
 
 class OverlapIndex:

@@ -87,6 +87,25 @@ def prepare(
     prepare_all(load_checked(recipe, set_, {"prepare.against": against or None}), output)
 
 
+@app.command(
+    epilog="Example: synth overlap runs/synth/train --against humaneval=humaneval.jsonl --against runs/synth/held_out "
+    "--output overlap.jsonl"
+)
+def overlap(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The output folder of `synth generate`, or prompts.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File for the conversations that overlap.")],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="An evaluation set, as in `synth prepare`. Repeatable.", show_default="all known sets"),
+    ] = None,
+    ngram: Annotated[int, typer.Option(min=5, max=50, help="Words in a row that make an overlap.")] = 13,
+) -> None:
+    """List conversations whose prompts or replies overlap with evaluation questions."""
+    from synth.overlap import check_overlap
+
+    check_overlap(run, against, output, ngram)
+
+
 @app.command(epilog="Example: synth presets")
 def presets() -> None:
     """List the prompt sets that `prepare.sources` knows by name: size, license, splits."""
