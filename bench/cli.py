@@ -20,6 +20,17 @@ app = make_app("Measure a served draft: acceptance, speed, accuracy, agreement w
 
 DraftOption = Annotated[Path, typer.Option(help="Folder of the exported draft (`train export`).")]
 StoreOption = Annotated[Path, typer.Option(help="A store of greedy conversations (`dump run`).")]
+EndpointOption = Annotated[
+    str | None,
+    typer.Option(help="URL of a running server with this draft, ending in /v1.", show_default="start servers"),
+]
+TrainingOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="What the draft was trained on (`synth generate`, or its prompts). Report which questions overlap with it, "
+        "and the acceptance without them. Repeatable."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -102,17 +113,8 @@ def acceptance(
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many rows of each set.")] = None,
-    endpoint: Annotated[
-        str | None,
-        typer.Option(help="URL of a running server with this draft, ending in /v1.", show_default="start servers"),
-    ] = None,
-    training_conversations: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="What the draft was trained on (`synth generate`, or its prompts). Report which questions overlap "
-            "with it, and the acceptance without them. Repeatable."
-        ),
-    ] = None,
+    endpoint: EndpointOption = None,
+    training_conversations: TrainingOption = None,
 ) -> None:
     """Measure acceptance on prompt sets (by category, mode and draft tokens) or held-out conversations."""
     from bench.acceptance import Matrix, measure

@@ -83,26 +83,12 @@ def measure(
     refuse_min_p(conversations, turns)
     if not turns:
         raise UserError(conversations, found="no finished conversation", expected="some", fix="Raise synth.max_tokens.")
-    run = Run.open(
-        output,
-        "bench acceptance",
-        settings={
-            "bench": recipe.bench.settings(),
-            "serve": measured_settings(recipe),
-            "max_tokens": recipe.synth.max_tokens,
-        },
-        inputs={
-            "conversations": hash_file(conversations / CONVERSATIONS_FILE),
-            "target": target.fingerprint,
-            "draft": fingerprint_draft(recipe, draft),
-        },
-        recipe_yaml=recipe.to_yaml(),
-    )
+    run = _open_run(recipe, target, conversations, draft, output)
     questions = read_set(conversations / CONVERSATIONS_FILE) if training else []
     overlap = find_overlap(questions, training) if training else None
     if run.complete:
         report = dict(read_json(output / "acceptance.json", "a finished benchmark"))
-        same_overlap = report.get("overlap", {}).get("training") == (overlap.training if overlap else None)
+        same_overlap = overlap is None or report.get("overlap", {}).get("training") == overlap.training
         if same_overlap and sorted(map(int, report.get("by_draft_tokens", []))) == numbers:
             print(f"bench: {output} is finished, skipped")
             return report
@@ -126,6 +112,24 @@ def measure(
         f"{report['greedy_identical']}/{report['greedy_total']}, in {run.seconds:.0f} s -> {output}"
     )
     return report
+
+
+def _open_run(recipe: Recipe, target: Target, conversations: Path, draft: Path, output: Path) -> Run:
+    return Run.open(
+        output,
+        "bench acceptance",
+        settings={
+            "bench": recipe.bench.settings(),
+            "serve": measured_settings(recipe),
+            "max_tokens": recipe.synth.max_tokens,
+        },
+        inputs={
+            "conversations": hash_file(conversations / CONVERSATIONS_FILE),
+            "target": target.fingerprint,
+            "draft": fingerprint_draft(recipe, draft),
+        },
+        recipe_yaml=recipe.to_yaml(),
+    )
 
 
 def served_draft_tokens(recipe: Recipe, own: int) -> int:

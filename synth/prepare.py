@@ -64,21 +64,7 @@ def prepare(recipe: Recipe, output: Path) -> dict[str, Any]:
     length = PromptLength(recipe, section.min_tokens, section.max_tokens) if _has_limits(section) else None
     if section.max_per_language:
         load_detector()
-    run = Run.open(
-        output,
-        STAGE,
-        settings={
-            "format": FORMAT,
-            "rensa": version("rensa"),
-            "prepare": {**section.settings(), "against": [found.name for found in against]},
-            **({"target": length.settings} if length else {}),
-        },
-        inputs={
-            **{f"source {source.name}": source.prompts.checksum for source in sources},
-            **{f"evaluation set {found.name}": found.checksum for found in against},
-        },
-        recipe_yaml=recipe.to_yaml(),
-    )
+    run = _open_run(recipe, sources, against, length, output)
     if run.complete:
         print(f"prepare: {output} is finished, skipped")
         return dict(run.state["summary"])
@@ -116,6 +102,30 @@ def prepare(recipe: Recipe, output: Path) -> dict[str, Any]:
     num_rows = written["output"]["rows"]
     print(f"prepare: {num_rows} prompts in {run.seconds:.0f} s -> {output / PROMPTS_FILE}")
     return manifest
+
+
+def _open_run(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    against: Sequence[EvaluationSet],
+    length: PromptLength | None,
+    output: Path,
+) -> Run:
+    return Run.open(
+        output,
+        STAGE,
+        settings={
+            "format": FORMAT,
+            "rensa": version("rensa"),
+            "prepare": {**recipe.preparing().settings(), "against": [found.name for found in against]},
+            **({"target": length.settings} if length else {}),
+        },
+        inputs={
+            **{f"source {source.name}": source.prompts.checksum for source in sources},
+            **{f"evaluation set {found.name}": found.checksum for found in against},
+        },
+        recipe_yaml=recipe.to_yaml(),
+    )
 
 
 def find_sets(section: PrepareSection) -> list[str]:

@@ -27,7 +27,7 @@ from common.minhash import sketch
 from common.progress import track
 from contracts.overlap import Document, OverlapIndex, read_document
 from contracts.prompt_files import Row
-from contracts.prompts import PromptRow, read_text
+from contracts.prompts import PromptRow, read_id, read_text
 from synth.language import detect_language
 from synth.prepare_sources import Source, read_row
 from synth.prompt_length import PromptLength, describe_tools
@@ -100,7 +100,8 @@ class _Scan:
             try:
                 prompt = read_row(row)
             except ValueError as error:
-                removed.append(self._remove(row, "", "unusable", str(error)))
+                id_ = read_id(row.value) if isinstance(row.value, dict) else ""
+                removed.append(self._remove(row, id_, "unusable", str(error)))
                 continue
             if self._checks.length and (reason := self._checks.length.refuse(prompt)):
                 removed.append(self._remove(row, prompt.id, "length", reason))

@@ -9,7 +9,7 @@ from typing import Any
 
 from common.errors import UserError
 from contracts.prompt_files import PromptSet, Row, open_hub, open_prompts
-from contracts.prompts import PromptRow, parse_list, read_prompt_row
+from contracts.prompts import PROMPT_KEYS, PromptRow, parse_list, read_prompt_row
 from recipe.prepare import SourceSection
 from synth.presets import PRESETS
 from synth.prompts import mark_places
@@ -35,8 +35,8 @@ class Source:
             value = row.value
             if isinstance(value, dict):
                 value = {key: value[column] for key, column in self.columns.items() if column in value}
-                # A copy of a set may have been converted already.
-                value = value if {*value} - {"id", "category"} else row.value
+                if not {*PROMPT_KEYS} & {*value} and {*PROMPT_KEYS} & {*row.value}:
+                    value = row.value  # a copy of a set that was converted already
             yield Row(row.index, row.where, value, row.error)
 
     def describe(self) -> dict[str, Any]:
