@@ -27,8 +27,8 @@ EndpointOption = Annotated[
 TrainingOption = Annotated[
     list[Path] | None,
     typer.Option(
-        help="What the draft was trained on (`synth generate`, or its prompts). Report which questions overlap with it, "
-        "and the acceptance without them. Repeatable."
+        help="What the draft was trained on (`synth generate`, or its prompts): report which questions overlap "
+        "with it, and the acceptance without them. Repeatable."
     ),
 ]
 
