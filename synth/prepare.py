@@ -23,13 +23,13 @@ Which rows caps and shares leave, and their order, is a draw that depends on the
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from common.errors import IncompleteError, UserError
@@ -66,6 +66,7 @@ def prepare(recipe: Recipe, output: Path) -> dict[str, Any]:
         load_detector()
     run = _open_run(recipe, sources, against, length, output)
     if run.complete:
+        shutil.rmtree(output / "work", ignore_errors=True)  # a run may be killed after its last file
         print(f"prepare: {output} is finished, skipped")
         return dict(run.state["summary"])
     questions, sets = read_all(against)
@@ -168,8 +169,8 @@ def write_rows(pool: Pool, sources: Sequence[Source], folders: Sequence[Path], o
     """Write the prompt set and the removed rows; return their sizes and checksums, and the output's categories."""
     drawn = pool.drawn()
     with replace_file(output / PROMPTS_FILE) as file:
-        for place in track(drawn.tolist(), "write", "row"):
-            file.write(pool.line(place))
+        for place in track(drawn, "write", "row"):
+            file.write(pool.line(int(place)))
     num_removed = 0
     with replace_file(output / REMOVED_FILE) as file:
         for folder in folders:
@@ -177,15 +178,11 @@ def write_rows(pool: Pool, sources: Sequence[Source], folders: Sequence[Path], o
                 for line in lines:
                     file.write(line)
                     num_removed += 1
-        for place in (pool.step != 0).nonzero()[0].tolist():
-            file.write(write_line(describe_removed(pool, sources, place)))
+        for place in np.flatnonzero(pool.step):
+            file.write(write_line(describe_removed(pool, sources, int(place))))
             num_removed += 1
     names = (("categories", pool.categories, pool.category), ("languages", pool.languages, pool.language))
-    by_name = {
-        key: dict(sorted(Counter(table[number] for number in numbers[drawn].tolist()).items()))
-        for key, table, numbers in names
-        if table
-    }
+    by_name = {key: _count(table, numbers[drawn]) for key, table, numbers in names if table}
     files = {"prompts": output / PROMPTS_FILE, "removed": output / REMOVED_FILE}
     sums = {key: hash_file(path) for key, path in files.items()}
     return {
@@ -212,8 +209,8 @@ def count_steps(pool: Pool, sources: Sequence[Source]) -> dict[str, dict[str, in
     """Return the rows of each source by the step at which they ended. Raises IncompleteError if they do not add up."""
     counts = {}
     for number, (source, scan) in enumerate(zip(sources, pool.scans, strict=True)):
-        of_pool = Counter(pool.step[pool.source == number].tolist())
-        found = {**scan["counts"], **{name: of_pool[step] for step, name in enumerate(Pool.STEPS)}}
+        of_pool = np.bincount(pool.step[pool.source == number], minlength=len(Pool.STEPS))
+        found = {**scan["counts"], **dict(zip(Pool.STEPS, of_pool.tolist(), strict=True))}
         ended = {step: int(found.get(step, 0)) for step in STEPS}
         if sum(ended.values()) != source.prompts.num_rows:
             raise IncompleteError(
@@ -233,6 +230,12 @@ def show_counts(counts: Mapping[str, Mapping[str, int]]) -> str:
     for name, of in {**counts, "all": total}.items():
         lines.append("  ".join([f"{name:<{width}}", *(f"{of[step]:>{max(9, len(step))}}" for step in shown)]))
     return "\n".join(lines)
+
+
+def _count(names: Sequence[str], numbers: np.ndarray) -> dict[str, int]:
+    """Return how often each name occurs among its numbers."""
+    counts = np.bincount(numbers, minlength=len(names)).tolist()
+    return {name: count for name, count in sorted(zip(names, counts, strict=True)) if count}
 
 
 def _has_limits(section: PrepareSection) -> bool:

@@ -36,16 +36,19 @@ class Pool:
         self._folders = folders
         self._stack = ExitStack()
         self._categories, self._languages = Names(), Names()
-        records = [self._renumber(np.fromfile(folder / "rows.bin", ROW), scan) for folder, scan in self._parts()]
-        self.source = np.repeat(np.arange(len(folders), dtype=np.int32), [len(part) for part in records])
-        self._first = np.concatenate([[0], np.cumsum([len(part) for part in records])])
-        self.row, self._end, self._key, self._context, self.category, self.language = (
-            np.concatenate([part[name] for part in records]) for name in ROW.names or ()
-        )
+        sizes = [(folder / "rows.bin").stat().st_size // ROW.itemsize for folder in folders]
+        self.source = np.repeat(np.arange(len(folders), dtype=np.int32), sizes)
+        self._first = np.concatenate([[0], np.cumsum(sizes)])
+        fields = {name: np.empty(sum(sizes), ROW[name]) for name in ROW.names or ()}
+        for (folder, scan), first, size in zip(self._parts(), self._first, sizes, strict=False):
+            records = self._renumber(np.fromfile(folder / "rows.bin", ROW), scan)
+            for name, values in fields.items():
+                values[first : first + size] = records[name]
+        self.row, self._end, self._key, self._context, self.category, self.language = fields.values()
         self.priority = mix(self._key ^ mix(np.array([seed % 2**64], np.uint64)))
         """A draw for each row that depends on its text and the seed alone."""
         self.step = np.zeros(len(self.row), np.int8)
-        self.match = np.full(len(self.row), -1, np.int64)
+        self.match = np.full(len(self.row), -1, np.int32)
         self.alike = np.ones(len(self.row), np.float32)
         """The row that a removed duplicate is equal or similar to, and their similarity."""
 
@@ -155,8 +158,8 @@ class Pool:
                 sketches = np.frombuffer(data, np.uint16).reshape(-1, NUM_HASHES)
                 keys[start : start + len(sketches)] = band_keys(sketches, band)
                 start += len(sketches)
-        keys = keys ^ self._context
-        left = np.flatnonzero(self.step == 0)
+        keys ^= self._context
+        left = np.flatnonzero(self.step == 0).astype(np.int32)
         order = left[np.argsort(keys[left], kind="stable")]
         is_same = keys[order[1:]] == keys[order[:-1]]
         later, earlier = order[1:][is_same], order[:-1][is_same]
