@@ -1,6 +1,6 @@
 """Measure a draft's acceptance on prompt sets: by category, thinking mode, temperature and number of draft tokens.
 
-Reads:  prompt sets (bench/datasets.py), an exported draft.
+Reads:  prompt sets (contracts/evaluation_sets.py), an exported draft, and what it was trained on.
 Writes: OUTPUT/prompts (the rows), OUTPUT/conversations/<set>-<mode> (`synth generate`: the replies without a draft),
         OUTPUT/k<K>/<group>.json (all replies with the draft, and vLLM's counters for the group),
         OUTPUT/acceptance.json (the figures), acceptance.md (the tables), golden_al.yaml, acceptance_by_k.png.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from bench.acceptance_report import summarize, write_report
 from bench.datasets import write_prompts
 from bench.differences import compare_replies
 from bench.draft_tokens import check_draft_tokens, with_draft_tokens
+from bench.overlap import by_conversation, find_overlap, read_set
 from bench.replay import NUM_WARMUP
 from bench.requests import (
     Answer,
@@ -66,6 +67,8 @@ class Matrix:
     limit: int | None = None
     endpoint: str | None = None
     """URL of a running server with the draft, used for all requests. None: servers are started."""
+    training: list[Path] = field(default_factory=list)
+    """What the draft was trained on, to find the questions that overlap with it."""
 
 
 @dataclass
@@ -111,6 +114,13 @@ def measure(recipe: Recipe, recipe_args: Sequence[str], draft: Path, matrix: Mat
         "target": str(recipe.target.path),
         **summarize(turns, results, target.end_token_ids, recipe.synth.min_loop_tokens),
     }
+    if matrix.training:
+        overlap = find_overlap([question for path in sets for question in read_set(path)], matrix.training)
+        of_conversation = _origins(sets, matrix, output)
+        report["overlap"] = overlap.report(
+            {k: by_conversation(turns, groups, recipe.synth.min_loop_tokens) for k, groups in results.items()},
+            of_conversation,
+        )
     write_report(report, output)
     run.finish({"acceptance_length": report["pooled"][str(draft_tokens[-1])]["acceptance_length"]})
     print(f"bench: {len(turns)} replies at K = {draft_tokens} in {run.seconds:.0f} s -> {output}")
@@ -191,6 +201,16 @@ def read_groups(sets: Sequence[Path], matrix: Matrix, output: Path) -> list[Grou
     if not groups:
         raise UserError(output, found="no reply in any set", expected="some", fix="Look at the conversations' rejects.")
     return groups
+
+
+def _origins(sets: Sequence[Path], matrix: Matrix, output: Path) -> dict[str, tuple[str, int]]:
+    """Return the set and the row of each conversation by its id."""
+    folders = [
+        (path.stem, output / "conversations" / f"{path.stem}-{mode or 'plain'}")
+        for path in sets
+        for mode in matrix.modes
+    ]
+    return {found.id: (name, found.index) for name, folder in folders for found in read_conversations(folder)}
 
 
 def serve_group(

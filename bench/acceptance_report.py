@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from bench.differences import find_overruns
+from bench.overlap import explain_overlap
 from bench.requests import Answer, Turn, answers_from_json, kept_steps
 from common.files import write_atomic, write_json
 from common.loops import find_loop
@@ -176,6 +177,8 @@ def make_tables(report: Mapping[str, Any]) -> str:
             lines.append(f"Greedy replies identical to those without a draft, K = {k}: {_describe(greedy)}")
         else:
             lines.append("Greedy replies were not compared: the running server always drafts.")
+    if "overlap" in report:
+        lines += ["", *explain_overlap(report["overlap"]), ""]
     wrong = sum(len(found) for found in report["overruns"].values())
     lines.append(f"Replies that do not end at their stop token: {wrong}")
     return "\n".join(lines).lstrip("\n") + "\n"

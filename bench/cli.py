@@ -22,6 +22,17 @@ DraftOption = Annotated[
     Path, typer.Option(help="Folder of the exported draft (`train export`), or org/name@revision on the hub.")
 ]
 StoreOption = Annotated[Path, typer.Option(help="A store of greedy conversations (`dump run`).")]
+EndpointOption = Annotated[
+    str | None,
+    typer.Option(help="URL of a running server with this draft, ending in /v1.", show_default="start servers"),
+]
+TrainingOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="What the draft was trained on (`synth generate`, or its prompts): report which questions overlap "
+        "with it, and the acceptance without them. Repeatable."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -104,10 +115,8 @@ def acceptance(
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many rows of each set.")] = None,
-    endpoint: Annotated[
-        str | None,
-        typer.Option(help="URL of a running server with this draft, ending in /v1.", show_default="start servers"),
-    ] = None,
+    endpoint: EndpointOption = None,
+    training_conversations: TrainingOption = None,
 ) -> None:
     """Measure acceptance on prompt sets (by category, mode and draft tokens) or held-out conversations."""
     from bench.acceptance import Matrix, measure
@@ -121,11 +130,18 @@ def acceptance(
         raise typer.BadParameter("--thinking-modes, --temperature, --limit and --endpoint need --prompts")
     loaded = options.load()
     if conversations is not None:
-        replay(loaded, conversations, find_draft(draft), output, parse_draft_tokens(draft_tokens))
+        numbers, seen = parse_draft_tokens(draft_tokens), training_conversations or []
+        replay(loaded, conversations, find_draft(draft), output, numbers, seen)
         return
     modes = thinking_modes.split(",") if thinking_modes is not None else list(dict.fromkeys(loaded.synth.modes_in_turn))
     matrix = Matrix(
-        prompts or [], modes or [""], temperature or [0.0], parse_draft_tokens(draft_tokens), limit, endpoint
+        prompts or [],
+        modes or [""],
+        temperature or [0.0],
+        parse_draft_tokens(draft_tokens),
+        limit,
+        endpoint,
+        training_conversations or [],
     )
     measure(loaded, options.args, find_draft(draft), matrix, output)
 

@@ -19,6 +19,7 @@ from typing import Any
 from bench.acceptance_report import make_set_rows
 from bench.differences import compare_replies, find_overruns
 from bench.draft_tokens import check_draft_tokens, with_draft_tokens
+from bench.overlap import explain_overlap, find_overlap, of_walks, read_set
 from bench.requests import (
     Served,
     Turn,
@@ -60,11 +61,17 @@ class Replay:
 
 
 def measure(
-    recipe: Recipe, conversations: Path, draft: Path, output: Path, draft_tokens: Sequence[int] | None = None
+    recipe: Recipe,
+    conversations: Path,
+    draft: Path,
+    output: Path,
+    draft_tokens: Sequence[int] | None = None,
+    training: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Serve without and with the draft, send every held-out turn, compare, and return the report.
 
-    `draft_tokens` defaults to the draft's own number and 1, between which the speed of others is predicted.
+    `draft_tokens` defaults to the draft's own number and 1, between which the speed of others is predicted. `training`:
+    what the draft was trained on, to find the held-out conversations that overlap with it.
 
     Raises UserError for conversations or a draft of another target, IncompleteError if vLLM's counters differ from the
     sum over the requests.
@@ -77,7 +84,39 @@ def measure(
     refuse_min_p(conversations, turns)
     if not turns:
         raise UserError(conversations, found="no finished conversation", expected="some", fix="Raise synth.max_tokens.")
-    run = Run.open(
+    run = _open_run(recipe, target, conversations, draft, output)
+    questions = read_set(conversations / CONVERSATIONS_FILE) if training else []
+    overlap = find_overlap(questions, training) if training else None
+    if run.complete:
+        report = dict(read_json(output / "acceptance.json", "a finished benchmark"))
+        same_overlap = overlap is None or report.get("overlap", {}).get("training") == overlap.training
+        if "by_set" in report and same_overlap and sorted(map(int, report["by_draft_tokens"])) == numbers:
+            print(f"bench: {output} is finished, skipped")
+            return report
+        run.reopen()  # this call measures other numbers of draft tokens, or the figures are of an earlier version
+    replay = Replay(recipe, target, turns, run)
+    baseline = serve_and_send(replay, None, output / "baseline.json")
+    runs = {}
+    for k in reversed(numbers):
+        runs[k] = serve_and_send(
+            replace(replay, recipe=with_draft_tokens(recipe, k)), draft, output / f"draft-k{k}.json", baseline=baseline
+        )
+    report = make_report(turns, baseline, runs, target.end_token_ids)
+    report["held_out"] = {"conversations": state["summary"]["input"], "left_out": state["summary"]["truncated"]}
+    if overlap:
+        origins = {question.id: (question.dataset, question.index) for question in questions}
+        report["overlap"] = overlap.report({max(runs): of_walks(report)}, origins)
+    write_report(report, output)
+    run.finish({"turns": len(turns), "acceptance_length": report["acceptance_length"]})
+    print(
+        f"bench: acceptance length {report['acceptance_length']:.3f}, greedy identical "
+        f"{report['greedy_identical']}/{report['greedy_total']}, in {run.seconds:.0f} s -> {output}"
+    )
+    return report
+
+
+def _open_run(recipe: Recipe, target: Target, conversations: Path, draft: Path, output: Path) -> Run:
+    return Run.open(
         output,
         "bench acceptance",
         settings={
@@ -92,28 +131,6 @@ def measure(
         },
         recipe_yaml=recipe.to_yaml(),
     )
-    if run.complete:
-        report = dict(read_json(output / "acceptance.json", "a finished benchmark"))
-        if "by_set" in report and sorted(map(int, report["by_draft_tokens"])) == numbers:
-            print(f"bench: {output} is finished, skipped")
-            return report
-        run.reopen()  # this call measures other numbers of draft tokens, or the figures are of an earlier version
-    replay = Replay(recipe, target, turns, run)
-    baseline = serve_and_send(replay, None, output / "baseline.json")
-    runs = {}
-    for k in reversed(numbers):
-        runs[k] = serve_and_send(
-            replace(replay, recipe=with_draft_tokens(recipe, k)), draft, output / f"draft-k{k}.json", baseline=baseline
-        )
-    report = make_report(turns, baseline, runs, target.end_token_ids)
-    report["held_out"] = {"conversations": state["summary"]["input"], "left_out": state["summary"]["truncated"]}
-    write_report(report, output)
-    run.finish({"turns": len(turns), "acceptance_length": report["acceptance_length"]})
-    print(
-        f"bench: acceptance length {report['acceptance_length']:.3f}, greedy identical "
-        f"{report['greedy_identical']}/{report['greedy_total']}, in {run.seconds:.0f} s -> {output}"
-    )
-    return report
 
 
 def served_draft_tokens(recipe: Recipe, own: int) -> int:
@@ -151,6 +168,8 @@ def write_report(report: dict[str, Any], output: Path) -> None:
     """Write acceptance.json and acceptance.md, and print the latter."""
     speeds = [Speeds.model_validate(at) for at in report["speeds"]]
     text = f"Tokens/s by number of draft tokens (K), held-out conversations:\n\n{explain_speeds(speeds)}\n"
+    if "overlap" in report:
+        text += "\n" + "\n".join(explain_overlap(report["overlap"])) + "\n"
     write_json(output / "acceptance.json", report)
     write_atomic(output / "acceptance.md", text)
     print(f"\n{text}")

@@ -61,6 +61,23 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         temporary.rename(path)
 
 
+@contextmanager
+def replace_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary name of `path` for writing in pieces; sync it and rename it to `path` at the end of the block.
+
+    Raises: see `write_atomic`.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with explain_unwritable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = temporary.open("wb")
+    with file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. Raises: see `write_atomic`."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -79,14 +79,14 @@ def open_prompts(name: str | Path) -> PromptSet:
         files = [_open_file(file) for file in found]
         if not files:
             raise UserError(
-                path, found="none of *.jsonl, *.json, *.parquet", expected=EXPECTED, fix="Correct --prompts."
+                path, found="none of *.jsonl, *.json, *.parquet", expected=EXPECTED, fix="Correct the path."
             )
     elif path.is_file():
         files = [_open_file(path)]
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", str(name)) and not path.parent.exists():
         return _refuse_empty(_open_hub(str(name)), path)
     else:
-        raise UserError(path, found="no such file", expected=EXPECTED, fix="Correct --prompts.")
+        raise UserError(path, found="no such file", expected=EXPECTED, fix="Correct the path.")
     return _refuse_empty(PromptSet(files), path)
 
 
@@ -208,7 +208,7 @@ def _open_hub(name: str) -> PromptSet:
             name,
             found=f"neither a file nor a dataset of the hub that can be loaded ({error.args[0]})",
             expected=EXPECTED,
-            fix="Correct --prompts, or name the split, as in name:test.",
+            fix="Correct the name, or add the split, as in name:test.",
         ) from None
 
 

@@ -79,6 +79,14 @@ def read_category(row: Mapping[str, Any]) -> str:
     return _first_text(row, CATEGORY_KEYS)
 
 
+def read_text(message: Mapping[str, Any]) -> str:
+    """Return a message's text: its content, or the texts of its parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
+
+
 def parse_list(value: Any) -> Any:
     """Return the list in a JSON string; anything else is returned unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("["):

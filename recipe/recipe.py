@@ -1,6 +1,7 @@
 """The recipe: one YAML with all settings of a pipeline, checked before anything starts.
 
-Sections: `target`, `serve`, `synth`, `dump`, `train`, `export`, `bench`. What several stages share is only in `target`.
+Sections: `target`, `serve`, `prepare`, `synth`, `dump`, `train`, `export`, `bench`. What several stages share is only
+in `target`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from common.redact import redact
 from common.section import Section
 from recipe.bench import BenchSection
 from recipe.dump import DumpSection
+from recipe.prepare import PrepareSection
 from recipe.serve import ServeSection
 from recipe.synth import SynthSection
 from recipe.train import ExportSection, TrainSection
@@ -23,6 +25,7 @@ from target.section import TargetSection
 class Recipe(Section):
     target: TargetSection
     serve: ServeSection = ServeSection()
+    prepare: PrepareSection | None = None
     synth: SynthSection = SynthSection()
     dump: DumpSection = DumpSection()
     train: TrainSection | None = None
@@ -39,6 +42,17 @@ class Recipe(Section):
                 fix="Add a `train` section; recipes/Tiny-DFlash/recipe.yaml has one.",
             )
         return self.train
+
+    def preparing(self) -> PrepareSection:
+        """Return the `prepare` section. Raises UserError for a recipe without one."""
+        if self.prepare is None:
+            raise UserError(
+                "prepare",
+                found="no such section in the recipe",
+                expected="the sources of the prompts",
+                fix="Add a `prepare` section (docs/prompts.md).",
+            )
+        return self.prepare
 
     def redacted(self) -> dict[str, Any]:
         """Return every field, defaults included, without secrets; this may be written to disk."""

@@ -1,4 +1,4 @@
-"""`synth`: generate conversations with the target from prompts."""
+"""`synth`: prepare prompts, and generate conversations with the target from them."""
 
 from __future__ import annotations
 
@@ -62,6 +62,56 @@ def generate(
     }
     loaded = load_checked(recipe, set_, flags)
     generate_all(loaded, prompts, output, shard=parse_shard(shard), retry_failed=retry_failed)
+
+
+@app.command(
+    epilog="Example: synth prepare -r recipe.yaml --against gsm8k=gsm8k.jsonl --against held_out.jsonl "
+    "--output runs/prompts"
+)
+def prepare(
+    recipe: RecipeOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for prompts.jsonl and manifest.json.")],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An evaluation set to keep out: mt_bench, gsm8k, humaneval, math500, aime, speed_bench; NAME=FILE; a "
+            "file of prompts; a folder of conversations. Repeatable.",
+            show_default="the recipe's, or all known sets",
+        ),
+    ] = None,
+    set_: OverridesOption = None,
+) -> None:
+    """Build a prompt set: mix sources, remove duplicates and evaluation questions. Run again to resume."""
+    from synth.prepare import prepare as prepare_all
+
+    prepare_all(load_checked(recipe, set_, {"prepare.against": against or None}), output)
+
+
+@app.command(
+    epilog="Example: synth overlap runs/synth/train --against humaneval=humaneval.jsonl --against runs/synth/held_out "
+    "--output overlap.jsonl"
+)
+def overlap(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The output folder of `synth generate`, or prompts.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File for the conversations that overlap.")],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="An evaluation set, as in `synth prepare`. Repeatable.", show_default="all known sets"),
+    ] = None,
+    ngram: Annotated[int, typer.Option(min=5, max=50, help="Words in a row that make an overlap.")] = 13,
+) -> None:
+    """List conversations whose prompts or replies overlap with evaluation questions."""
+    from synth.overlap import check_overlap
+
+    check_overlap(run, against, output, ngram)
+
+
+@app.command(epilog="Example: synth presets")
+def presets() -> None:
+    """List the prompt sets that `prepare.sources` knows by name: size, license, splits."""
+    from synth.presets import list_presets
+
+    typer.echo(list_presets())
 
 
 @app.command(epilog="Example: synth merge runs/synth")

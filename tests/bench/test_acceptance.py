@@ -109,11 +109,17 @@ def test_sets_modes_and_draft_tokens_are_measured_in_one_run_that_resumes(
     run("bench", "acceptance", *words, "--draft-tokens", "3")
     first = output / "k3/one-enabled-t0.json"
     before = first.stat().st_mtime_ns
-    printed = run("bench", "acceptance", *words, "--draft-tokens", "2,3").stdout
+    training = tmp_path / "training.jsonl"
+    training.write_text(json.dumps({"id": "t", "prompt": "EXPLAIN: 2!"}) + "\n")
+    printed = run("bench", "acceptance", *words, "--draft-tokens", "2,3", "--training-conversations", training).stdout
     assert first.stat().st_mtime_ns == before  # not asked again
     assert "thinking enabled, temperature 0, K = 3" in printed
     report = json.loads((output / "acceptance.json").read_text())
+    sizes = {"one": {"rows": 4, "overlapping": 1}, "second": {"rows": 3, "overlapping": 0}}
+    assert report["overlap"]["sets"] == sizes
+    assert (report["overlap"]["rows"][0]["id"], report["overlap"]["rows"][0]["training_id"]) == ("q2", "t")
     for k in ("2", "3"):
+        assert report["overlap"]["acceptance"][k]["all"]["n"] <= 14
         groups = [json.loads(path.read_text()) for path in (output / f"k{k}").glob("*.json")]
         assert sum(len(group["answers"]) for group in groups) == 2 * (4 + 3)
         assert report["greedy"][k]["identical"] == report["greedy"][k]["total"] == 14, report["greedy"][k]

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from bench.datasets import PLACEHOLDER, SOURCES, make_row, parse_name, write_prompts
+from bench.datasets import write_prompts
 from common.errors import UserError
+from contracts.evaluation_sets import PLACEHOLDER, SOURCES, make_row, parse_name
 from contracts.prompt_files import open_prompts
 from contracts.prompts import read_prompt_row
 
