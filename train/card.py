@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,11 @@ def make_card(
     descriptor: Descriptor,
     figures: dict[str, Any] | None,
     speeds: list[Speeds] | None = None,
+    trackers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """Return the card's text: description, serving command, acceptance, speed and training data of the draft.
 
-    `figures`: a report of `train eval`, or None.
+    `figures`: a report of `train eval`, or None. `trackers`: those of the training run's `trackers.json`.
     """
     num_tokens = config.num_draft_tokens
     speculation = {**descriptor.speculative, "model": "<this folder>", "num_speculative_tokens": num_tokens}
@@ -86,10 +88,20 @@ Hidden size {config.hidden_size}, {num_tokens} draft tokens per step; reads the 
 | target's fingerprint | `{config.target_fingerprint}` |
 | conversations (sha256) | `{config.store}` |
 | weights (sha256) | `{descriptor.sha256}` |
-| objective | {training.draft.objective}, {training.num_steps} steps |
+| objective | {training.draft.objective}, {training.num_steps} steps |{_tracked(trackers or {})}
 
 The whole recipe is in `{DESCRIPTOR_FILE}`.
 """
+
+
+def _tracked(trackers: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a row for each tracker that others may reach: a link, or the run's id. Paths of this machine stay here."""
+    rows = ""
+    for name, facts in trackers.items():
+        url = str(facts.get("url", ""))
+        link = f"[{facts.get('run_id', url)}]({url})" if url.startswith("http") else facts.get("run_id")
+        rows += f"\n| run at {name} | {link} |" if link else ""
+    return rows
 
 
 def _speed(speeds: list[Speeds] | None) -> str:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from common.files import explain_unwritable, hash_file, read_json, write_atomic, write_json
+from common.trackers.identity import read_identity
 from contracts.draft import DESCRIPTOR_FILE, Descriptor, DraftConfig, DraftRun
 from contracts.run import read_run
 from contracts.store import DTYPES
@@ -52,7 +53,7 @@ def export(
     if layout not in method.layouts:
         raise UserError("--format", found=layout, expected=f"one of {', '.join(method.layouts)}", fix="Correct it.")
     weights = run.chosen_weights()
-    evaluated = figures.read_evaluation()
+    evaluated, trackers = figures.read_evaluation(), read_identity(run_folder)["trackers"]
     calibration = _calibration(evaluated, weights)
     descriptor = method.describe_trained(config).model_copy(
         update={
@@ -68,7 +69,7 @@ def export(
     if output.exists():
         _refuse_changes(output, descriptor)
         speeds = figures.read_speeds(fingerprint_draft(recipe, output))
-        card = make_card(config, recipe, descriptor, evaluated, speeds)
+        card = make_card(config, recipe, descriptor, evaluated, speeds, trackers)
         if speeds is None or card == (output / CARD_FILE).read_text(encoding="utf-8"):
             print(f"export: {output} is finished, skipped")
         else:
@@ -83,7 +84,7 @@ def export(
     _write_weights(method, config, layout, source, recipe, temporary)
     write_json(temporary / DESCRIPTOR_FILE, descriptor.model_dump(mode="json"))
     speeds = figures.read_speeds(fingerprint_draft(recipe, temporary))
-    card = make_card(config, recipe, descriptor, evaluated, speeds)
+    card = make_card(config, recipe, descriptor, evaluated, speeds, trackers)
     (temporary / CARD_FILE).write_text(card, encoding="utf-8")
     temporary.rename(output)
     print(f"export: {weights.parent.name} -> {output}")
