@@ -14,6 +14,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from common.trackers.tracker import TrackedRun
 
+INIT_TIMEOUT_S = 30.0  # then tried again; the process cannot end before
 FINISH_TIMEOUT_S = 50.0
 LOGIN_TIMEOUT_S = 20.0  # a prompt that nobody answers
 
@@ -32,6 +33,7 @@ class Wandb:
             console="off",  # so may what is printed
             disable_git=True,
             save_code=False,
+            init_timeout=INIT_TIMEOUT_S,
             finish_timeout=FINISH_TIMEOUT_S,
             finish_timeout_raises=True,
             login_timeout=LOGIN_TIMEOUT_S,
