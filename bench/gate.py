@@ -131,7 +131,9 @@ def _train(work: Gate) -> None:
     """Train a draft on the store's first samples, evaluate it on the same ones, and export it."""
     recipe, draft, store = work.recipe_args, work.draft.folder, work.store.folder
     more = ("--set", f"train.max_samples={work.num_samples}", "--set", f"train.num_steps={work.num_steps}")
-    run_stage("train", "offline", *recipe, *more, "--store", store, "--output", draft, processes=work.processes)
+    alone = ("--set", "tracking.train=[tensorboard]")  # a check, no training to compare others with
+    words = (*recipe, *more, *alone, "--store", store, "--output", draft)
+    run_stage("train", "offline", *words, processes=work.processes)
     places = ("--run-folder", draft, "--store", store, "--output", work.evaluation)
     run_stage("train", "eval", *recipe, *places, "--samples", work.num_samples, processes=work.processes)
     run_stage("train", "export", *recipe, "--run", draft, "--output", work.export)

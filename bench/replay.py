@@ -33,8 +33,10 @@ from bench.requests import (
     send_all,
 )
 from bench.speeds import find_speeds
+from bench.track import figures_of_speeds, log_results
 from common.errors import IncompleteError, UserError
 from common.files import hash_file, read_json, write_atomic, write_json
+from common.trackers import installed_trackers
 from contracts.acceptance import Acceptance
 from contracts.conversation import CONVERSATIONS_FILE, check_written_by, read_conversations
 from contracts.run import Run
@@ -76,6 +78,7 @@ def measure(
     Raises UserError for conversations or a draft of another target, IncompleteError if vLLM's counters differ from the
     sum over the requests.
     """
+    installed_trackers(recipe.tracking.bench)
     target = Target.here(recipe.target)
     state = check_written_by(conversations, target)
     own = int(speculation_of(recipe, target, draft)["num_speculative_tokens"])
@@ -92,6 +95,7 @@ def measure(
         same_overlap = overlap is None or report.get("overlap", {}).get("training") == overlap.training
         if "by_set" in report and same_overlap and sorted(map(int, report["by_draft_tokens"])) == numbers:
             print(f"bench: {output} is finished, skipped")
+            log_results(recipe, run, figures_of_speeds(report))
             return report
         run.reopen()  # this call measures other numbers of draft tokens, or the figures are of an earlier version
     replay = Replay(recipe, target, turns, run)
@@ -108,6 +112,7 @@ def measure(
         report["overlap"] = overlap.report({max(runs): of_walks(report)}, origins)
     write_report(report, output)
     run.finish({"turns": len(turns), "acceptance_length": report["acceptance_length"]})
+    log_results(recipe, run, figures_of_speeds(report))
     print(
         f"bench: acceptance length {report['acceptance_length']:.3f}, greedy identical "
         f"{report['greedy_identical']}/{report['greedy_total']}, in {run.seconds:.0f} s -> {output}"

@@ -19,9 +19,11 @@ from typing import Any
 
 from bench.load import read_figures, run_load, write_prompts
 from bench.plan import Layout, Point
+from bench.track import figures_of_points, log_results
 from common.errors import IncompleteError, UserError
 from common.files import hash_file, read_json, write_atomic, write_json
 from common.redact import redact_words
+from common.trackers import installed_trackers
 from contracts.run import Run
 from recipe.recipe import Recipe
 from serve.command import ServeCommand, Serving, build_command, draft_inputs, speculation_of
@@ -82,6 +84,7 @@ def sweep(
     Raises UserError for a draft of another target; IncompleteError, after all points were tried, if some failed (more
     than 5% of the requests failed, or the server did not start).
     """
+    installed_trackers(recipe.tracking.bench)
     target = Target.here(recipe.target)
     kinds = (["base"] if with_baseline or draft is None else []) + (["draft"] if draft else [])
     servers: dict[tuple[str, Layout, str], list[Job]] = {}
@@ -111,6 +114,7 @@ def sweep(
             _measure(state, of_server, run)
     summary = _summarize(output, draft)
     print(make_table(summary["points"]))
+    log_results(recipe, run, figures_of_points(summary["points"]))
     failed = [job.id for job in jobs if not state.is_done(job)]
     if failed:
         raise IncompleteError(

@@ -14,6 +14,7 @@ import yaml
 REDACTED = "<redacted>"
 SECRET_NAME = re.compile(r"(^|_)(api_key|api_keys|hf_token|password|secret)$")
 """Keys of a recipe and flags of vLLM and SGLang whose value is a secret, with `_` for `-`."""
+CREDENTIALS = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@]*@", re.IGNORECASE)
 
 
 def redact(value: Any) -> Any:
@@ -60,6 +61,20 @@ def redact_override(text: str) -> str:
         return text
     flow = yaml.safe_dump(redacted, default_flow_style=True, width=1_000_000, allow_unicode=True, sort_keys=False)
     return f"{key}={flow.split(chr(10) + '...')[0].strip()}"
+
+
+def redact_url(text: str) -> str:
+    """Return a text without the user and password of its URLs."""
+    return CREDENTIALS.sub(r"\1", text)
+
+
+def redact_urls(value: Any) -> Any:
+    """Return plain values without the user and password of their URLs, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: redact_urls(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [redact_urls(part) for part in value]
+    return redact_url(value) if isinstance(value, str) else value
 
 
 def _is_secret(name: str) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.errors import UserError
-from common.files import explain_unwritable, lock_file, read_json, write_atomic, write_json
+from common.files import explain_unwritable, hash_json, lock_file, read_json, write_atomic, write_json
 from common.redact import redact, redact_words
 from common.versions import read_environment
 from contracts.shards import next_generation
@@ -70,6 +70,11 @@ class Run:
     @property
     def complete(self) -> bool:
         return bool(self.state["complete"])
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of what the output follows from: stage, settings and inputs."""
+        return hash_json({key: self.state[key] for key in ("stage", "settings", "inputs")})
 
     @property
     def seconds(self) -> float:

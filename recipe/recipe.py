@@ -1,7 +1,7 @@
 """The recipe: one YAML with all settings of a pipeline, checked before anything starts.
 
-Sections: `target`, `serve`, `prepare`, `synth`, `dump`, `train`, `export`, `bench`. What several stages share is only
-in `target`.
+Sections: `target`, `serve`, `prepare`, `synth`, `dump`, `train`, `export`, `bench`, `tracking`. What several stages
+share is only in `target`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from recipe.dump import DumpSection
 from recipe.prepare import PrepareSection
 from recipe.serve import ServeSection
 from recipe.synth import SynthSection
+from recipe.tracking import TrackingSection
 from recipe.train import ExportSection, TrainSection
 from target.section import TargetSection
 
@@ -31,6 +32,7 @@ class Recipe(Section):
     train: TrainSection | None = None
     export: ExportSection = ExportSection()
     bench: BenchSection = BenchSection()
+    tracking: TrackingSection = TrackingSection()
 
     def training(self) -> TrainSection:
         """Return the `train` section. Raises UserError for a recipe without one."""

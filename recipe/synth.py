@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from common.section import operational
 from recipe.retries import Retries
@@ -37,6 +37,14 @@ class SynthSection(Retries):
         default=None,
         description="vLLM's parser of the target's tool calls, run on complete replies; default: that of "
         "serve.purposes.production, else by the chat template",
+    )
+    quotas: dict[Literal["thinking_mode", "category"], dict[str, NonNegativeInt]] = operational(
+        default={},
+        description="most finished conversations by thinking mode and by category of the prompt, as in "
+        "{category: {math: 500}}; '*': all values that are not listed, which are not limited without it",
+    )
+    until_tokens: int | None = operational(
+        default=None, gt=0, description="begin no conversation once the finished ones hold so many generated tokens"
     )
     endpoints: list[str] = operational(default=[], description="URLs of running servers; []: start one")
     draft: str | None = operational(

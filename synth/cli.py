@@ -47,6 +47,12 @@ def generate(
     output_format: Annotated[
         str | None, typer.Option(help="Form of the messages beside the token ids: oai or sharegpt.")
     ] = None,
+    until_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Stop when the finished conversations hold so many generated tokens.", show_default="all rows"
+        ),
+    ] = None,
     shard: ShardOption = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also try the failed rows again.")] = False,
     set_: OverridesOption = None,
@@ -59,6 +65,7 @@ def generate(
         "synth.concurrency": concurrency,
         "synth.output_format": output_format,
         "synth.endpoints": endpoint or None,
+        "synth.until_tokens": until_tokens,
     }
     loaded = load_checked(recipe, set_, flags)
     generate_all(loaded, prompts, output, shard=parse_shard(shard), retry_failed=retry_failed)

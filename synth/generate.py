@@ -26,6 +26,7 @@ from serve.command import Serving, build_command, speculation_of
 from serve.server import find_port, run_server
 from serve.settings import output_settings
 from synth.conversation import check_modes
+from synth.demand import Demand
 from synth.output import FLAGS, LEDGER_FILE, Output
 from synth.prompts import Reject
 from synth.sampling import SharedSampling, resolve_sampling
@@ -76,7 +77,8 @@ def generate(
     source = Source(prompt_set, recipe.synth, sampling.temperatures, output)
     out = Output(folder, *source.shape)
     todo = Todo.find(source, out, shard, others, retry_failed=retry_failed)
-    if run.complete and not todo.num_open:
+    demand = Demand(recipe.synth, shard, out)
+    if run.complete and (not todo.num_open or _is_answered(run, demand, retry_failed)):
         out.close()
         print(f"synth: {folder} is finished, skipped ({describe(run.state['summary'])})")
         return dict(run.state["summary"])
@@ -84,7 +86,7 @@ def generate(
     print(f"synth: {source.shape[0]} rows in {len(prompt_set.files)} files; {todo.num_expected} conversations to write")
     if out.counts.total():
         print(f"synth: {todo.num_expected - todo.num_open} of {todo.num_expected} exist, {todo.num_open} to go")
-    job = Job(recipe, target, sampling, todo, out, run, _find_parser(recipe, target, todo), tokens)
+    job = Job(recipe, target, sampling, todo, out, run, _find_parser(recipe, target, todo), tokens, demand)
     try:
         stopped = write_open(job)
     finally:
@@ -136,13 +138,22 @@ def write_open(job: Job) -> bool:
 
     No server is started if all open rows are unusable.
     """
+    if job.demand.is_met:
+        return False
     if job.todo.needs_server:
         with serve_target(job.recipe, job.target, job.out.folder) as (urls, is_gone):
             return asyncio.run(write_all(job, urls, is_gone))
     for item in job.todo.items():
         assert isinstance(item, Reject)
         job.out.add_reject(item)
+        job.todo.take(item)
     return False
+
+
+def _is_answered(run: Run, demand: Demand, retry_failed: bool) -> bool:
+    """Return whether a complete run was for the same quotas and budget, and has nothing to try again."""
+    summary = run.state["summary"]
+    return demand.is_set and summary.get("demand") == demand.settings() and not (retry_failed and summary["failed"])
 
 
 def _find_parser(recipe: Recipe, target: Target, todo: Todo) -> ToolCallParser | None:
@@ -165,7 +176,7 @@ def _finish(job: Job, source: Source) -> dict[str, Any]:
     out, folder, num_expected = job.out, job.out.folder, job.todo.num_expected
     counts = {status: out.counts[status] for status in STATUSES}
     num_rows, samples_per_row = source.shape
-    summary = {
+    summary: dict[str, Any] = {
         **counts,
         "input": num_expected,
         "rows": num_rows,
@@ -173,10 +184,16 @@ def _finish(job: Job, source: Source) -> dict[str, Any]:
         "tokens": out.tokens,
         **out.flags,
     }
-    check_counts(folder / LEDGER_FILE, counts, num_expected)
+    unreached = 0
+    if job.demand.is_set:
+        unreached = job.todo.num_unreached
+        summary |= {"unreached": unreached, "demand": job.demand.settings()}
+    check_counts(folder / LEDGER_FILE, counts, num_expected - unreached)
     print(f"synth: {describe(summary)} in {job.run.seconds:.0f} s -> {folder / 'conversations.jsonl'}")
     if counts["filtered"]:
         print(f"synth: filtered: {_tell_reasons(_count_reasons(out, 'filtered'))}")
+    if short := job.demand.describe_short():
+        print(f"synth: the input has too few rows for its quotas: {short} (`synth stats`)")
     _refuse_useless(folder, out, job.recipe.synth.max_failed_fraction, num_expected)
     job.run.finish(summary)
     return summary
@@ -244,8 +261,9 @@ def _tell_reasons(reasons: Counter[str]) -> str:
     return "; ".join([*told, *([f"{others} for other reasons"] if others else [])])
 
 
-def describe(summary: Mapping[str, int]) -> str:
+def describe(summary: Mapping[str, Any]) -> str:
     """Return a summary in words."""
     parts = [f"{summary[status]} {status}" for status in STATUSES if summary[status]]
+    parts += [f"{summary['unreached']} not reached"] if summary.get("unreached") else []
     parts += [f"{summary[flag]} {flag}" for flag in FLAGS if summary.get(flag)]
     return f"{summary['input']} rows: {', '.join(parts)}; {summary['tokens']} tokens"

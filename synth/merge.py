@@ -52,7 +52,8 @@ def merge(folder: Path) -> dict[str, Any]:
         return dict(run.state["summary"])
     run.reopen()
     counts, flags, tokens = _copy_all(shards, folder)
-    check_counts(folder / LEDGER_FILE, counts, num_expected)
+    unreached = sum(state["summary"].get("unreached", 0) for state in states)
+    check_counts(folder / LEDGER_FILE, counts, num_expected - unreached)
     summary = {
         **counts,
         "input": num_expected,
@@ -63,6 +64,8 @@ def merge(folder: Path) -> dict[str, Any]:
         "shard_ledgers": ledgers,
         "shard_seconds": round(sum(state["seconds"] for state in (*before, *states)), 1),
         **flags,
+        **{key: states[0]["summary"][key] for key in ("demand",) if key in states[0]["summary"]},
+        **({"unreached": unreached} if unreached else {}),
     }
     write_rejects(folder)
     run.finish(summary)

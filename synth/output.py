@@ -34,7 +34,10 @@ Item = tuple[dict[str, Any], Conversation | None]
 
 
 class Output:
-    """The records and the ledger of one folder. Memory: one byte per place (row * samples per row + sample)."""
+    """The records and the ledger of one folder. Memory: one byte per place (row * samples per row + sample).
+
+    `done`: finished conversations by thinking mode and category; `num_unlabelled`: those whose line has neither.
+    """
 
     def __init__(self, folder: Path, num_rows: int, samples_per_row: int) -> None:
         """Load the ledger. Raises UserError for lost records."""
@@ -42,6 +45,9 @@ class Output:
         self.counts: Counter[str] = Counter()
         self.flags: Counter[str] = Counter()
         self.tokens = 0
+        self.done: Counter[tuple[str, str]] = Counter()
+        self.done_tokens = 0
+        self.num_unlabelled = 0
         self._samples_per_row = samples_per_row
         self._status = bytearray(num_rows * samples_per_row)  # 0: open; else 1 + index in STATUSES
         self._ledger = LedgerWriter(folder / LEDGER_FILE)
@@ -86,6 +92,8 @@ class Output:
             "sample": conversation.sample,
             **({"source": conversation.source_id} if conversation.source_id != conversation.id else {}),
             "tokens": conversation.usage["completion_tokens"],
+            "mode": conversation.thinking_mode,
+            "category": conversation.category,
         }
         entry |= {flag: True for flag in FLAGS if getattr(conversation, flag)}
         self._put(entry, conversation)
@@ -123,6 +131,10 @@ class Output:
         self.counts[entry["status"]] += 1
         self.flags.update(flag for flag in FLAGS if entry.get(flag))
         self.tokens += entry.get("tokens", 0)
+        if entry["status"] == "done":
+            self.done_tokens += entry.get("tokens", 0)
+            self.done[entry.get("mode", ""), entry.get("category", "")] += 1
+            self.num_unlabelled += "mode" not in entry
 
     def _raise_error(self) -> None:
         if isinstance(self._error, OSError):

@@ -1,4 +1,4 @@
-"""Print and plot the statuses, thinking modes, finish reasons and lengths of a run.
+"""Print and plot statuses, planned against obtained quotas, thinking modes, finish reasons and lengths of a run.
 
 Reads: RUN/ledger.jsonl and conversations.jsonl, finished or not. Writes: a plot.
 """
@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import orjson
+import yaml
 
 from common.errors import UserError
-from common.files import explain_unwritable
+from common.files import explain_unwritable, read_json
 from contracts.conversation import CONVERSATIONS_FILE
 from contracts.ledger import STATUSES, read_entries
+from recipe.synth import SynthSection
+from synth.demand import count_obtained, divide, limits_of
 from synth.output import FLAGS, LEDGER_FILE
 
 QUANTILES = (0.05, 0.5, 0.95, 1.0)
@@ -40,6 +44,8 @@ def show_stats(folder: Path, plot: Path) -> None:
         )
     counts: Counter[str] = Counter()
     marks: Counter[str] = Counter()
+    done: Counter[tuple[str, str]] = Counter()
+    done_tokens = 0
     failed: set[tuple[int, int]] = set()
     for entry in read_entries(folder / LEDGER_FILE):
         place = (entry["index"], entry["sample"])
@@ -49,9 +55,14 @@ def show_stats(folder: Path, plot: Path) -> None:
         if entry["status"] == "failed":
             failed.add(place)
         counts[entry["status"]] += 1
+        if entry["status"] == "done":
+            done[entry.get("mode", ""), entry.get("category", "")] += 1
+            done_tokens += entry.get("tokens", 0)
         marks.update(flag for flag in FLAGS if entry.get(flag))
     print(f"{folder}: {counts.total()} rows: " + ", ".join(f"{counts[status]} {status}" for status in STATUSES))
     print("marked: " + ", ".join(f"{marks[flag]} {flag}" for flag in FLAGS))
+    for line in list_planned(folder, done, done_tokens):
+        print(line)
     by_mode = read_lengths(folder)
     header = f"{'mode':<14}{'conv':>8}{'turns':>8}{'stop':>8}{'length':>8}{'reply tokens 5%':>17}{'50%':>8}{'95%':>8}"
     print(f"{header}{'max':>8}{'total':>12}")
@@ -68,6 +79,38 @@ def show_stats(folder: Path, plot: Path) -> None:
             plot.parent.mkdir(parents=True, exist_ok=True)
             _draw(by_mode, plot)
         print(f"plot: {plot}")
+
+
+def list_planned(folder: Path, done: Mapping[tuple[str, str], int], done_tokens: int) -> list[str]:
+    """Return a line for each planned share of a thinking mode, each quota and the budget, with what was obtained.
+
+    `done`: finished conversations by mode and category. A shard's quotas and budget are its part of the recipe's.
+    """
+    recipe, state = folder / "resolved.yaml", folder / "run.json"
+    if not (recipe.exists() and state.exists()):
+        return []
+    section = SynthSection.model_validate(yaml.safe_load(recipe.read_text(encoding="utf-8"))["synth"])
+    text = read_json(state, "a run's state")["settings"].get("shard")
+    shard = (int(text.split("/")[0]), int(text.split("/")[1])) if text else None
+    rows = []
+    modes, total = Counter(section.modes_in_turn), sum(done.values())
+    for mode, weight in modes.items():
+        found = sum(number for (of, _), number in done.items() if of == mode)
+        share = f"{found / total:.1%}" if total else "-"
+        rows.append((f"thinking mode {mode}, share", f"{weight / modes.total():.1%}", share, ""))
+    quotas: dict[str, dict[str, int]] = dict(section.quotas.items())
+    obtained = count_obtained(quotas, done)
+    for (kind, value), limit in limits_of(quotas, shard).items():
+        found = obtained[kind, value]
+        short = f"{limit - found} short" if found < limit else ""
+        rows.append((f"{kind.replace('_', ' ')} {value or 'unset'}, quota", str(limit), str(found), short))
+    if section.until_tokens is not None:
+        rows.append(("tokens, until", str(divide(section.until_tokens, shard)), str(done_tokens), ""))
+    if not rows:
+        return []
+    header = ("finished conversations", "planned", "obtained", "")
+    width = max(len(row[0]) for row in (header, *rows)) + 2
+    return [f"{a:<{width}}{b:>12}{c:>12}  {d}".rstrip() for a, b, c, d in (header, *rows)]
 
 
 def read_lengths(folder: Path) -> dict[str, Lengths]:

@@ -56,7 +56,7 @@ class Todo:
         self._is_prompt = source.index.is_prompt
         with_tools = self._ours & self._is_prompt & source.index.has_tools[:, None]
         self.num_with_tools = int(with_tools.sum())
-        self._open = self._ours
+        self._open = self._settled = self._ours
 
     @classmethod
     def find(
@@ -71,7 +71,8 @@ class Todo:
         for entry in (entry for other in others for entry in read_entries(other / LEDGER_FILE)):
             if entry["status"] not in again:
                 todo._ours[entry["index"], entry["sample"]] = False
-        todo._ours |= out.places_with(STATUSES).reshape(source.shape)
+        todo._settled = out.places_with(STATUSES).reshape(source.shape)
+        todo._ours |= todo._settled
         settled = [status for status in STATUSES if status not in again]
         todo._open = todo._ours & ~out.places_with(settled).reshape(source.shape)
         return todo
@@ -90,8 +91,17 @@ class Todo:
         """Whether any open place is a usable prompt."""
         return bool((self._open & self._is_prompt).any())
 
+    @property
+    def num_unreached(self) -> int:
+        """Number of places that were neither taken nor have a ledger line from earlier."""
+        return int((self._open & ~self._settled).sum())
+
+    def take(self, item: Prompt | Reject) -> None:
+        """Count a place as taken: it is no longer open."""
+        self._open[item.index, item.sample] = False
+
     def items(self) -> Iterator[Prompt | Reject]:
-        """Yield the open places in the order of the input."""
+        """Yield the open places in the order of the input; it may be called again for those that were not taken."""
         is_open = self._open
         items = self._source.read(lambda index: bool(is_open[index].any()))
         return (item for item in items if self._open[item.index, item.sample])

@@ -19,6 +19,7 @@ from contracts.run import Run
 from recipe.recipe import Recipe
 from serve.endpoints import Endpoints, PromptTooLongError, RequestError
 from synth.conversation import Writer, write_conversation
+from synth.demand import Demand
 from synth.output import LEDGER_FILE, Output
 from synth.pace import Pace
 from synth.prompts import Prompt, Reject
@@ -45,6 +46,7 @@ class Job:
     run: Run
     tool_calls: ToolCallParser | None
     tokens: TokenCheck
+    demand: Demand
 
 
 async def write_all(job: Job, urls: list[str], is_gone: Callable[[], bool]) -> bool:
@@ -55,21 +57,22 @@ async def write_all(job: Job, urls: list[str], is_gone: Callable[[], bool]) -> b
     num_expected = job.todo.num_expected
     pace = Pace.make(job.recipe.synth)
     watch = Watch(job.out.folder, job.out, num_expected)
-    feed = Feed(job.todo.items())
     stop = Stop(job.recipe.synth.drain_timeout_s, watch, pace)
+    feed = Feed(job.todo, job.demand, stop)
     failures_in_row = 0
 
     async def work(number: int) -> None:
         nonlocal failures_in_row
         while True:
             await pace.admit(number)
-            item = None if stop.asked else await feed.take()
+            item = await feed.take()
             if item is None:
                 return pace.close()
             if isinstance(item, Reject):
                 job.out.add_reject(item)
                 continue
             watch.in_flight += 1
+            done = False
             try:
                 conversation = await write_conversation(writer, item)
             except (PromptTooLongError, UnusableTokensError) as error:
@@ -80,9 +83,10 @@ async def write_all(job: Job, urls: list[str], is_gone: Callable[[], bool]) -> b
                 _refuse_many_failures(job, failures_in_row, str(error))
             else:
                 job.out.add(conversation)
-                failures_in_row = 0
+                done, failures_in_row = conversation.finish_reason == "stop", 0
             finally:
                 watch.in_flight -= 1
+                job.demand.end(item, done=done)
 
     section = job.recipe.synth
     limit = max(section.max_concurrency, section.concurrency or 0) + 16
@@ -105,20 +109,41 @@ async def write_all(job: Job, urls: list[str], is_gone: Callable[[], bool]) -> b
 
 
 class Feed:
-    """Distributes the prompts of a generator, which reads files, to many workers."""
+    """Distributes the open prompts, which a thread reads from files, to many workers; leaves out those not needed."""
 
-    def __init__(self, todo: Iterator[Prompt | Reject]) -> None:
-        self._todo = todo
+    def __init__(self, todo: Todo, demand: Demand, stop: Stop) -> None:
+        self._todo, self._demand, self._stop = todo, demand, stop
+        self._items = todo.items()
         self._ready: deque[Prompt | Reject] = deque()
         self._reading = asyncio.Lock()
+        self._num_left_out = 0
 
     async def take(self) -> Prompt | Reject | None:
-        """Return the next prompt, or None if all are taken."""
+        """Return the next prompt that is needed, or None if there is none, or the run is to stop."""
+        while True:
+            await self._demand.wait_for_room(self._is_over)
+            item = None if self._is_over() else await self._next()
+            if item is None or self._is_over():
+                return None
+            if isinstance(item, Reject) or self._demand.begin(item):
+                self._todo.take(item)
+                return item
+            self._num_left_out += 1
+
+    def _is_over(self) -> bool:
+        return self._stop.asked or self._demand.is_met
+
+    async def _next(self) -> Prompt | Reject | None:
         if not self._ready:
             async with self._reading:
-                if not self._ready:
-                    self._ready.extend(await asyncio.to_thread(lambda: list(islice(self._todo, PROMPTS_AT_ONCE))))
-        return self._ready.popleft() if self._ready else None
+                while not self._ready:
+                    self._ready.extend(await asyncio.to_thread(lambda: list(islice(self._items, PROMPTS_AT_ONCE))))
+                    if not self._ready:
+                        # Rows left out for conversations that then did not end well may be needed now.
+                        if not (self._num_left_out and await self._demand.has_freed(self._is_over)):
+                            return None
+                        self._num_left_out, self._items = 0, self._todo.items()
+        return self._ready.popleft()
 
 
 class Stop:

@@ -1,4 +1,4 @@
-"""Progress, metrics.jsonl, TensorBoard and curves of a training run, written by the first process."""
+"""Progress, metrics.jsonl, trackers and curves of a training run, written by the first process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from common.files import write_atomic
 from common.progress import Progress
+from common.trackers.tracking import Tracking
 from contracts.draft import DraftRun
 from recipe.train import TrainSection
 from train.curves import draw_curves
@@ -26,10 +28,16 @@ DRAW_EVERY_S = 60.0  # drawing takes the time of several small steps
 
 
 class Log:
-    """Progress, metrics.jsonl, TensorBoard and curves of a run; every process calls it, the first one writes."""
+    """Progress, metrics.jsonl, trackers and curves of a run; every process calls it, the first one writes.
 
-    def __init__(self, run: DraftRun, section: TrainSection, processes: Processes, first_step: int) -> None:
+    `tracking` is None in all processes but the first.
+    """
+
+    def __init__(
+        self, run: DraftRun, section: TrainSection, processes: Processes, first_step: int, tracking: Tracking | None
+    ) -> None:
         self._run, self._section, self._processes, self._first_step = run, section, processes, first_step
+        self._tracking = tracking
         self._clock = DeviceClock() if processes.device.type == "cuda" else Clock()
         self._tokens = self._steps = 0
         self._drawn = time.perf_counter()
@@ -39,15 +47,16 @@ class Log:
             self._progress = Progress(self._section.num_steps, "train", "step", self._first_step)
             self._progress.__enter__()
             self._metrics = self._run.metrics_path.open("a")
-            self._board = _open_board(self._run.folder / "tensorboard", self._first_step)
+        if self._tracking is not None:
+            self._tracking.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._processes.is_first:
             self._progress.__exit__()
             self._metrics.close()
-            if self._board is not None:
-                self._board.close()
+        if self._tracking is not None:
+            self._tracking.__exit__(*error)
 
     def start(self, part: str) -> None:
         """Count the time from here on for `part` of the step."""
@@ -73,10 +82,13 @@ class Log:
 
     def _write_acceptance(self, step: int, length: float) -> None:
         if self._processes.is_first:
-            line = {"step": step + 1, "held_out_acceptance": round(length, 4)}
-            self._metrics.write(json.dumps(line) + "\n")
-            self._metrics.flush()
-            self._show("held_out_acceptance", length, step)
+            self._write_line({"step": step + 1, "held_out_acceptance": round(length, 4)})
+
+    def _write_line(self, line: dict[str, Any]) -> None:
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        if self._tracking is not None:
+            self._tracking.log(scalars_of(line), line["step"])
 
     def write(self, step: int, counts: torch.Tensor, normalizer: float, norm: torch.Tensor) -> float:
         """Write a line of metrics from `StepLoss.counts()` summed over the step; return the loss."""
@@ -97,19 +109,10 @@ class Log:
             "tokens_per_s": round(self._processes.world * self._tokens / max(seconds, 1e-9), 1),
             "seconds": {part: round(value / self._steps, 5) for part, value in parts.items()},
         }
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
-        for name in ("loss", "grad_norm", "learning_rate", "blocks_accepted", "tokens_per_s"):
-            self._show(name, line[name], step)
-        for place, value in enumerate(line["accuracy"], start=1):
-            self._show(f"accuracy/{place}", value, step)
+        self._write_line(line)
         self._progress.set_note(f"loss {loss:.3f}, accepted {line['blocks_accepted']:.2f}")
         self._tokens = self._steps = 0
         return loss
-
-    def _show(self, name: str, value: float, step: int) -> None:
-        if self._board is not None:
-            self._board.add_scalar(name, value, step + 1)
 
     def draw(self, *, at_once: bool) -> None:
         """Draw the curves if `at_once`, or if the last picture is older than a minute."""
@@ -119,14 +122,13 @@ class Log:
             self._drawn = now
 
 
-def _open_board(folder: Path, first_step: int) -> Any:
-    """Return TensorBoard's writer, or None where it is not installed: metrics.jsonl has the same figures."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print("train: tensorboard is not installed; metrics.jsonl has all figures")
-        return None
-    return SummaryWriter(str(folder), purge_step=first_step)
+SCALARS = ("loss", "grad_norm", "learning_rate", "blocks_accepted", "tokens_per_s", "held_out_acceptance")
+
+
+def scalars_of(line: dict[str, Any]) -> dict[str, float]:
+    """Return what trackers get of a line of metrics.jsonl; the accuracy by draft token as `accuracy/1`, ..."""
+    places = enumerate(line.get("accuracy", []), start=1)
+    return {name: line[name] for name in SCALARS if name in line} | {f"accuracy/{at}": value for at, value in places}
 
 
 class Clock:
@@ -169,12 +171,16 @@ class DeviceClock(Clock):
         return dict(taken)
 
 
-def cut_metrics(path: Path, first_step: int) -> float:
-    """Drop lines of steps to be repeated and a torn last line; return the last loss left (nan: none)."""
+def cut_metrics(path: Path, first_step: int) -> list[dict[str, Any]]:
+    """Drop lines of steps to be repeated and a torn last line; return the lines left."""
     if not path.exists():
-        return math.nan
+        return []
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     kept = [line for line in whole if first_step and json.loads(line)["step"] <= first_step]
     write_atomic(path, "".join(kept))
-    losses = [entry["loss"] for entry in map(json.loads, kept) if "loss" in entry]
-    return float(losses[-1]) if losses else math.nan
+    return [json.loads(line) for line in kept]
+
+
+def last_loss(lines: Sequence[dict[str, Any]]) -> float:
+    """Return the last loss of lines of metrics.jsonl; nan: none."""
+    return next((float(line["loss"]) for line in reversed(lines) if "loss" in line), math.nan)

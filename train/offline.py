@@ -1,8 +1,8 @@
 """Train a draft from a hidden-state store.
 
 Reads:  a store; the target's embedding, lm_head, final norm and config.
-Writes: a run folder (contracts/draft.py): draft.json, metrics.jsonl, curves.png, tensorboard/, step-* checkpoints, and
-        best.json if a part of the conversations is held out.
+Writes: a run folder (contracts/draft.py): draft.json, metrics.jsonl, curves.png, tensorboard/, step-* checkpoints,
+        trackers.json (common/trackers/identity.py), and best.json if a part of the conversations is held out.
 
 Batches and anchors depend on (seed, step) alone, and the learning rate on the step: a run that is killed and resumed
 from its last checkpoint ends with the same weights, bit for bit, as one that is not. Under torchrun, several processes
@@ -11,9 +11,8 @@ share each batch; the loss is the mean over all supervised slots of a step on al
 
 from __future__ import annotations
 
-import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from common.cores import count_cores
 from common.errors import IncompleteError
+from common.trackers import installed_trackers
+from common.trackers.tracking import Tracking
 from contracts.acceptance import Acceptance
 from contracts.draft import DraftConfig, DraftRun
 from contracts.run import Run, is_complete
@@ -34,6 +35,7 @@ from drafts import METHODS
 from drafts.draft import Draft
 from recipe.mask import note_mask_token
 from recipe.recipe import Recipe
+from recipe.tracking import tracked_run
 from recipe.train import TrainSection
 from target.head import TargetHead, read_head
 from target.target import Target
@@ -42,7 +44,7 @@ from train.data import Following, Planned, Samples, open_states, read_ahead, ref
 from train.draft import make_config
 from train.evaluate import FEW, acceptance_of, refuse_layers
 from train.footprint import measure_step
-from train.log import LOG_EVERY, Log, cut_metrics
+from train.log import LOG_EVERY, Log, cut_metrics, last_loss, scalars_of
 from train.optimizer import make_optimizers
 from train.plan import Machine, refuse_unfit, work_of
 from train.processes import Processes, start_processes
@@ -63,6 +65,7 @@ def train_offline(
     step that does not fit into memory; IncompleteError if SIGTERM stopped the run, after a checkpoint.
     """
     section = recipe.training()
+    installed_trackers(recipe.tracking.train)  # before anything is read
     target = Target.here(recipe.target)
     store, manifest = open_states(recipe, store_folder, target, follow)
     config, start = make_config(recipe, target, manifest), None
@@ -213,10 +216,12 @@ def _train(training: Training, run: Run | None, following: Following) -> dict[st
     section, processes, follower = training.section, training.processes, training.samples.follower
     num_parameters = sum(p.numel() for p in training.draft.parameters())
     first_step = load_checkpoint(training.run, processes, training.model, training.optimizers)
-    loss = cut_metrics(training.run.metrics_path, first_step) if processes.is_first else math.nan
+    earlier = cut_metrics(training.run.metrics_path, first_step) if processes.is_first else []
+    loss = last_loss(earlier)
     best_length = training.run.best_length()
     batches = read_ahead(training.samples, first_step, processes, training.draft.plan)
-    log = Log(training.run, section, processes, first_step)
+    tracking = _track(training.recipe, run, first_step, earlier) if run is not None else None
+    log = Log(training.run, section, processes, first_step, tracking)
     if follower is None:
         checkpoints = Checkpoints(training)
     else:
@@ -254,6 +259,20 @@ def _train(training: Training, run: Run | None, following: Following) -> dict[st
                 run.tick()
         checkpoints.finish()
     return _summarize(training, num_parameters, loss, best_length)
+
+
+def _track(recipe: Recipe, run: Run, first_step: int, earlier: Sequence[dict[str, Any]]) -> Tracking | None:
+    """Return the run's trackers. They get the lines of earlier processes, and leave out those that they have."""
+    if not recipe.tracking.train:
+        return None
+    tracked = tracked_run(recipe, run, first_step)
+    names = installed_trackers(recipe.tracking.train)
+    if len(names) < len(recipe.tracking.train):
+        print("train: tensorboard is not installed; metrics.jsonl has all figures")
+    tracking = Tracking(tracked, names)
+    for line in earlier:
+        tracking.log(scalars_of(line), line["step"])
+    return tracking
 
 
 def _pause(training: Training, checkpoints: Checkpoints, step: int, why: Literal["stop", "empty"]) -> None:

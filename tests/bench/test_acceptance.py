@@ -15,6 +15,7 @@ from written import write_store
 from bench.acceptance_report import make_tables, summarize
 from bench.draft_tokens import parse_draft_tokens
 from bench.requests import Answer, Turn, answers_to_json
+from bench.track import figures_of_prompts
 from common.errors import UserError
 from contracts.acceptance import Acceptance
 from target.target import Target
@@ -55,6 +56,9 @@ def test_rows_add_up_to_what_was_counted_and_loops_stand_apart() -> None:
     assert pooled["macro_acceptance_length"] == pytest.approx((1 + 3 / 4 + 1) / 2)  # of the rows that have steps
     assert [entry["steps"] for entry in report["by_mode"]] == [2, 4]
     assert report["overruns"] == {"3": []}
+    tracked = figures_of_prompts(report)
+    assert tracked["k3/all/acceptance_length"] == pooled["acceptance_length"]
+    assert tracked["k3/a/x/on/t0/acceptance_length"] == rows["x", "on"]["acceptance_length"] == 1.75
     table = make_tables(report)
     assert "| x | a | 2 | 1.750" in table
     assert "| looping, not included | all | 1 | 4.000 | 100.0% |" in table

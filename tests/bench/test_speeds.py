@@ -13,6 +13,7 @@ from bench.replay import make_report, write_report
 from bench.report import make_table
 from bench.requests import Answer, Turn, answers_to_json
 from bench.speeds import find_speeds, recommend
+from bench.track import figures_of_speeds
 from contracts.speeds import Speed, Speeds, explain_speeds, make_speed_table, warn_of_noise, warn_of_slow_draft
 
 TOKENS = 11  # of each reply: one of the prefill and ten of steps
@@ -171,6 +172,9 @@ def test_the_report_the_summary_and_the_page_name_a_slow_draft(
     assert (report["acceptance_length"], report["num_draft_tokens"]) == (2.5, 3)
     assert report["by_draft_tokens"]["1"]["acceptance_length"] == 1.0
     assert (report["greedy_identical"], report["greedy_total"]) == (8, 8)
+    tracked = figures_of_speeds(report)
+    assert (tracked["k3/all/acceptance_length"], tracked["concurrency8/k3/tokens_per_s"]) == (2.5, 5.0)
+    assert "concurrency8/k2/tokens_per_s" not in tracked  # predicted, not measured
     write_report(report, tmp_path)
     written = json.loads((tmp_path / "acceptance.json").read_text())
     assert written["warnings"] == [warning]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import scripted
 from conftest import ROOT, kill_when, run, run_here
+from tracked import read_tensorboard
 from written import write_store
 
 import bench.sweep
@@ -198,9 +199,12 @@ def test_every_layout_and_kind_has_a_server_of_its_own_sized_for_its_highest_con
     monkeypatch.setattr(bench.sweep, "run_load", lambda *_: RAW)
     spaces = "[{conc_start: 1, conc_end: 8}, {tp: 2, ep: 2, dp_attn: true, conc_start: 2, conc_end: 2}]"
     scenario = f"bench.sweep.scenarios=[{{isl: 64, osl: 16, search_space: {spaces}}}]"
-    recipe = load_recipe(recipe_path, [scenario])
+    recipe = load_recipe(recipe_path, [scenario, "tracking.bench=[tensorboard]"])
     points = plan_points(recipe)
     summary = bench.sweep.sweep(recipe, points, str(draft), tmp_path / "both")
+    curves, _ = read_tensorboard(tmp_path / "both")
+    tracked = {name.split("/")[0] for name in curves if name.endswith("/output_tokens_per_s")}
+    assert tracked == {point["id"] for point in summary["points"]}
     assert [point["kind"] for point in summary["points"]] == ["base", "draft"] * 5
     assert [flags["max-cudagraph-capture-size"] for flags in started] == ["8", "32", "4", "8"]
     assert ["speculative-config" in flags for flags in started] == [False, True, False, True]
