@@ -38,7 +38,7 @@ from bench.requests import (
     score,
     send_all,
 )
-from bench.stages import run_stage
+from common.stages import run_stage
 from common.errors import IncompleteError, UserError
 from common.files import hash_file, hash_json, read_json, write_json
 from contracts.acceptance import Acceptance

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.explain import explain_config
-from bench.stages import run_stage
+from common.stages import run_stage
 from common.errors import IncompleteError
 from common.files import write_json
 from contracts.draft import DraftRun

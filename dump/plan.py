@@ -12,14 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
-from contracts.store import sample_bytes
 from dump.samples import Filter, Row
 from recipe.recipe import Recipe
+from recipe.sizes import stored_bytes
 from target.layers import captured_layers
 from target.target import Target
-
-FILE_OVERHEAD_BYTES = 1024
-"""A sample's header and its ledger line."""
 
 
 @dataclass
@@ -108,12 +105,3 @@ def refuse_full_disk(folder: Path, num_bytes: int) -> None:
             expected=f"{num_bytes / 1e9:.2f} GB that this dump and its unfinished shards will write (`dump plan`)",
             fix="Make room, choose another --output, set dump.dtype to fp8_e4m3 or int4, or pass --force.",
         )
-
-
-def stored_bytes(recipe: Recipe, target: Target, num_tokens: int) -> int:
-    """Return the bytes that a sample takes, with its header and ledger line."""
-    num_layers, section = len(captured_layers(recipe.target, target)), recipe.dump
-    keeps = section.final_states == "keep"
-    return FILE_OVERHEAD_BYTES + sample_bytes(
-        num_tokens, target.hidden_size, num_layers, section.dtype, final_states=keeps
-    )

@@ -1,6 +1,6 @@
 """The recipe: one YAML with all settings of a pipeline, checked before anything starts.
 
-Sections: `target`, `serve`, `synth`, `dump`, `train`, `export`, `bench`. What several stages share is only in `target`.
+Sections: `target`, `serve`, `synth`, `dump`, `train`, `export`, `bench`, `plan`. What several stages share is only in `target`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from common.redact import redact
 from common.section import Section
 from recipe.bench import BenchSection
 from recipe.dump import DumpSection
+from recipe.planning import PlanSection
 from recipe.serve import ServeSection
 from recipe.synth import SynthSection
 from recipe.train import ExportSection, TrainSection
@@ -28,6 +29,7 @@ class Recipe(Section):
     train: TrainSection | None = None
     export: ExportSection = ExportSection()
     bench: BenchSection = BenchSection()
+    plan: PlanSection = PlanSection()
 
     def training(self) -> TrainSection:
         """Return the `train` section. Raises UserError for a recipe without one."""
