@@ -38,9 +38,9 @@ from bench.requests import (
     score,
     send_all,
 )
-from common.stages import run_stage
 from common.errors import IncompleteError, UserError
 from common.files import hash_file, hash_json, read_json, write_json
+from common.stages import run_stage
 from contracts.acceptance import Acceptance
 from contracts.conversation import read_conversations
 from contracts.run import Run

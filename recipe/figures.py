@@ -13,7 +13,7 @@ KINDS: tuple[Kind, ...] = ("measured", "stated", "estimated")
 
 @dataclass(frozen=True)
 class Figure:
-    """A value, what it rests on, and its formula or source. A figure is as certain as the least certain of its inputs."""
+    """A value, what it rests on, and its formula or source. It is as certain as the least certain of its inputs."""
 
     value: float
     kind: Kind

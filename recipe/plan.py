@@ -30,7 +30,7 @@ MFU = 0.4
 
 @dataclass(frozen=True)
 class Case:
-    """What is planned. `train`: the JSON of `train plan` for this recipe and `train_gpus`; `window_gb`: rolling store."""
+    """What is planned. `train`: JSON of `train plan` for `training_gpus`; `window_gb`: that of a rolling store."""
 
     recipe: Recipe
     target: Target
@@ -164,7 +164,8 @@ def _stage(case: Case, name: str, nodes: int, figures: tuple[Figure, Figure, Fig
 def _serving_memory(case: Case) -> Figure:
     fleet = case.fleet
     held = fleet.weights / fleet.replica_gpus / 1e9
-    how = f"{fleet.weights / 1e9:.0f} GB of weights ({fleet.weights_source}) on {fleet.replica_gpus} GPUs; KV cache beside"
+    weights = f"{fleet.weights / 1e9:.0f} GB of weights ({fleet.weights_source})"
+    how = f"{weights} on {fleet.replica_gpus} GPUs; KV cache beside"
     return Figure(held, "stated" if "estimate" not in fleet.weights_source else "estimated", how)
 
 
@@ -251,13 +252,13 @@ def _plan_train(case: Case) -> Stage:
     memory = Figure(
         sum(train["memory_bytes"][layout].values()) / 1e9,
         "estimated",
-        f"peak of {layout}, {train['samples_per_rank']} samples of {case.recipe.target.max_model_len} tokens (`train plan`)",
+        f"peak of {layout}, {train['samples_per_rank']} x {case.recipe.target.max_model_len} tokens (`train plan`)",
     )
     return _stage(case, "train", nodes, (hours, disk, memory), None)
 
 
 def _plan_bench(case: Case) -> Stage:
-    """Plan `bench acceptance --conversations`: servers without draft, with K = 1 and with the draft's K, on one node."""
+    """Plan `bench acceptance --conversations`: servers without a draft, with K = 1 and with the draft's own K."""
     plan, fleet = case.recipe.plan, case.fleet
     reply, servers = plan.mean_tokens * (1 - plan.prompt_share), 3
     seconds, parts = 0.0, []
@@ -286,9 +287,8 @@ def _notes(case: Case, train: Stage) -> list[str]:
             "(train.global_batch_size / gradient_accumulation_steps), and each GPU needs one"
         )
     if fleet.replica_gpus > fleet.node.num_gpus:
-        notes.append(
-            f"the target needs {fleet.replica_gpus // fleet.node.num_gpus} nodes for one replica: vLLM over several nodes"
-        )
+        number = fleet.replica_gpus // fleet.node.num_gpus
+        notes.append(f"the target needs {number} nodes for one replica: vLLM over several nodes")
     layout = "single" if case.train["gpus"] == 1 else f"{section.parallel} x{case.train['gpus']}"
     if not case.train["fits"][layout]:
         changes = [change["change"] for change in case.train["changes_that_fit"]]

@@ -101,8 +101,8 @@ def show_page(page: Page) -> None:
     print(f"pipeline   {case.recipe.target.path}, {section.draft.method}, K = {section.draft.num_draft_tokens}")
     epochs = case.epoch / case.conversations
     print(
-        f"data       {case.conversations:,} conversations of {plan.mean_tokens} tokens, {plan.prompt_share:.0%} of them "
-        f"prompts; {epochs:.1f} epochs"
+        f"data       {case.conversations:,} conversations of {plan.mean_tokens} tokens, "
+        f"{plan.prompt_share:.0%} of them in prompts; {epochs:.1f} epochs"
     )
     print(
         f"hardware   {fleet.nodes} x {fleet.node.num_gpus} {fleet.hardware}; {fleet.replica_gpus} GPUs hold the target"

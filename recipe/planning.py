@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-
 from common.section import Section, operational
 
 OF_NODE = "of a node; default: estimated from the hardware"

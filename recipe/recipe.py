@@ -1,6 +1,7 @@
 """The recipe: one YAML with all settings of a pipeline, checked before anything starts.
 
-Sections: `target`, `serve`, `synth`, `dump`, `train`, `export`, `bench`, `plan`. What several stages share is only in `target`.
+Sections: `target`, `serve`, `synth`, `dump`, `train`, `export`, `bench`, `plan`. What several stages share is only in
+`target`.
 """
 
 from __future__ import annotations
