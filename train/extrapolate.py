@@ -14,9 +14,9 @@ makes a prediction worse (b, c >= 0), a >= 0, and 1 <= L <= K + 1.
 Three pilots determine neither three parameters nor the form: far from the pilots the forms differ more than anything
 else. So a prediction is a weighted mean of the three, as in Domhan et al. (IJCAI 2015); each draw takes weights anew,
 uniformly among all that sum to one. A draw also resamples the held-out samples (the same for all pilots), adds the
-noise of a training to each pilot, and draws the free parameter of a form (c of `power`, a of `saturating`) in proportion
-to its prior times exp(-chi^2 / 2); the other two are the least-squares fit. The interval is made of the draws'
-quantiles.
+noise of a training to each pilot, and draws the free parameter of a form (c of `power`, a of `saturating`) in
+proportion to its prior times exp(-chi^2 / 2); the other two are the least-squares fit. The interval is made of the
+draws' quantiles.
 """
 
 from __future__ import annotations
