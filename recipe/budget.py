@@ -72,11 +72,12 @@ def _singles(case: Case, ask_train: AskTrain) -> Iterator[tuple[str, Page, str]]
     if store.final_states == "keep" and not needs:
         dropped = _with_store(case, final_states="drop")
         yield "dump.final_states: drop", make_page(dropped), "another store is needed for objectives that distill"
-    if case.window_gb is None:
+    fleet = case.fleet
+    if case.window_gb is None and fleet.nodes * fleet.node.num_gpus > fleet.replica_gpus:
         whole = next(stage for stage in make_page(case).stages if stage.name == "dump").disk_gb.value
         rolling = replace(case, window_gb=WINDOW_SHARE * whole)
         words = f"dump run --window {WINDOW_SHARE * whole * 1e9 / 2**30:.0f} with train offline --follow"
-        yield words, make_page(rolling), "a capture for each epoch; dump and train run side by side"
+        yield words, make_page(rolling), "a capture for each epoch, beside the training"
     for words, recipe in _smaller_drafts(case.recipe):
         yield words, make_page(replace(case, recipe=recipe, train=ask_train(recipe))), "accepts less: `train forecast`"
 

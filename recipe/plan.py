@@ -3,7 +3,8 @@
 Reads: the recipe, the target's config or the recipe's facts, and the JSON of `train plan`. No weights, store or GPU.
 
 Stages run one after another, each on as many of the nodes as it can use; a node costs money while its stage runs. Disks
-are paid from the first stage to the last. A rolling store is captured while the draft trains.
+are paid from the first stage to the last. A rolling store is captured while the draft trains, on the nodes that do not
+train; if there is none, both share all nodes and take the sum of their hours.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
+from common.errors import UserError
 from recipe.figures import Figure, least_certain, total
 from recipe.rates import Fleet, Measured
 from recipe.recipe import Recipe
@@ -127,14 +129,15 @@ def make_page(case: Case) -> Page:
     synth, train, bench = _plan_synth(case), _plan_train(case), _plan_bench(case)
     dump = _plan_dump(case, train)
     notes = _notes(case, train)
+    stages = [synth, dump, train, bench]
     if case.window_gb is None:
-        stages, hours = [synth, dump, train, bench], total([synth.hours, dump.hours, train.hours, bench.hours], "sum")
+        hours = total([stage.hours for stage in stages], "sum")
     else:
         beside = max((dump.hours, train.hours), key=lambda figure: figure.value)
-        stages = [synth, dump, train, bench]
-        hours = total(
-            [synth.hours, beside, bench.hours], "synth + the longer one of dump and train, side by side + bench"
-        )
+        how = "synth + the longer one of dump and train, side by side + bench"
+        if capture_nodes(case, train.nodes) + train.nodes > case.fleet.nodes:
+            beside, how = total([dump.hours, train.hours], "sum"), "sum: dump and train share the nodes"
+        hours = total([synth.hours, beside, bench.hours], how)
     disk = total((stage.disk_gb for stage in stages), "sum: nothing is deleted before the last stage")
     price = case.recipe.plan.disk_tb_month_price
     disk_money = None
@@ -148,6 +151,25 @@ def make_page(case: Case) -> Page:
 def training_gpus(recipe: Recipe, gpus: int) -> int:
     """Return how many of some GPUs can train: each needs a sample of every batch."""
     return min(gpus, recipe.training().batch_size)
+
+
+def capture_nodes(case: Case, training: int) -> int:
+    """Return how many nodes capture a rolling store beside `training` nodes that train: the others, else all.
+
+    Raises UserError if the target takes all GPUs, so that none is left to train.
+    """
+    fleet = case.fleet
+    others = fleet.nodes - training
+    if others * fleet.node.num_gpus >= fleet.replica_gpus:
+        return others
+    if fleet.nodes * fleet.node.num_gpus > fleet.replica_gpus:
+        return fleet.nodes
+    raise UserError(
+        "--window",
+        found=f"{fleet.nodes} x {fleet.hardware}, all of whose GPUs hold the target",
+        expected="GPUs that train while the others capture",
+        fix="Take another node, or a whole store.",
+    )
 
 
 def _stage(case: Case, name: str, nodes: int, figures: tuple[Figure, Figure, Figure], rate: Figure | None) -> Stage:
@@ -212,7 +234,7 @@ def _plan_dump(case: Case, train: Stage) -> Stage:
             f"{case.conversations} samples x {per_sample} bytes ({case.recipe.dump.dtype}, `dump plan`)",
         )
     else:
-        fleet = fleet.with_nodes(max(1, fleet.nodes - train.nodes))
+        fleet = fleet.with_nodes(capture_nodes(case, train.nodes))
         tokens, what = float(case.epoch * plan.mean_tokens), "tokens of all epochs"
         disk = Figure(case.window_gb, "stated", "dump run --window")
     rate = _pick_rate(
@@ -266,7 +288,7 @@ def _plan_bench(case: Case) -> Stage:
         number = case.recipe.bench.num_prompts.get(concurrency, plan.bench_conversations)
         rate = fleet.decode_rate(concurrency, plan.mean_tokens / 2)
         seconds += number * reply / rate.value
-        parts.append(f"{number} replies at {rate.value:.0f} tokens/s")
+        parts.append(f"{number} replies, {concurrency} at once, at {rate.value:.0f} tokens/s")
     how = (
         f"{servers} servers x ({plan.start_minutes:g} min start + {', '.join(parts)}), as if the draft gained nothing; "
         "on one replica"
@@ -294,8 +316,6 @@ def _notes(case: Case, train: Stage) -> list[str]:
         changes = [change["change"] for change in case.train["changes_that_fit"]]
         advice = f"; fits with {changes[0]}" if changes else "; `train plan` knows no change that fits"
         notes.append(f"training does not fit into {fleet.node.gpu_memory_gb} GB: {train.gpu_gb.value:.0f} GB{advice}")
-    if case.window_gb is not None and fleet.nodes == 1:
-        notes.append(
-            "the rolling store is captured while the draft trains: that takes a second node, beside the given one"
-        )
+    if case.window_gb is not None and capture_nodes(case, train.nodes) == fleet.nodes:
+        notes.append("capture and training share the nodes: give each some GPUs of a node (CUDA_VISIBLE_DEVICES)")
     return notes
