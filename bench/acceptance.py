@@ -39,10 +39,10 @@ from bench.requests import (
     score,
     send_all,
 )
-from bench.stages import run_stage
 from bench.track import figures_of_prompts, log_results
 from common.errors import IncompleteError, UserError
 from common.files import hash_file, hash_json, read_json, write_json
+from common.stages import run_stage
 from common.trackers import installed_trackers
 from contracts.acceptance import Acceptance
 from contracts.conversation import read_conversations

@@ -21,9 +21,9 @@ from typing import Any
 from bench.explain import explain_config
 from bench.replay import Replay, serve_and_send
 from bench.requests import Turn, answers_from_json, kept_steps, read_turns
-from bench.stages import run_stage
 from common.errors import IncompleteError, UserError
 from common.files import hash_file, read_json, write_json
+from common.stages import run_stage
 from contracts.acceptance import Acceptance
 from contracts.conversation import read_conversations
 from contracts.draft import DraftRun

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.explain import explain_config
-from bench.stages import run_stage
 from common.errors import IncompleteError
 from common.files import write_json
+from common.stages import run_stage
 from contracts.draft import DraftRun
 from contracts.store import open_store
 from contracts.trace import Trace, read_traces

@@ -85,18 +85,6 @@ class Kept:
         )
         return replace(sample, spans={**spans, TOP_TOKENS: predicting}, top=top)
 
-    def form(self, num_layers: int, target: Target, dtype: str) -> SampleForm:
-        """Return the form of the samples, for their sizes."""
-        return SampleForm(
-            target.hidden_size,
-            num_layers,
-            dtype,
-            self.final_state,
-            self.top_k or None,
-            self.vocab_size or None,
-            has_spans=not self.unseen,
-        )
-
     def num_bytes(self, form: SampleForm, num_tokens: int, loss_spans: Spans) -> int:
         """Return the bytes of the tensors of a sample with these loss spans."""
         if not form.is_reduced:

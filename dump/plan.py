@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
-from contracts.sample_file import Spans
 from dump.kept import Kept
 from dump.samples import Filter, Row
 from recipe.recipe import Recipe
+from recipe.sizes import form_of, stored_bytes
 from target.layers import captured_layers
 from target.target import Target
 
@@ -47,6 +47,7 @@ def make_plan(
 ) -> Plan:
     """Plan the capture of `rows`; rows that are done (`is_done` or in `elsewhere`) are only counted."""
     plan, row_filter = Plan(), Filter.of(recipe, target)
+    kept, form = Kept.of(recipe, target), form_of(recipe, target)
     for row in rows:
         if is_done(row.sample_id):
             plan.left_out["there already"] += 1
@@ -63,7 +64,7 @@ def make_plan(
         plan.tokens += num_tokens
         plan.supervised += sum(end - start for start, end in verdict.row.sample.loss_spans)
         plan.longest = max(plan.longest, num_tokens)
-        plan.bytes += stored_bytes(recipe, target, num_tokens, verdict.row.sample.loss_spans)
+        plan.bytes += form.header_bytes + kept.num_bytes(form, num_tokens, verdict.row.sample.loss_spans)
     return plan
 
 
@@ -112,11 +113,3 @@ def refuse_full_disk(folder: Path, num_bytes: int) -> None:
             expected=f"{num_bytes / 1e9:.2f} GB that this dump and its unfinished shards will write (`dump plan`)",
             fix="Make room, choose another --output, set dump.dtype to fp8_e4m3 or int4, or pass --force.",
         )
-
-
-def stored_bytes(recipe: Recipe, target: Target, num_tokens: int, loss_spans: Spans | None = None) -> int:
-    """Return the bytes that a sample takes, with its header and ledger line; at most, if its spans are not known."""
-    kept = Kept.of(recipe, target)
-    form = kept.form(len(captured_layers(recipe.target, target)), target, recipe.dump.dtype)
-    size = form.num_bytes(num_tokens) if loss_spans is None else kept.num_bytes(form, num_tokens, loss_spans)
-    return form.header_bytes + size

@@ -21,13 +21,14 @@ from contracts.run import Run
 from contracts.shards import folders_of_others
 from drafts.order import plan_window
 from dump.fill import open_filler
-from dump.plan import refuse_full_disk, stored_bytes
+from dump.plan import refuse_full_disk
 from dump.preflight import prove_engines
 from dump.rendered import TemplateMasks
 from dump.roller import Roller
 from dump.run import STAGE, dump_settings, make_manifest
 from dump.samples import Filter, metadata_of, read_rows
 from recipe.recipe import Recipe
+from recipe.sizes import stored_bytes
 from target.target import Target
 
 SEGMENT_SHARE = 1.25

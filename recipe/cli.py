@@ -1,4 +1,4 @@
-"""`recipe`: check a recipe and show it resolved. Also the recipe options of all stages."""
+"""`recipe`: write, check, show and plan recipes. Also the recipe options of all stages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from common.cli import make_app
+from common.cli import expand_options, make_app
 from common.errors import run_app
 
 if TYPE_CHECKING:
@@ -57,6 +57,18 @@ class MooncakeOptions:
 NO_MOONCAKE = MooncakeOptions()
 
 
+@dataclass(frozen=True)
+class BudgetOptions:
+    """Limits of `recipe plan`."""
+
+    budget_hours: Annotated[float | None, typer.Option(min=0, help="Most hours from start to end.")] = None
+    budget_disk: Annotated[float | None, typer.Option(min=0, metavar="TB", help="Most TB on disk.")] = None
+    budget_money: Annotated[float | None, typer.Option(min=0, help="Most money; needs plan.gpu_hour_price.")] = None
+
+
+NO_BUDGET = BudgetOptions()
+
+
 def load_checked(path: Path, overrides: list[str] | None, flags: dict[str, Any] | None = None) -> Recipe:
     """Load a recipe and check it as `recipe check` does. Raises UserError for the first mistake."""
     from recipe.check import check_recipe
@@ -67,12 +79,12 @@ def load_checked(path: Path, overrides: list[str] | None, flags: dict[str, Any] 
     return recipe
 
 
-app = make_app("Write recipes, check them and show them resolved.")
+app = make_app("Write recipes, check them, show them resolved, plan what they take.")
 
 
 @app.callback()
 def _callback() -> None:
-    """Write recipes, check them and show them resolved."""
+    """Write recipes, check them, show them resolved, plan what they take."""
 
 
 @app.command(epilog="Example: recipe init Qwen/Qwen3-8B --gpus 8 -o qwen3-8b.yaml")
@@ -133,6 +145,38 @@ def check(recipe: RecipeOption, set_: OverridesOption = None) -> None:
     for note in (note_ranks(target, loaded.serve.args), note_free_rows(target)):
         if note:
             typer.echo(f"note: {note}")
+
+
+@app.command(
+    epilog="Example: recipe plan -r recipes/Qwen3-8B/recipe.yaml --hardware h100 --nodes 8 "
+    "--set plan.gpu_hour_price=3 --budget-disk 2"
+)
+@expand_options
+def plan(
+    recipe: RecipeOption,
+    hardware: Annotated[
+        str | None,
+        typer.Option(help="h100, h200, b200, b300, gb200, gb300 or mi355x.", show_default="serve.hardware, or h100"),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
+    measured: Annotated[
+        Path | None, typer.Option(help="Take rates from this run of run.sh on one such node, as from a smoke run.")
+    ] = None,
+    window: Annotated[
+        float | None, typer.Option(min=0.001, metavar="GIB", help="Plan a rolling store (`dump run --window`).")
+    ] = None,
+    train_plan: Annotated[Path | None, typer.Option(help="JSON of `train plan`; default: ask it.")] = None,
+    budget: BudgetOptions = NO_BUDGET,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    set_: OverridesOption = None,
+) -> None:
+    """Print hours, disk, memory and money of the whole pipeline, and what to change to fit a budget."""
+    from recipe.budget import Budget
+    from recipe.plan_report import Request, answer
+
+    limits = Budget(budget.budget_hours, budget.budget_disk and 1000 * budget.budget_disk, budget.budget_money)
+    asked = Request(hardware, nodes, measured, window, train_plan, limits)
+    answer(load_checked(recipe, set_), asked, as_json=json_)
 
 
 def main() -> None:

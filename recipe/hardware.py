@@ -1,6 +1,6 @@
 """GPU nodes: number of GPUs, memory, speed, and whether a target fits.
 
-Memory is in GB (1e9 bytes), speed in TFLOP/s of dense bf16 products, both as vendors state them.
+Memory is in GB (1e9 bytes), its bandwidth in TB/s, speed in TFLOP/s of dense bf16 products, all as vendors state them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ class Node:
     num_gpus: int
     gpu_memory_gb: int
     gpu_tflops: int
+    gpu_tb_per_s: float
     rocm: bool = False
 
     @property
@@ -24,13 +25,13 @@ class Node:
 
 
 NODES = {
-    "h100": Node(8, 80, 989),
-    "h200": Node(8, 141, 989),
-    "b200": Node(8, 180, 2250),
-    "b300": Node(8, 268, 2250),
-    "gb200": Node(4, 192, 2500),
-    "gb300": Node(4, 288, 2500),
-    "mi355x": Node(8, 288, 2300, rocm=True),
+    "h100": Node(8, 80, 989, 3.35),
+    "h200": Node(8, 141, 989, 4.8),
+    "b200": Node(8, 180, 2250, 8.0),
+    "b300": Node(8, 268, 2250, 8.0),
+    "gb200": Node(4, 192, 2500, 8.0),
+    "gb300": Node(4, 288, 2500, 8.0),
+    "mi355x": Node(8, 288, 2300, 8.0, rocm=True),
 }
 
 

@@ -1,7 +1,7 @@
 """The recipe: one YAML with all settings of a pipeline, checked before anything starts.
 
-Sections: `target`, `serve`, `prepare`, `synth`, `dump`, `train`, `export`, `bench`, `tracking`. What several stages
-share is only in `target`.
+Sections: `target`, `serve`, `prepare`, `synth`, `dump`, `train`, `export`, `bench`, `tracking`, `plan`. What several
+stages share is only in `target`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from common.redact import redact
 from common.section import Section
 from recipe.bench import BenchSection
 from recipe.dump import DumpSection
+from recipe.planning import PlanSection
 from recipe.prepare import PrepareSection
 from recipe.serve import ServeSection
 from recipe.synth import SynthSection
@@ -33,6 +34,7 @@ class Recipe(Section):
     export: ExportSection = ExportSection()
     bench: BenchSection = BenchSection()
     tracking: TrackingSection = TrackingSection()
+    plan: PlanSection = PlanSection()
 
     def training(self) -> TrainSection:
         """Return the `train` section. Raises UserError for a recipe without one."""

@@ -24,6 +24,11 @@ class FactsSection(Section):
     final_norm: FinalNorm | None = Field(default=None, description="default: rms, or from the config")
     highest_token_id: int = Field(gt=0, description="of the tokenizer, added tokens included")
     sparse_block_size: int | None = Field(default=None, gt=0, description="block size of a sparse attention")
+    num_parameters: float | None = Field(default=None, gt=0, description="for plans; default: from the config")
+    num_active_parameters: float | None = Field(
+        default=None, gt=0, description="for plans: those that compute one token; default: all"
+    )
+    kv_bytes_per_token: float | None = Field(default=None, gt=0, description="for plans: of the KV cache, in bf16")
 
 
 class TargetSection(Section):

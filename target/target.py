@@ -46,7 +46,8 @@ class Target:
         facts = section.facts
         if facts is None or (find_folder(section.path) / "config.json").exists():
             return cls.here(section)
-        config = facts.model_dump(exclude={"architecture", "final_norm", "sparse_block_size"})
+        sizes = {"num_parameters", "num_active_parameters", "kv_bytes_per_token"}
+        config = facts.model_dump(exclude={"architecture", "final_norm", "sparse_block_size", *sizes})
         config["architectures"] = [facts.architecture]
         config["sparse_attention_config"] = {"sparse_block_size": facts.sparse_block_size}
         return cls(section.path, config, facts, section.final_norm or facts.final_norm or "rms")

@@ -35,6 +35,58 @@ RunOption = Annotated[Path, _RUN]
 OptionalRunOption = Annotated[Path | None, _RUN]
 
 
+@dataclass(frozen=True)
+class PilotOptions:
+    """The pilots of `train forecast`: trained here, or finished."""
+
+    fractions: Annotated[
+        str, typer.Option(metavar="F,F,F", help="Shares of the data to train pilots on; at least three.")
+    ] = "0.05,0.1,0.25"
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option(help="Instead: a finished `train offline` with fewer samples and steps. Repeatable."),
+    ] = None
+    full: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="SAMPLES", help="Samples of the whole training, if the store has only a part."),
+    ] = None
+    processes: Annotated[int, typer.Option(min=1, help="Processes of each training, under torchrun.")] = 1
+
+    def shares(self) -> list[float]:
+        """Return `fractions` as numbers. Raises UserError for others than shares of the data."""
+        try:
+            found = [float(part) for part in self.fractions.split(",")]
+        except ValueError:
+            found = []
+        if not found or not all(0 < share <= 1 for share in found):
+            raise UserError(
+                "--fractions", found=self.fractions, expected="numbers from 0 to 1, as 0.05,0.1,0.25", fix="Correct it."
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class CurveOptions:
+    """What `train forecast` says about the curve."""
+
+    budget: Annotated[
+        list[float] | None, typer.Option(min=1, metavar="TOKENS", help="Supervised tokens to forecast. Repeatable.")
+    ] = None
+    least_gain: Annotated[
+        float, typer.Option(min=0.0001, max=1, help="Relative gain below which twice the data does not pay.")
+    ] = 0.03
+    served: Annotated[
+        Path | None, typer.Option(help="Folder of `bench acceptance` with a draft of this size, for speed-ups.")
+    ] = None
+    step_ratio: Annotated[
+        float | None, typer.Option(min=0.1, help="Instead: the time of a step with the draft, relative to without.")
+    ] = None
+    actual: Annotated[Path | None, typer.Option(help="Compare with this `train eval` of the whole training.")] = None
+
+
+NO_PILOTS, NO_CURVE = PilotOptions(), CurveOptions()
+
+
 @app.command(epilog="Example: train plan -r recipes/MiniMax-M3-DFlash/recipe.yaml --gpu h200 --gpus 8 --read-rate 10")
 def plan(
     recipe: RecipeOption,
@@ -233,6 +285,37 @@ def compare(
 
     stores = (store, held_out)
     compare_variants(read_variants(variants), lambda more: load_checked(recipe, [*(set_ or []), *more]), stores, output)
+
+
+@app.command(
+    epilog="Example: train forecast -r recipes/Tiny-DFlash/recipe.yaml --store runs/store "
+    "--held-out runs/store-held-out --output runs/forecast --served runs/bench"
+)
+@expand_options
+def forecast(
+    recipe: RecipeOption,
+    store: Annotated[Path, typer.Option(help="The store to train on, or a part of it; of --runs also a rolling one.")],
+    held_out: Annotated[Path, typer.Option(help="A store of held-out conversations.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pilots and the forecast.")],
+    pilots: PilotOptions = NO_PILOTS,
+    curve: CurveOptions = NO_CURVE,
+    set_: OverridesOption = None,
+) -> None:
+    """Train pilots on parts of the data and forecast the acceptance length of the whole training; resumes."""
+    from train.forecast import Asked
+    from train.forecast import forecast as make_forecast
+    from train.pilots import Work
+
+    overrides = set_ or []
+    work = Work(
+        recipe, overrides, lambda more: load_checked(recipe, [*overrides, *more]), store, held_out, output,
+        pilots.full, pilots.processes,
+    )  # fmt: skip
+    asked = Asked(
+        pilots.shares(), pilots.runs or [], curve.budget or [], curve.least_gain, curve.served, curve.step_ratio,
+        curve.actual,
+    )  # fmt: skip
+    make_forecast(work, asked)
 
 
 @app.command(

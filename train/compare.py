@@ -27,6 +27,7 @@ from train.certificate import Figures
 from train.evaluate import Evaluation, evaluate
 from train.export import export
 from train.offline import train_offline
+from train.pilots import parts_of
 from train.reports import Source
 
 TEMPLATE = Path(__file__).with_name("compare.html.j2")
@@ -47,11 +48,7 @@ class Variant:
     @property
     def parts(self) -> list[Acceptance]:
         """The acceptance of each sample, in the store's order."""
-        num_tokens = self.report["num_draft_tokens"]
-        return [
-            Acceptance.from_steps([a for reply in walk["accepted"] for a in reply], num_tokens)
-            for walk in self.report["walks"]
-        ]
+        return parts_of(self.report)
 
 
 def read_variants(path: Path) -> dict[str, list[str]]:

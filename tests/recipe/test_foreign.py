@@ -13,7 +13,8 @@ from recipe.load import load_recipe
 M3 = ROOT / "recipes/MiniMax-M3-DFlash/recipe.yaml"
 OWN_FACTS = """
   facts: {architecture: Qwen3ForCausalLM, hidden_size: 4096, num_hidden_layers: 36, vocab_size: 151936,
-          rope_theta: 1.0e+6, final_norm: rms, highest_token_id: 151668, sparse_block_size: null}
+          rope_theta: 1.0e+6, final_norm: rms, highest_token_id: 151668, sparse_block_size: null,
+          num_parameters: null, num_active_parameters: null, kv_bytes_per_token: null}
   aux_layers: null
   mask_token_id: null
   training_template: null

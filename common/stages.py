@@ -1,4 +1,4 @@
-"""Run another stage's command as a user would, since stages never import each other."""
+"""Run a stage's command as a user would: stages never import each other, and shared code imports none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common.errors import IncompleteError
+from common.errors import IncompleteError, UserError
 
 
 def run_stage(name: str, *words: object, processes: int = 1) -> None:
@@ -24,3 +24,15 @@ def run_stage(name: str, *words: object, processes: int = 1) -> None:
             f"`{name} {words[0]}`: found exit code {code}, expected 0. Its message is above; run the same command "
             "again to resume."
         )
+
+
+def ask_stage(name: str, *words: object) -> str:
+    """Return what a console command of this environment prints. Raises UserError with its message if it fails."""
+    command = [str(Path(sys.executable).with_name(name)), *map(str, words)]
+    answer = subprocess.run(command, check=False, capture_output=True, text=True)
+    if answer.returncode:
+        told = answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"]
+        raise UserError(
+            f"{name} {words[0]}", found=told[-1].removeprefix("error: "), expected="its output", fix="Correct that."
+        )
+    return answer.stdout
