@@ -8,6 +8,7 @@
 #                 docs/vllm-versions.md (at most 20 minutes on 2 cores after installation)
 # make gpu-check  check and measure training on this machine's GPU, with the torch of PYTHON
 # make check      format, lint, types, declared imports, dead code
+# make docs       the documentation as a site, in build/docs
 # make clean      delete the demo's run; `make distclean` deletes the environments, too
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM_VENV = .venv-vllm-$(VERSION)
 
-.PHONY: demo demo-real test test-long test-rare test-vllm gpu-check check format clean distclean
+.PHONY: demo demo-real test test-long test-rare test-vllm gpu-check check format docs clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -58,8 +59,13 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)/installed
+	$(BIN)/pip $(PIP) install --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python tests/reference.py
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf runs/tiny-dflash
+	rm -rf runs/tiny-dflash build/docs
 
 distclean: clean
 	rm -rf $(VENV) .venv-vllm-* *.egg-info
