@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 import sys
@@ -181,6 +182,7 @@ def keys_page() -> str:
     return GENERATED + "\n".join(lines) + "\n"
 
 
+@functools.cache
 def load_app(stage: str) -> Any:
     """Return a stage's click group."""
     return typer.main.get_command(importlib.import_module(f"{stage}.cli").app)
