@@ -10,6 +10,7 @@
 #                 the tests of experiment trackers, with MLflow and trackio, in an environment over .venv
 # make gpu-check  check and measure training on this machine's GPU, with the torch of PYTHON
 # make check      format, lint, types, declared imports, dead code
+# make docs       the documentation as a site, in build/docs
 # make clean      delete the demo's run; `make distclean` deletes the environments, too
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 TRACKERS_VENV := .venv-trackers
 VLLM_VENV = .venv-vllm-$(VERSION)
 
-.PHONY: demo demo-real test test-long test-rare test-vllm test-trackers gpu-check check format clean distclean
+.PHONY: demo demo-real test test-long test-rare test-vllm test-trackers gpu-check check format docs clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -64,8 +65,13 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)/installed
+	$(BIN)/pip $(PIP) install --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python tests/reference.py
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf runs/tiny-dflash
+	rm -rf runs/tiny-dflash build/docs
 
 distclean: clean
 	rm -rf $(VENV) .venv-vllm-* $(TRACKERS_VENV) *.egg-info

@@ -30,7 +30,7 @@ CARD_FILE = "README.md"
 class Yarn(Section):
     """YaRN: `factor * original_max_position_embeddings` positions (arXiv 2309.00071, as transformers computes it)."""
 
-    factor: float = Field(gt=1)
+    factor: float = Field(gt=1, description="served context length over the training length")
     original_max_position_embeddings: int = Field(gt=0, description="the training length")
 
     @property

@@ -16,10 +16,12 @@ from target.target import Target
 class BlockSection(TransformerSection):
     """Keys of `train.draft` that all block drafts have."""
 
-    num_layers: int = Field(default=5, gt=0)
+    num_layers: int = Field(default=5, gt=0, description="layers of the draft")
     num_anchors: int = Field(default=512, gt=0, description="most blocks drawn per sample and step")
     slot_weights: SlotWeights = "dpace"
-    loss_decay: float = Field(default=4.0, gt=0, description="decay: gamma; slot k weighs exp(-(k-1)/gamma)")
+    loss_decay: float = Field(
+        default=4.0, gt=0, description="slot_weights decay: gamma; draft token k weighs exp(-(k-1)/gamma)"
+    )
 
     sliding_window: int | None = Field(
         default=None, gt=0, description="keys that a query of a sliding layer sees, its own included, as vLLM counts"

@@ -94,13 +94,16 @@ class DraftSection(Section):
 class TransformerSection(DraftSection):
     """Dimensions of a draft that is made of transformer layers."""
 
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0)
-    head_dim: int = Field(default=128, gt=0)
-    intermediate_size: int = Field(gt=0)
+    num_attention_heads: int = Field(
+        gt=0, description="query heads of a draft layer; a multiple of num_key_value_heads"
+    )
+    num_key_value_heads: int = Field(gt=0, description="key and value heads of a draft layer")
+    head_dim: int = Field(default=128, gt=0, description="width of a head")
+    intermediate_size: int = Field(gt=0, description="width of the draft's MLP")
     slot_weights: SlotWeights = Field(
         default="decay",
-        description="weights of a block's draft tokens: static decay, D-PACE, or end-to-end total variation",
+        description="weights of a block's draft tokens in the loss: decay (static), dpace (D-PACE), or e2e_tv "
+        "(end-to-end total variation; needs objective: tv)",
     )
     dpace_smoothing: float = Field(default=0.5, ge=0, le=1, description="D-PACE: a of q~ = (1-a)*q + a")
 

@@ -15,8 +15,8 @@ class LayoutSpace(Section):
     tp: int = Field(default=1, gt=0, description="tensor parallel size")
     ep: int = Field(default=1, gt=0, description="expert parallel size: 1 or tp")
     dp_attn: bool = Field(default=False, description="data-parallel attention in tp replicas, experts over all GPUs")
-    conc_start: int = Field(gt=0)
-    conc_end: int = Field(gt=0)
+    conc_start: int = Field(gt=0, description="lowest number of requests in flight")
+    conc_end: int = Field(gt=0, description="highest number of requests in flight")
 
     @model_validator(mode="after")
     def _layout_is_possible(self) -> LayoutSpace:
@@ -42,7 +42,7 @@ class ScenarioSection(Section):
 
     isl: int = Field(gt=0, description="maximum input length, tokens")
     osl: int = Field(gt=0, description="maximum output length, tokens")
-    search_space: list[LayoutSpace] = Field(min_length=1)
+    search_space: list[LayoutSpace] = Field(min_length=1, description="layouts, and the concurrencies of each")
 
 
 class SweepSection(Section):
@@ -54,7 +54,7 @@ class SweepSection(Section):
         default="random", description="random tokens, or a JSONL of prompts (rows with prompt, turns or messages)"
     )
     ignore_eos: bool = Field(default=True, description="generate up to osl; false: stop at the end token")
-    seed: int = 0
+    seed: int = Field(default=0, description="of the prompts and their lengths")
 
 
 OF_TARGET = "of sampled answers; default: the target's generation_config"

@@ -18,7 +18,8 @@ class DumpSection(Retries):
     )
     dtype: Literal["bfloat16", "float32", "fp8_e4m3", "int4"] = Field(
         default="bfloat16",
-        description="of the stored states; fp8: a scale per token and layer; int4: one per 32 values, final states fp8",
+        description="of the stored states; fp8: a scale per token and layer; int4: one per 32 values (4.5 bits each), "
+        "final states fp8",
     )
     final_states: Literal["keep", "top-k", "drop"] = Field(
         default="keep",

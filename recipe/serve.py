@@ -20,29 +20,31 @@ class VariantSection(Section):
     memory_gb: float = Field(gt=0, description="GPU memory for weights and a minimal KV cache, in GB (1e9 bytes)")
     hardware: list[str] = Field(default=[], description="hardware that it runs on; []: any")
     args: Args = Field(default={}, description="over serve.args")
-    env: dict[str, str] = operational(default={})
+    env: dict[str, str] = operational(default={}, description="environment, over serve.env")
     speculative: Args = Field(default={}, description="over serve.speculative")
 
 
 class PurposeSection(Section):
     """Flags and environment of the servers of one purpose."""
 
-    args: Args = Field(default={})
-    env: dict[str, str] = operational(default={})
+    args: Args = Field(default={}, description="flags without the dashes, over the variant's")
+    env: dict[str, str] = operational(default={}, description="environment, over the variant's")
 
 
 class HeadSection(Section):
     """A published draft."""
 
     path: str = Field(description="folder or hub name")
-    method: str
-    num_speculative_tokens: int = Field(gt=0)
+    method: str = Field(description="vLLM's name of the method")
+    num_speculative_tokens: int = Field(gt=0, description="draft tokens per step")
 
 
 class ServeSection(Section):
-    host: str = operational(default="127.0.0.1")
-    port: int | None = operational(default=None, ge=1, le=65535, description="default: a free one")
-    startup_timeout_s: float = operational(default=600.0, gt=0)
+    host: str = operational(default="127.0.0.1", description="address that servers listen on")
+    port: int | None = operational(default=None, ge=1, le=65535, description="port of the server; default: a free one")
+    startup_timeout_s: float = operational(
+        default=600.0, gt=0, description="how long to wait for a server to be healthy"
+    )
     env: dict[str, str] = operational(default={}, description="environment of every vLLM process")
     backend: Literal["vllm", "sglang"] = Field(default="vllm", description="engine of synthesis; all else uses vllm")
     args: Args = Field(default={}, description="vLLM's flags without the dashes")

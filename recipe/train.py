@@ -37,18 +37,21 @@ class TrainSection(Section):
     global_batch_size: int = Field(
         default=2, gt=0, description="samples per optimizer step, over all processes and accumulated batches"
     )
-    gradient_accumulation_steps: int = Field(default=1, gt=0, description="batches per optimizer step")
-    optimizer: Literal["adamw", "muon"] = Field(
-        default="adamw", description="muon: for the hidden matrices, with AdamW for norms and lm_head"
+    gradient_accumulation_steps: int = Field(
+        default=1, gt=0, description="batches per optimizer step; divides global_batch_size"
     )
-    learning_rate: float = Field(default=1.2e-3, gt=0)
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon: for the hidden matrices, with AdamW for norms and an own lm_head; one rate for both",
+    )
+    learning_rate: float = Field(default=1.2e-3, gt=0, description="at the end of the warm-up")
     lr_schedule: Literal["cosine", "linear", "wsd"] = Field(
         default="cosine", description="after the warm-up; wsd: constant, then linear over the last fifth"
     )
-    warmup_steps: int = Field(default=100, ge=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    seed: int = 0
+    warmup_steps: int = Field(default=100, ge=0, description="steps in which the learning rate rises linearly")
+    weight_decay: float = Field(default=0.01, ge=0, description="of all weights, decoupled from the gradient")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="norm that gradients are clipped to")
+    seed: int = Field(default=0, description="of the weights, the order of the samples and the anchors")
     max_samples: int | None = Field(default=None, gt=0, description="train on the store's first N samples only")
     held_out_fraction: float = Field(
         default=0.0, ge=0, lt=0.5, description="share of conversations held out to choose the best checkpoint"
@@ -60,7 +63,8 @@ class TrainSection(Section):
     )
     init_from: Path | None = operational(
         default=None,
-        description="folder of a run, a checkpoint or a published draft to start from, or org/name@revision of the hub",
+        description="start from a run, a checkpoint or a published draft's folder, whose weights must not change, or "
+        "from org/name@revision of the hub; default: at random",
     )
     evaluate_every: int = operational(
         default=0, ge=0, description="steps between evaluations on held-out rows; 0: never"
@@ -114,8 +118,10 @@ class TrainSection(Section):
 
 
 class ExportSection(Section):
-    yarn: Yarn | None = None
+    yarn: Yarn | None = Field(
+        default=None, description="stretch the draft's rope over longer contexts; default: plain rope"
+    )
     max_position_embeddings: int | None = Field(
         default=None, gt=0, description="the served context length (YaRN's full window); default: target.max_model_len"
     )
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of the exported weights")

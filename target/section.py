@@ -16,11 +16,11 @@ class FactsSection(Section):
     Names and meanings are those of transformers' configs.
     """
 
-    architecture: str
-    hidden_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
+    architecture: str = Field(description="class of the model, in transformers")
+    hidden_size: int = Field(gt=0, description="width of a hidden state")
+    num_hidden_layers: int = Field(gt=0, description="decoder layers")
     vocab_size: int = Field(gt=0, description="rows of the embedding")
-    rope_theta: float = Field(gt=0)
+    rope_theta: float = Field(gt=0, description="base of the rotary embedding")
     final_norm: FinalNorm | None = Field(default=None, description="default: rms, or from the config")
     highest_token_id: int = Field(gt=0, description="of the tokenizer, added tokens included")
     sparse_block_size: int | None = Field(default=None, gt=0, description="block size of a sparse attention")
@@ -32,7 +32,10 @@ class FactsSection(Section):
 
 
 class TargetSection(Section):
-    path: Path = Field(description="folder of the target: config, safetensors, tokenizer, chat template")
+    path: Path = Field(
+        description="folder or hub name of the target: config, safetensors, tokenizer, chat template. Its embedding "
+        "and lm_head may be plain, fp8, MXFP8 or NVFP4"
+    )
     max_model_len: int = Field(default=8192, gt=0, description="tokens of prompt and reply together, in every stage")
     thinking_mode_name: str = Field(default="thinking_mode", description="the chat template's variable for the mode")
     thinking_mode_values: dict[str, str | int | bool | None] = Field(
@@ -51,7 +54,7 @@ class TargetSection(Section):
     training_template: Path | None = Field(
         default=None, description="renders as the target's chat template does, with {% generation %} tags"
     )
-    training_template_sha256: str | None = Field(default=None, description="of that file")
+    training_template_sha256: str | None = Field(default=None, description="sha256 of that file")
     final_norm: FinalNorm | None = Field(
         default=None,
         description="rms: x * w, gemma: x * (1 + w), layer: LayerNorm, layer1p: LayerNorm with 1 + w; default: from "

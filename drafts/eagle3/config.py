@@ -45,7 +45,7 @@ class Eagle3Section(TransformerSection):
     method: Literal["eagle3"] = "eagle3"
     num_speculative_tokens: int = Field(default=3, gt=0, description="draft tokens per step in evaluation and serving")
     ttt_length: int = Field(default=7, gt=0, description="steps that training unrolls (training-time test)")
-    ttt_step_loss_decay: float = Field(default=0.8, gt=0, le=1, description="step i weighs decay^i")
+    ttt_step_loss_decay: float = Field(default=0.8, gt=0, le=1, description="slot_weights decay: step i weighs decay^i")
     draft_vocab_size: int | None = Field(
         default=None, gt=0, description="size of a reduced vocabulary of the most frequent tokens; default: all tokens"
     )

@@ -60,7 +60,9 @@ class LiLiCorrSection(BlockSection):
     margin_weight: float = Field(default=0.0, ge=0, description="weight of the margin")
     margin: float = Field(default=2.0, gt=0, description="least distance of the data's token from the next best score")
     slot_weights: SlotWeights = "decay"
-    loss_decay: float = Field(default=7.0, gt=0, description="decay: gamma; slot k weighs exp(-(k-1)/gamma)")
+    loss_decay: float = Field(
+        default=7.0, gt=0, description="slot_weights decay: gamma; draft token k weighs exp(-(k-1)/gamma)"
+    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> LiLiCorrSection:

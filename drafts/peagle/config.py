@@ -46,7 +46,7 @@ SERVED = {"method": "eagle3", "parallel_drafting": True}
 class PEagleSection(TransformerSection):
     method: Literal["peagle"] = "peagle"
     num_speculative_tokens: int = Field(default=7, ge=2, description="draft tokens per step")
-    num_layers: int = Field(default=4, gt=0)
+    num_layers: int = Field(default=4, gt=0, description="layers of the draft")
     num_anchors: int = Field(
         default=1024, gt=0, description="most positions per sample and step after which more than one token is drafted"
     )
@@ -55,7 +55,7 @@ class PEagleSection(TransformerSection):
     )
     min_depth_share: float = Field(default=0.2, ge=0, le=1, description="the share is at least this")
     depth_loss_decay: float = Field(
-        default=1.0, gt=0, le=1, description="static weights: draft token k weighs decay^(k-1)"
+        default=1.0, gt=0, le=1, description="slot_weights decay: draft token k weighs decay^(k-1)"
     )
     draft_vocab_size: int | None = Field(
         default=None, gt=0, description="size of a reduced vocabulary of the most frequent tokens; default: all tokens"
