@@ -128,21 +128,12 @@ def acceptance(
         raise typer.BadParameter("give either --conversations or --prompts")
     if conversations is not None and (thinking_modes or temperature or limit or endpoint):
         raise typer.BadParameter("--thinking-modes, --temperature, --limit and --endpoint need --prompts")
-    loaded = options.load()
+    loaded, numbers, seen = options.load(), parse_draft_tokens(draft_tokens), training_conversations or []
     if conversations is not None:
-        numbers, seen = parse_draft_tokens(draft_tokens), training_conversations or []
         replay(loaded, conversations, find_draft(draft), output, numbers, seen)
         return
     modes = thinking_modes.split(",") if thinking_modes is not None else list(dict.fromkeys(loaded.synth.modes_in_turn))
-    matrix = Matrix(
-        prompts or [],
-        modes or [""],
-        temperature or [0.0],
-        parse_draft_tokens(draft_tokens),
-        limit,
-        endpoint,
-        training_conversations or [],
-    )
+    matrix = Matrix(prompts or [], modes or [""], temperature or [0.0], numbers, limit, endpoint, seen)
     measure(loaded, options.args, find_draft(draft), matrix, output)
 
 

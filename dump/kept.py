@@ -17,6 +17,7 @@ from drafts.teacher import find_top_tokens
 from recipe.recipe import Recipe
 from target.final_norm import FinalNorm
 from target.head import TargetHead, read_head
+from target.section import TargetSection
 from target.target import Target
 
 SPAN_BYTES = 8
@@ -115,5 +116,5 @@ def _find_top(source: HeadSource, states: torch.Tensor, top_k: int) -> TopTokens
 @cache
 def _load_head(source: HeadSource, device: torch.device) -> TargetHead:
     """Return norm and lm_head, read once by each process. The embedding is not needed."""
-    head = read_head(replace(Target.read(source.path), norm_of_recipe=source.final_norm))
+    head = read_head(Target.of(TargetSection(path=source.path, final_norm=source.final_norm)))
     return replace(head, embedding=head.lm_head).to(device)

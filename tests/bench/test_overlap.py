@@ -129,7 +129,7 @@ def test_a_finished_measurement_of_held_out_conversations_is_told_the_training_d
         point = {**make_group(answers), "seconds": 1.0, "tokens": 12}
         (output / f"{name}.json").write_text(json.dumps({"startup_s": 1.0, "points": {"1": point, "4": point}}))
     monkeypatch.setattr("bench.replay.speculation_of", lambda *_: {"num_speculative_tokens": 3})
-    monkeypatch.setattr("bench.replay.fingerprint_draft", lambda *_: "")
+    monkeypatch.setattr("bench.replay.draft_inputs", lambda *_: {"draft": ""})
     args = (recipe, tmp_path / "held_out", tmp_path / "draft", output, None)
     assert "overlap" not in measure(*args)
     training = write(tmp_path / "training.jsonl", [{"id": "t", "prompt": "EXPLAIN: 2!"}])
