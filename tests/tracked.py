@@ -121,7 +121,7 @@ def main(tracker: str, folder: Path, num_steps: int) -> None:
         tracking.log(values_at(step), step)
     while any(thread._entries for thread in tracking._threads):
         time.sleep(0.01)
-    time.sleep(1.0 if tracker == "trackio" else 0.0)  # it sends twice a second
+    time.sleep(1.0 if tracker in ("trackio", "wandb") else 0.0)  # they write a moment later
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import hash_file, read_json
 from common.hub import revision_of
+from common.trackers.identity import read_identity
 from contracts.certificate import (
     CERTIFICATE_FILE,
     Certificate,
@@ -32,8 +33,6 @@ from train.reports import ACCEPTANCE, LOSSLESS, Source, read_lossless, read_pred
 
 WEIGHTS_FILE = "model.safetensors"
 THIS_FOLDER = "<this folder>"
-TRACKERS_FILE = "trackers.json"
-"""In the folder of a training run that logs to experiment trackers."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +144,7 @@ def _describe_target(target: Target, fingerprint: str) -> TargetFacts:
 
 def _read_trackers(run: DraftRun) -> dict[str, dict[str, str]]:
     """Return id and address of the run at its trackers; paths of this machine stay here."""
-    path = run.folder / TRACKERS_FILE
-    trackers = read_json(path, "the runs at trackers")["trackers"] if path.exists() else {}
+    trackers = read_identity(run.folder)["trackers"]
     found = {
         name: {
             key: value for key in ("run_id", "url") if (value := str(facts.get(key) or "")) and _is_public(key, value)

@@ -63,7 +63,7 @@ def test_steps_values_and_config_can_be_read_back(tracker: str, tmp_path: Path) 
 def test_a_killed_run_goes_on_as_the_same_run_and_has_every_step_once(tracker: str, tmp_path: Path) -> None:
     child = [sys.executable, str(ROOT / "tests/tracked.py"), tracker, str(tmp_path), "5"]
     paths = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
-    environment = {**os.environ, "PYTHONPATH": paths}
+    environment = {**os.environ, "PYTHONPATH": paths, "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "0.2"}  # not 15 s
     environment.pop("WANDB_SERVICE", None)  # that of this process
     assert subprocess.run(child, env=environment, check=False).returncode == -9
     known = read_identity(tmp_path)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -147,6 +148,7 @@ def test_results_of_bench_are_logged_once_for_each_change_of_them(recipe_path: P
         {"k7/all/acceptance_length": 2.5},
     ):
         log_results(recipe, run, figures)
+        time.sleep(1.1)  # TensorBoard and wandb name files by the second
     for name in HERE:
         curves, _ = READERS[name](run.folder)
         assert curves == {"k3/all/acceptance_length": [(1, 2.0)], "k7/all/acceptance_length": [(2, 2.5)]}
