@@ -262,6 +262,13 @@ class Certificate(Part):
         """The draft's name on its card."""
         return f"{self.target.name}-{self.draft.method}"
 
+    def with_rest_of(self, before: Certificate) -> Certificate:
+        """Return the certificate with those sections of an earlier one of this draft that it lacks: figures and data."""
+        figures = {name: getattr(self, name) or getattr(before, name) for name in ("predicted", "served", "lossless")}
+        origins = ("store_facts", "synthesis", "prompts")
+        data = {name: getattr(self.data, name) or getattr(before.data, name) for name in origins}
+        return self.model_copy(update={**figures, "data": self.data.model_copy(update=data)})
+
     def sealed(self, card: str) -> Certificate:
         """Return the certificate with the checksum of its card's text and with its digests."""
         whole = self.model_copy(update={"files": {**self.files, CARD_FILE: hash_bytes(card.encode())}})

@@ -40,7 +40,7 @@ class SourceSection(Section):
 
 
 class PrepareSection(Section):
-    sources: list[SourceSection] = Field(min_length=1)
+    sources: list[SourceSection] = Field(min_length=1, description="where the prompts come from")
     num_rows: int | None = Field(
         default=None, gt=0, description="rows of the output, shared by weight; default: all that are left"
     )

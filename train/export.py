@@ -38,8 +38,7 @@ def export(
 ) -> None:
     """Write the draft of a run to `output`; keep an export that has the same descriptor.
 
-    `figures`: for the certificate and the card. Those of an existing export are written anew if any are given, since
-    most are measured with it. `layout`: one of the method's; default: its first.
+    `figures`: for the certificate and the card. They may come later than the export, since most are measured with it. `layout`: one of the method's; default: its first.
 
     Raises UserError if `output` holds something else, if YaRN's window is not the context length, for an unknown
     layout, or for figures of another draft.
@@ -98,10 +97,15 @@ def _renew_card(recipe: Recipe, exported: Exported, figures: Figures) -> None:
 
 
 def _write_card(recipe: Recipe, exported: Exported, figures: Figures, environment: Mapping[str, str]) -> bool:
-    """Write certificate.json and README.md; return whether they differ from those that were there."""
-    certificate = build_certificate(recipe, exported, figures, environment)
+    """Write certificate.json and README.md; return whether they differ from those that were there.
+
+    Figures that were there are kept unless others of their kind are given.
+    """
+    certificate, folder = build_certificate(recipe, exported, figures, environment), exported.folder
+    if (folder / CERTIFICATE_FILE).exists():
+        certificate = certificate.with_rest_of(read_certificate(folder)[0])
     card = make_card(certificate)
-    sealed, folder = certificate.sealed(card), exported.folder
+    sealed = certificate.sealed(card)
     if (folder / CERTIFICATE_FILE).exists() and (folder / CARD_FILE).exists():
         before = read_json(folder / CERTIFICATE_FILE, "a certificate"), (folder / CARD_FILE).read_bytes()
         if before == (sealed.model_dump(mode="json"), card.encode()):

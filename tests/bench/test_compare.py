@@ -98,7 +98,8 @@ def test_one_sweep_holds_the_draft_against_none_in_one_file(tmp_path: Path) -> N
     page = (output / "report.html").read_text()
     assert all(link.startswith("data:") for link in re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)""", page))
     assert page.count("data:image/png;base64,") == 5
-    assert "http" not in page
+    assert "http:" not in page
+    assert "https:" not in page
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
     assert "runs/&lt;b&gt;draft" in page
