@@ -263,7 +263,7 @@ class Certificate(Part):
         return f"{self.target.name}-{self.draft.method}"
 
     def with_rest_of(self, before: Certificate) -> Certificate:
-        """Return the certificate with those sections of an earlier one of this draft that it lacks: figures and data."""
+        """Return the certificate with what it lacks of the figures and the data of an earlier one of this draft."""
         figures = {name: getattr(self, name) or getattr(before, name) for name in ("predicted", "served", "lossless")}
         origins = ("store_facts", "synthesis", "prompts")
         data = {name: getattr(self.data, name) or getattr(before.data, name) for name in origins}

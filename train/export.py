@@ -38,7 +38,8 @@ def export(
 ) -> None:
     """Write the draft of a run to `output`; keep an export that has the same descriptor.
 
-    `figures`: for the certificate and the card. They may come later than the export, since most are measured with it. `layout`: one of the method's; default: its first.
+    `figures`: for the certificate and the card. They may come later than the export, since most are measured with it.
+    `layout`: one of the method's; default: its first.
 
     Raises UserError if `output` holds something else, if YaRN's window is not the context length, for an unknown
     layout, or for figures of another draft.
