@@ -227,7 +227,7 @@ def test_a_killed_dump_resumes_without_loss(pipeline: Path, tmp_path: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def accuracy(pipeline: Path) -> tuple[list[object], Path]:
+def accuracy(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], Path]:
     """`bench accuracy` at a plan's one evaluated point, and its output.
 
     The questions are those that the target answered before; every fourth has another answer as the right one.
@@ -239,7 +239,8 @@ def accuracy(pipeline: Path) -> tuple[list[object], Path]:
             system, question, reply = (message["content"] for message in record.messages)
             answer = reply if len(rows) % 4 else "another answer"
             rows.append({"system": system, "question": question, "answer": answer})
-    folder, output = write_task(pipeline / "tasks", "explain", rows), pipeline / "accuracy"
+    made = tmp_path_factory.mktemp("evaluated")
+    folder, output = write_task(made / "tasks", "explain", rows), made / "accuracy"
     keys = {"thinking_mode": "disabled", "repeats": 2, "temperature": 0.3}
     words = [word for key, value in keys.items() for word in ("--set", f"bench.accuracy.{key}={value}")]
     space = "[{isl: 8192, osl: 1024, search_space: [{conc_start: 8, conc_end: 16}]}]"
