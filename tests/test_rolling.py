@@ -350,7 +350,8 @@ def test_twenty_kills_of_either_side_change_nothing(
                 process.wait()
     assert kills == 20
     assert same_weights(tmp_path, whole)
-    assert peak[0] < 1.1 * window
+    # Besides the window: what killed writers left unfinished, until their process starts again. A sample is 3% here.
+    assert peak[0] < 1.3 * window
     assert not list((tmp_path / "store/places").rglob("*"))
 
 
