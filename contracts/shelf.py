@@ -41,6 +41,10 @@ class Shelf(Protocol):
         """Return the places in `window` whose samples, or reasons, are there; of files, also all others."""
         ...
 
+    def delete_before(self, place: int) -> None:
+        """Delete what processes that have ended left before a place."""
+        ...
+
     def has_failed(self, name: str) -> bool:
         """Return whether there is a reason instead of a sample."""
         ...
@@ -105,15 +109,22 @@ class FolderShelf:
     def find(self, names: Sequence[str]) -> set[str]:
         return {name for name in names if self._path(name).exists() or self._reason(name).exists()}
 
-    def find_places(self, window: range) -> set[int]:  # noqa: ARG002
-        """See `Shelf`; also delete what killed writers left."""
+    def find_places(self, window: range) -> set[int]:
+        """See `Shelf`; also delete what killed writers of such places left."""
         found = set()
         for path in (self._folder / "places").glob("*/*"):
             if path.suffix == ".tmp":
-                path.unlink(missing_ok=True)
+                place = path.name[1:13]
+                if PLACE.fullmatch(place) and (int(place) - window.start) % window.step == 0:
+                    path.unlink(missing_ok=True)  # not that of another process, which may be writing it
             elif PLACE.fullmatch(path.stem):
                 found.add(int(path.stem))
         return found
+
+    def delete_before(self, place: int) -> None:
+        for path in (self._folder / "places").glob("*/*"):
+            if PLACE.fullmatch(path.stem) and int(path.stem) < place:
+                path.unlink(missing_ok=True)
 
     def has_failed(self, name: str) -> bool:
         return self._reason(name).exists()

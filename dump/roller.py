@@ -192,8 +192,9 @@ class Roller:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Delete this process's samples outside the window."""
+        """Delete this process's samples outside the window, and all behind it: another process may have ended."""
         first, end = self._position.first_place, self._end
+        self._store.shelf.delete_before(first)
         for place in [place for place in self._here if not first <= place < end]:
             self._store.shelf.delete(place_key(place))
             self._here.discard(place)

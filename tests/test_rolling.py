@@ -175,6 +175,32 @@ def test_capture_and_training_may_take_turns_and_go_back_to_an_earlier_checkpoin
     assert not list((tmp_path / "store/places").rglob("*"))
 
 
+def test_a_capture_deletes_what_one_that_has_ended_left_behind_the_trainer_and_no_file_in_the_making(
+    recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path
+) -> None:
+    window = 0.3 * store_bytes(whole / "store")
+    first, second = (
+        names(capture(recipe_path, conversations, tmp_path, window / GIB, "--until-full", "--shard", f"{number}/2"))
+        for number in range(2)
+    )
+    run_here(*first)
+    run_here(*second)
+    run_here(*names(follow(recipe_path, tmp_path, "--until-empty")))
+    store = RollingStore(tmp_path / "store")
+    position = store.read_position()
+    assert position is not None
+    assert position.first_place > 2
+    unfinished = [store.sample_path(place_key(place)) for place in (position.first_place + 8, position.first_place + 9)]
+    unfinished = [path.with_name(f".{path.name}.tmp") for path in unfinished]
+    for path in unfinished:
+        path.touch()
+    run_here(*first)
+    places = [int(path.stem) for path in (tmp_path / "store/places").rglob("*.safetensors")]
+    assert min(places) >= position.first_place
+    own = position.first_place % 2  # 0: the first of the two files is of shard 0
+    assert [path.exists() for path in unfinished] == ([False, True] if own == 0 else [True, False])
+
+
 def test_held_out_samples_stay_and_choose_the_same_best_checkpoint(
     recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -350,8 +376,7 @@ def test_twenty_kills_of_either_side_change_nothing(
                 process.wait()
     assert kills == 20
     assert same_weights(tmp_path, whole)
-    # Besides the window: what killed writers left unfinished, until their process starts again. A sample is 3% here.
-    assert peak[0] < 1.3 * window
+    assert peak[0] < 1.1 * window
     assert not list((tmp_path / "store/places").rglob("*"))
 
 
