@@ -7,8 +7,8 @@
     peer/bin/python benchmarks/train_step.py --method peagle [--seq 1024 --vocab 32768]
 
 Prints the ratio of steps/s (both sides alternate in one process), the first losses, the largest difference of gradients
-(DFlash: on the same anchors), the ratio of peak memory (each side in its own process), and the limit: the matrix
-products of our step alone. Both sides start from the same random weights and compute labels, the target's greedy tokens
+(DFlash: on the same anchors), the ratio of peak memory (each side in its own process, once with all it holds and once
+with what its steps add to the libraries, weights and inputs), and the limit: the matrix products of our step alone. Both sides start from the same random weights and compute labels, the target's greedy tokens
 or its distribution, from its final states.
 
 Other programs can time our DFlash step with `build(ctx)` and `NAME`: ctx has dims, batch, state, layer_config,
@@ -162,8 +162,11 @@ def time_products(shapes: list[tuple[int, int, int, int]]) -> float:
     return total
 
 
-def find_peak(dims: argparse.Namespace, method: ModuleType) -> float:
-    """Return the peak memory of three steps of one side in MiB, not counting its construction."""
+def find_peak(dims: argparse.Namespace, method: ModuleType) -> tuple[float, float]:
+    """Return the peak memory of one side over three steps in MiB, and what was there before them.
+
+    What its construction took at its peak does not count.
+    """
     if dims.side == "ours":
         step = build(make_own_context(dims, method), method)
     else:
@@ -172,19 +175,26 @@ def find_peak(dims: argparse.Namespace, method: ModuleType) -> float:
         step = build_peer(context, model, method)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak (proc(5))
+    before = read_peak()
     for _ in range(3):
         step()
+    return read_peak(), before
+
+
+def read_peak() -> float:
+    """Return this process's peak memory in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()  # getrusage includes the parent's peak
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
-def measure_memory() -> dict[str, float]:
-    """Return the peak memory in MiB of three steps of each side, each in its own process."""
+def measure_memory() -> dict[str, tuple[float, float]]:
+    """Return the results of `find_peak` of each side, each in its own process."""
     peaks = {}
     for side in ("ours", "peer"):
         command = [sys.executable, __file__, "--side", side, *sys.argv[1:]]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        peaks[side] = float(json.loads(output.splitlines()[-1])["peak_mib"])
+        found = json.loads(output.splitlines()[-1])
+        peaks[side] = (float(found["peak_mib"]), float(found["before_mib"]))
     return peaks
 
 
@@ -211,7 +221,7 @@ def main() -> None:
     torch.set_num_threads(dims.threads)
     torch.set_flush_denormal(True)
     if dims.side:
-        print(json.dumps({"peak_mib": find_peak(dims, method)}))
+        print(json.dumps(dict(zip(("peak_mib", "before_mib"), find_peak(dims, method), strict=True))))
         return
     context, model = make_context(dims, method)
     ours, peer = build(context, method), build_peer(context, model, method)
@@ -229,7 +239,10 @@ def main() -> None:
     share = time_products(method.list_products(dims)) / medians["ours"]
     print(f"the bare matrix products take {share:.2f} of our step", flush=True)
     peaks = measure_memory()
-    print(f"peak memory {peaks['ours'] / peaks['peer']:.2f} of theirs ({peaks['ours']:.0f}, {peaks['peer']:.0f} MiB)")
+    (peak, before), (peer_peak, peer_before) = peaks["ours"], peaks["peer"]
+    print(f"peak memory {peak / peer_peak:.2f} of theirs ({peak:.0f}, {peer_peak:.0f} MiB)")
+    added, peer_added = peak - before, peer_peak - peer_before
+    print(f"added by the steps {added / peer_added:.2f} of theirs ({added:.0f}, {peer_added:.0f} MiB)")
 
 
 if __name__ == "__main__":

@@ -202,6 +202,7 @@ def test_a_store_with_a_shifted_layer_or_a_flipped_byte_does_not_verify(pipeline
     assert "that its states do not predict" in result.stderr
 
 
+@pytest.mark.long
 def test_a_killed_dump_resumes_without_loss(pipeline: Path, tmp_path: Path) -> None:
     output = tmp_path / "store"
     args = ["dump", "run", "--recipe", RECIPE, *overrides(pipeline), "--set", "dump.writers=1"]

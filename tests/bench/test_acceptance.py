@@ -96,6 +96,7 @@ def start_server(args: list[object], folder: Path) -> subprocess.Popen[str]:
 @pytest.mark.vllm
 @pytest.mark.proves("counters", "greedy")
 @pytest.mark.timeout(400)
+@pytest.mark.long
 def test_sets_modes_and_draft_tokens_are_measured_in_one_run_that_resumes(
     recipe_path: Path, target_folder: Path, tmp_path: Path
 ) -> None:

@@ -96,7 +96,11 @@ def test_states_of_a_cached_prefix_are_whole_when_caching_is_asked_for(
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("backend", "count", "kills"),
-    [("hf", 60, 6), pytest.param("vllm", 500, 30, marks=[pytest.mark.vllm, pytest.mark.long])],
+    [
+        ("hf", 40, 4),
+        pytest.param("vllm", 120, 8, marks=[pytest.mark.vllm, pytest.mark.long]),
+        pytest.param("vllm", 500, 30, marks=[pytest.mark.vllm, pytest.mark.rare]),
+    ],
 )
 def test_a_store_that_two_shards_fill_through_kills_holds_every_sample_once(
     recipe_path: Path, target_folder: Path, tmp_path: Path, backend: str, count: int, kills: int

@@ -165,6 +165,7 @@ def test_two_processes_follow_the_loss_of_one(
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.long
 def test_a_run_goes_on_with_another_number_of_processes(recipe_path: Path, target_folder: Path, tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", Target.read(target_folder))
     sets = (
