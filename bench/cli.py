@@ -138,6 +138,53 @@ def acceptance(
 
 
 @app.command(
+    epilog="Example: bench schedule -r recipe.yaml --conversations runs/synth/held_out --draft runs/export "
+    "--draft-tokens 1,3,7 --concurrency 1,2,4,8,16,32 --output runs/schedule"
+)
+@expand_options
+def schedule(
+    options: RecipeOptions,
+    draft: DraftOption,
+    conversations: Annotated[Path, typer.Option(help="Held-out conversations (`synth generate`), the load.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the replies, the schedule and the report.")
+    ],
+    draft_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="1-7 or 3,7: numbers to measure, those between are predicted. A server is started for each, and one "
+            "that drafts nothing.",
+            show_default="1 and the number that is served",
+        ),
+    ] = None,
+    concurrency: Annotated[
+        str | None,
+        typer.Option(help="1,2,4,8: requests in flight, the batch sizes to measure.", show_default="the recipe's"),
+    ] = None,
+    acceptance: Annotated[
+        Path | None,
+        typer.Option(
+            help="acceptance.json of `bench acceptance`, or the output of `train eval`: choose by its acceptance. On "
+            "GPUs, servers accept at random with its rates, and the draft need not be trained.",
+            show_default="the draft's own, as served",
+        ),
+    ] = None,
+    repeats: Annotated[
+        int, typer.Option(min=2, max=10, help="How often the check serves the schedule, fixed numbers and no draft.")
+    ] = 3,
+    check: Annotated[bool, typer.Option(help="Check the schedule under load.")] = True,
+) -> None:
+    """Make vLLM's schedule of draft tokens by batch size, and check that it is as fast as any fixed number."""
+    from bench.draft_tokens import parse_concurrency, parse_draft_tokens
+    from bench.schedule import Asked, measure_schedule
+    from drafts.published import find_draft
+
+    recipe = options.load({"bench.concurrency": parse_concurrency(concurrency)})
+    numbers, times = parse_draft_tokens(draft_tokens), repeats if check else 0
+    measure_schedule(Asked(recipe, find_draft(draft), conversations, output, numbers, acceptance, times))
+
+
+@app.command(
     epilog="Example: bench lossless -r recipe.yaml --conversations runs/synth/held_out --draft runs/export "
     "--requests tools.jsonl --output runs/lossless"
 )

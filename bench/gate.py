@@ -28,9 +28,11 @@ from contracts.acceptance import Acceptance
 from contracts.conversation import read_conversations
 from contracts.draft import DraftRun
 from contracts.run import Run
+from contracts.schedule import SCHEDULE_KEY
 from contracts.store import Store, open_store
 from drafts.published import read_config
 from recipe.recipe import Recipe
+from serve.flags import with_speculation
 from serve.settings import measured_settings
 from target.target import Target
 
@@ -107,7 +109,8 @@ def gate(work: Gate) -> dict[str, Any]:
         inputs={"target": target.fingerprint, "store": store.checksum, "draft": hash_file(work.export / "config.json")},
         recipe_yaml=recipe.to_yaml(),
     )
-    served = serve_and_send(Replay(recipe, target, turns, run), work.export, output / "served.json", concurrency=[8])
+    fixed = with_speculation(recipe, **{SCHEDULE_KEY: None})  # all K positions are compared
+    served = serve_and_send(Replay(fixed, target, turns, run), work.export, output / "served.json", concurrency=[8])
     answers = {answer.id: answer for answer in answers_from_json(served["points"]["8"]["answers"])}
     num_draft_tokens = read_config(work.draft).num_draft_tokens
     whole = {_sample_of(turn) for turn in turns}

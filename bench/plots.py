@@ -1,9 +1,12 @@
-"""Draw the plots of a comparison, one PNG each: uplift, throughput, throughput against speed per user, acceptance."""
+"""Draw the plots of a comparison, one PNG each: uplift, throughput, throughput against speed per user, acceptance.
+
+Also the plot of a schedule's check.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,25 @@ def draw_plots(result: dict[str, Any], folder: Path) -> dict[str, Path]:
         figure.savefig(folder / f"{name}.png", dpi=130)
         pyplot.close(figure)
     return {name: folder / f"{name}.png" for name in figures}
+
+
+def draw_speeds(series: Mapping[str, Mapping[int, float]], path: Path) -> None:
+    """Draw tokens/s by concurrency, a line for each of `series`; the first one stands out."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 3.8), constrained_layout=True)
+    for number, (label, speeds) in enumerate(series.items()):
+        style = {"color": COLOURS[0], "linewidth": 2.2, "zorder": 3} if number == 0 else {"alpha": 0.7}
+        axis.plot(list(speeds), list(speeds.values()), MARKERS[number % len(MARKERS)] + "-", label=label, **style)
+    _log2(axis, sorted({concurrency for speeds in series.values() for concurrency in speeds}))
+    _tidy(axis, "concurrency", "tokens/s")
+    axis.set_ylim(bottom=0)
+    _legend(figure)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from common.errors import UserError
+from common.files import read_json
 
 RESAMPLES = 1000
 
@@ -90,6 +94,30 @@ class Acceptance:
             "accepted": self.accepted,
             "histogram": list(self.histogram),
         }
+
+
+def read_rates(path: Path, num_draft_tokens: int) -> list[float]:
+    """Read the share of steps that accepted each of the first `num_draft_tokens` positions from a report.
+
+    The report is the output of `train eval`, or acceptance.json of `bench acceptance`, of which the largest K counts.
+    Raises UserError for another file, or one of fewer draft tokens.
+    """
+    what = "the output of `train eval`, or acceptance.json of `bench acceptance`"
+    report = read_json(path, what)
+    found = report if isinstance(report, dict) else {}
+    if pooled := found.get("pooled"):
+        found = pooled[max(pooled, key=int)]
+    rates = found.get("per_position")
+    if not isinstance(rates, list):
+        raise UserError(path, found="no per_position", expected=what, fix="Give one of these files.")
+    if len(rates) < num_draft_tokens:
+        raise UserError(
+            path,
+            found=f"the acceptance of {len(rates)} draft tokens",
+            expected=f"of {num_draft_tokens}",
+            fix="Give a report of as many, or lower --draft-tokens.",
+        )
+    return [float(rate) for rate in rates[:num_draft_tokens]]
 
 
 def _resample(parts: Sequence[Acceptance]) -> np.ndarray:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from common.section import Section, operational
+from contracts.schedule import SCHEDULE_KEY, Schedule, check_schedule
 
 Purpose = Literal["synth", "dump", "bench", "production"]
 Args = dict[str, str | int | float | bool]
 """vLLM's flags without the dashes."""
+
+
+def _check_schedule(values: dict[str, Any]) -> dict[str, Any]:
+    for key, value in values.items():
+        if isinstance(value, list) != (key == SCHEDULE_KEY):
+            raise ValueError(f"{key}: a list of [first, last, K] is the value of {SCHEDULE_KEY}, and of no other key")
+    if SCHEDULE_KEY in values:
+        check_schedule(values[SCHEDULE_KEY])
+    return values
+
+
+Speculative = Annotated[dict[str, str | int | float | bool | Schedule], AfterValidator(_check_schedule)]
+"""Keys of vLLM's speculative config."""
 
 
 class VariantSection(Section):
@@ -21,7 +35,7 @@ class VariantSection(Section):
     hardware: list[str] = Field(default=[], description="hardware that it runs on; []: any")
     args: Args = Field(default={}, description="over serve.args")
     env: dict[str, str] = operational(default={}, description="environment, over serve.env")
-    speculative: Args = Field(default={}, description="over serve.speculative")
+    speculative: Speculative = Field(default={}, description="over serve.speculative")
 
 
 class PurposeSection(Section):
@@ -49,7 +63,10 @@ class ServeSection(Section):
     backend: Literal["vllm", "sglang"] = Field(default="vllm", description="engine of synthesis; all else uses vllm")
     args: Args = Field(default={}, description="vLLM's flags without the dashes")
     sglang_args: Args = Field(default={}, description="SGLang's flags without the dashes")
-    speculative: Args = Field(default={}, description="added to the speculative config of every draft")
+    speculative: Speculative = Field(
+        default={},
+        description="added to the speculative config of every draft; K by batch size: docs/schedule.md",
+    )
     variant: str | None = Field(default=None, description="one of serve.variants; default: target.path itself")
     hardware: str | None = Field(default=None, description="the node: h100, h200, b200, b300, gb200, gb300 or mi355x")
     variants: dict[str, VariantSection] = Field(default={}, description="precisions of the target, by name")

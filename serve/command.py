@@ -27,6 +27,7 @@ from serve.flags import (
     Sizes,
     check_flags,
     check_parsers,
+    check_speculation,
     count_gpus,
     find_purpose,
     find_variant,
@@ -137,6 +138,7 @@ def build_command(recipe: Recipe, target: Target, *, port: int, serving: Serving
         **normalize(serving.extra_args),
     }
     if speculative:
+        check_speculation(speculative, flags)
         flags["speculative-config"] = json.dumps(speculative)
     check_flags(flags, target, purpose)
     _check_node(section, flags)

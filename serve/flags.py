@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import UserError
+from contracts.schedule import SCHEDULE_KEY, max_draft_tokens
 from recipe.check import check_block_size, check_kv_dtype
 from recipe.hardware import find_node
 from recipe.recipe import Recipe
@@ -83,6 +84,59 @@ def speculative_overrides(section: ServeSection) -> dict[str, Any]:
     """Return the recipe's additions to every draft's speculative config; the variant's keys win."""
     variant = find_variant(section)
     return {**section.speculative, **(variant.speculative if variant else {})}
+
+
+def with_speculation(recipe: Recipe, **changes: Any) -> Recipe:
+    """Return the recipe with keys of every draft's speculative config changed, or removed if None; variants, too."""
+
+    def change(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in {**values, **changes}.items() if value is not None}
+
+    section = recipe.serve
+    variants = {
+        name: variant.model_copy(update={"speculative": change(variant.speculative)})
+        for name, variant in section.variants.items()
+    }
+    update = {"speculative": change(section.speculative), "variants": variants}
+    return recipe.model_copy(update={"serve": section.model_copy(update=update)})
+
+
+def check_speculation(speculative: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+    """Raise UserError for a schedule of draft tokens that vLLM would ignore, or break with.
+
+    Read in vLLM 0.30 to 0.32: data parallelism disables a schedule with a warning (vllm/config/vllm.py,
+    `_maybe_disable_dynamic_sd_for_data_parallel`). With `parallel_drafting`, the proposer of V1 drafts
+    `num_speculative_tokens` per request whatever the schedule says, and takes the tokens for those of other requests
+    (vllm/v1/spec_decode/llm_base_proposer.py, `propose`); V2 has none. Methods that draft a block at once by themselves
+    do not set it, and take a schedule.
+    """
+    if SCHEDULE_KEY not in speculative:
+        return
+    most, limit = max_draft_tokens(speculative[SCHEDULE_KEY]), int(speculative["num_speculative_tokens"])
+    if most > limit:
+        raise UserError(
+            f"speculative.{SCHEDULE_KEY}",
+            found=f"{most} draft tokens",
+            expected=f"at most num_speculative_tokens ({limit}), to which vLLM cuts them",
+            fix="Correct one of the two.",
+        )
+    replicas = int(flags.get("data-parallel-size", 1))
+    if replicas > 1:
+        raise UserError(
+            f"speculative.{SCHEDULE_KEY}",
+            found=f"a schedule with data-parallel-size {replicas}",
+            expected="1: vLLM says 'Dynamic speculative decoding is not supported with data parallelism', and drafts a "
+            "fixed number",
+            fix="Remove the schedule, or serve replicas of one process each.",
+        )
+    if speculative.get("parallel_drafting"):
+        raise UserError(
+            f"speculative.{SCHEDULE_KEY}",
+            found="a schedule for a draft with parallel_drafting",
+            expected="another method: vLLM's V1 runner drafts all tokens there, whatever the schedule says, and its V2 "
+            "runner says 'does not yet support: parallel drafting for EAGLE speculative decoding'",
+            fix="Remove the schedule and set num_speculative_tokens.",
+        )
 
 
 def normalize(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from contracts.schedule import SCHEDULE_KEY
 from contracts.trace import Trace
 from drafts import METHODS
 from drafts.published import read_descriptor
@@ -117,6 +118,7 @@ def trace_engine(
     """
     check_release()
     speculative = {**speculative_config(draft, target), **recipe.serve.speculative}
+    speculative.pop(SCHEDULE_KEY, None)  # the trainer's side has one number of draft tokens
     method = read_descriptor(draft).method
     os.environ.update(engine_env(recipe.serve.env))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
