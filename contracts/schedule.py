@@ -10,32 +10,30 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Annotated
-
-from pydantic import Field
+from typing import Any
 
 SCHEDULE_KEY = "num_speculative_tokens_per_batch_size"
 
-Range = Annotated[list[int], Field(min_length=3, max_length=3)]
-Schedule = list[Range]
+Schedule = list[list[int]]
+"""Ranges `[first, last, K]`, ascending."""
 
 
-def check_schedule(schedule: Schedule) -> Schedule:
-    """Return the schedule. Raises ValueError unless its ranges follow each other from 1 on.
+def check_schedule(schedule: Sequence[Any]) -> None:
+    """Raise ValueError unless these are ranges that follow each other from 1 on.
 
     vLLM also takes ranges in any order and with gaps between them; those are easily a mistake.
     """
     expected = 1
-    for first, last, draft_tokens in schedule:
-        if first != expected or last < first or draft_tokens < 0:
+    for entry in schedule:
+        is_range = isinstance(entry, list) and len(entry) == 3 and all(type(number) is int for number in entry)
+        if not is_range or entry[0] != expected or entry[1] < entry[0] or entry[2] < 0:
             raise ValueError(
-                f"[{first}, {last}, {draft_tokens}]: expected [{expected}, a last batch size that is no smaller, a "
-                "number of draft tokens that is not negative]: ranges follow each other without gaps, from 1 on"
+                f"{entry} in {SCHEDULE_KEY}; expected [{expected}, last batch size, draft tokens]: ranges follow each "
+                "other without gaps, from 1 on"
             )
-        expected = last + 1
+        expected = entry[1] + 1
     if not schedule:
-        raise ValueError("no range; leave the key out to draft a fixed number of tokens")
-    return schedule
+        raise ValueError(f"no range in {SCHEDULE_KEY}; leave it out to draft a fixed number of tokens")
 
 
 def make_schedule(draft_tokens: Sequence[int], max_batch_size: int) -> Schedule:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from common.section import Section, operational
-from contracts.schedule import SCHEDULE_KEY, Schedule, check_schedule
+from contracts.schedule import SCHEDULE_KEY, check_schedule
 
 Purpose = Literal["synth", "dump", "bench", "production"]
 Args = dict[str, str | int | float | bool]
@@ -17,13 +17,13 @@ Args = dict[str, str | int | float | bool]
 def _check_schedule(values: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if isinstance(value, list) != (key == SCHEDULE_KEY):
-            raise ValueError(f"{key}: a list of [first, last, K] is the value of {SCHEDULE_KEY}, and of no other key")
+            raise ValueError(f"{key}: {SCHEDULE_KEY} is a list of [first, last, draft tokens], and no other key is one")
     if SCHEDULE_KEY in values:
         check_schedule(values[SCHEDULE_KEY])
     return values
 
 
-Speculative = Annotated[dict[str, str | int | float | bool | Schedule], AfterValidator(_check_schedule)]
+Speculative = Annotated[dict[str, str | int | float | bool | list[Any]], AfterValidator(_check_schedule)]
 """Keys of vLLM's speculative config."""
 
 

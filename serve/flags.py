@@ -39,6 +39,10 @@ SGLANG_ALIASES = {
 """SGLang's aliases of its parallelism flags. worker.sh counts GPUs by the names on the right."""
 
 
+ONE_NUMBER = frozenset({"medusa", "ngram_gpu", "suffix"})
+"""vLLM's methods that draft the same number of tokens in every step (vllm/v1/spec_decode, 0.32)."""
+
+
 def uses_sglang(section: ServeSection, purpose: Purpose | None) -> bool:
     """Return whether SGLang serves a purpose. `serve.backend` applies to synthesis; all else needs vLLM."""
     return section.backend == "sglang" and purpose in (None, "synth")
@@ -108,7 +112,7 @@ def check_speculation(speculative: Mapping[str, Any], flags: Mapping[str, Any]) 
     `_maybe_disable_dynamic_sd_for_data_parallel`). With `parallel_drafting`, the proposer of V1 drafts
     `num_speculative_tokens` per request whatever the schedule says, and takes the tokens for those of other requests
     (vllm/v1/spec_decode/llm_base_proposer.py, `propose`); V2 has none. Methods that draft a block at once by themselves
-    do not set it, and take a schedule.
+    do not set it, and take a schedule. The proposers of `ONE_NUMBER` assert num_speculative_tokens.
     """
     if SCHEDULE_KEY not in speculative:
         return
@@ -128,6 +132,13 @@ def check_speculation(speculative: Mapping[str, Any], flags: Mapping[str, Any]) 
             expected="1: vLLM says 'Dynamic speculative decoding is not supported with data parallelism', and drafts a "
             "fixed number",
             fix="Remove the schedule, or serve replicas of one process each.",
+        )
+    if speculative.get("method") in ONE_NUMBER:
+        raise UserError(
+            f"speculative.{SCHEDULE_KEY}",
+            found=f"a schedule for method {speculative['method']}",
+            expected="another method: vLLM's proposer asserts num_speculative_tokens in every step",
+            fix="Remove the schedule.",
         )
     if speculative.get("parallel_drafting"):
         raise UserError(

@@ -11,6 +11,7 @@ from conftest import ROOT, run
 from common.errors import UserError
 from recipe.check import check_recipe
 from recipe.load import load_recipe
+from recipe.recipe import Recipe
 from serve.engine import engine_env
 
 TINY = ROOT / "recipes/Tiny-DFlash/recipe.yaml"
@@ -177,3 +178,18 @@ def test_old_keys_of_eagle3_are_named_as_eagle3_has_them_and_a_whole_old_section
         assert advice in str(raised.value)
     with pytest.raises(UserError, match=r"rename train.method to train.draft.method"):
         load_recipe(TINY, [f"train={old}"])
+
+
+@pytest.mark.parametrize("section", ["serve.speculative", "serve.variants.small.speculative"])
+def test_a_schedule_of_draft_tokens_is_checked_and_no_other_key_is_a_list(section: str) -> None:
+    def load(key: str, value: str) -> Recipe:
+        variant = "serve.variants.small={path: x, memory_gb: 1}"
+        return load_recipe(TINY, [variant, f"{section}.{key}={value}"])
+
+    recipe = load("num_speculative_tokens_per_batch_size", "[[1, 4, 7], [5, 32, 0]]")
+    assert "num_speculative_tokens_per_batch_size" in recipe.to_yaml()
+    with pytest.raises(UserError, match=r"\[6, 32, 0\] in num_speculative.*; expected \[5, last batch size"):
+        load("num_speculative_tokens_per_batch_size", "[[1, 4, 7], [6, 32, 0]]")
+    for key, value in (("num_speculative_tokens_per_batch_size", "3"), ("method", "[1]")):
+        with pytest.raises(UserError, match=f"{key}: num_speculative_tokens_per_batch_size is a list"):
+            load(key, value)

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import run
 
+from bench.draft_tokens import with_draft_tokens
 from common.errors import UserError
 from recipe.load import load_recipe
 from serve.command import Serving, build_command
-from serve.flags import to_flags
+from serve.flags import speculative_overrides, to_flags
 from target.target import Target
 
 
@@ -61,6 +62,34 @@ def test_a_draft_trained_for_other_weights_is_refused(recipe_path: Path, tmp_pat
     for name in ("config.json", "tokenizer.json"):
         (small / name).symlink_to(target.path / name)
     assert build_command(recipe, Target.read(small), port=8123, serving=Serving(draft)).args
+
+
+def test_a_schedule_that_vllm_would_ignore_cut_or_break_with_is_refused(recipe_path: Path, tmp_path: Path) -> None:
+    target = Target.read(load_recipe(recipe_path).target.path)
+    draft = write_draft(tmp_path / "draft", target)
+
+    def build(*overrides: str) -> list[str]:
+        schedule = "serve.speculative.num_speculative_tokens_per_batch_size=[[1, 4, 7], [5, 8, 0]]"
+        recipe = load_recipe(recipe_path, [schedule, *overrides])
+        return build_command(recipe, target, port=1, serving=Serving(draft)).args
+
+    assert '"num_speculative_tokens_per_batch_size": [[1, 4, 7], [5, 8, 0]]' in build()[-1]
+    for override, message in {
+        "serve.speculative.num_speculative_tokens=3": "found 7 draft tokens, expected at most num_speculative_tokens",
+        "serve.args.data-parallel-size=2": "found a schedule with data-parallel-size 2, expected 1: vLLM says",
+        "serve.speculative.parallel_drafting=true": "found a schedule for a draft with parallel_drafting",
+        "serve.speculative.method=medusa": "found a schedule for method medusa, expected another method",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            build(override)
+
+
+def test_a_fixed_number_of_draft_tokens_replaces_a_schedule_of_the_recipe_and_of_its_variant(recipe_path: Path) -> None:
+    schedule = "{num_speculative_tokens: 7, num_speculative_tokens_per_batch_size: [[1, 8, 5]], attention_backend: X}"
+    small = f"serve.variants.small={{path: x, memory_gb: 1, speculative: {schedule}}}"
+    sets = [f"serve.speculative={schedule}", small, "serve.variant=small"]
+    found = speculative_overrides(with_draft_tokens(load_recipe(recipe_path, sets), 3).serve)
+    assert found == {"num_speculative_tokens": 3, "attention_backend": "X"}
 
 
 def test_booleans_become_flags_and_their_negations() -> None:

@@ -18,6 +18,7 @@ from vllm_parser import Question, ask_vllm
 from bench.load import load_flags
 from bench.plan import Layout, Point
 from common.redact import REDACTED
+from contracts.schedule import SCHEDULE_KEY
 from recipe.load import load_recipe
 from recipe.recipe import Recipe
 from serve.command import Serving, build_command
@@ -80,6 +81,8 @@ def ask_about(recipe: Recipe, folder: Path) -> Iterator[Question]:
     for head in recipe.serve.heads.values():
         yield {"SpeculativeConfig": {**head.model_dump(exclude={"path"}), "model": head.path}}
     yield {"SpeculativeConfig": speculative_overrides(recipe.serve)}
+    yield {"SpeculativeConfig": {SCHEDULE_KEY: [[1, 4, 0]], "rejection_sample_method": "synthetic"}}
+    yield {"SpeculativeConfig": {"synthetic_acceptance_rates": [0.5]}}  # of `bench schedule`, as the line before
     for prompts in (None, folder / "prompts.jsonl"):
         flags = load_flags(recipe.bench.sweep, target, Point(Layout(tp=1), 64, 8, 2), "http://h", prompts, folder / "r")
         yield ["bench", *to_flags(flags)]
