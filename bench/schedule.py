@@ -133,7 +133,11 @@ def measure_schedule(asked: Asked) -> dict[str, Any]:
         "measured": [0, *asked.numbers],
         "step_ms": {str(size): {str(k): ms for k, ms in steps.ms[size].items()} for size in steps.batch_sizes},
         "check": [at.model_dump(mode="json") for at in checked],
-        "warnings": [*warn_of_noise(speeds), *warn_of_setup(asked, len(turns)), *warn_of_wide(checked)],
+        "warnings": [
+            *(line.replace("with no draft", "with K = 0") for line in warn_of_noise(speeds)),
+            *warn_of_setup(asked, len(turns)),
+            *warn_of_wide(checked),
+        ],
     }
     write_report(report, steps, checked, output)
     run.finish({"schedule": schedule, "passed": not any(at.fixed.is_slower or at.none.is_slower for at in checked)})

@@ -23,8 +23,7 @@ NO_DRAFT_MARGIN = 0.03
 WIDE = 0.05
 """Half-width of an interval with which the check says little."""
 QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t at 97.5%, for 1, 2, ... degrees of freedom."""
-MAX_REPEATS = len(QUANTILES) + 1
+"""Student's t at 97.5%, for 1, 2, ... degrees of freedom: the command repeats 10 times at most."""
 
 SCHEDULE, NO_DRAFT = "schedule", "no draft"
 

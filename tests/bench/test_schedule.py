@@ -9,24 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_here
+from conftest import ROOT, run_here
 from written import write_conversations
 
 import bench.replay
 import bench.schedule
 from bench.draft_tokens import parse_concurrency
-from bench.replay import Replay
-from bench.requests import Answer, Turn, answers_to_json
+from bench.replay import Replay, serve_and_send
+from bench.requests import Answer, Turn, answers_to_json, read_turns
 from bench.schedule import Asked, measure_steps
-from bench.schedule_check import check_speeds, compare_speeds, refuse_slow, warn_of_wide
+from bench.schedule_check import check_speeds, compare_speeds, drafted_per_step, refuse_slow, warn_of_wide
 from bench.schedule_choice import Steps, best_fixed, choose_schedule
 from bench.speeds import find_speeds
 from common.errors import IncompleteError, UserError
 from common.files import hash_json
 from contracts.acceptance import read_rates
+from contracts.conversation import read_conversations
+from contracts.run import Run
 from recipe.load import load_recipe
 from target.target import Target
 
+RECIPE = ROOT / "recipes/Tiny-DFlash/recipe.yaml"
 TOKENS = 11  # of each reply: one of the prefill and ten of steps
 ACCEPTED = {0: [], 1: [1, 1, 1, 1, 0, 0], 3: [3, 2, 1, 0]}  # lengths 1, 1 + 4/6, 2.5
 SECONDS = {0: {1: 2.2, 4: 1.1}, 1: {1: 1.386, 4: 1.32}, 3: {1: 1.1, 4: 1.76}}
@@ -311,3 +314,25 @@ def test_concurrencies_are_numbers_separated_by_commas() -> None:
     assert parse_concurrency(None) is None
     with pytest.raises(UserError, match=r"--concurrency: found 1;2, expected numbers as in 1,2,4,8"):
         parse_concurrency("1;2")
+
+
+@pytest.mark.vllm
+@pytest.mark.long
+def test_vllm_drafts_by_batch_size_as_the_schedule_says_and_replies_stay_the_same(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    """Three draft tokens alone, one in pairs, none in larger batches."""
+    schedule = "num_speculative_tokens_per_batch_size: [[1, 1, 3], [2, 2, 1], [3, 32, 0]]"
+    sets = [f"target.path={pipeline}/target", f"serve.speculative={{num_speculative_tokens: 3, {schedule}}}"]
+    recipe = load_recipe(RECIPE, sets)
+    run = Run.open(tmp_path / "run", "test", settings={}, inputs={}, recipe_yaml="")
+    turns = read_turns(read_conversations(pipeline / "synth/held_out"))[:8]
+    replay = Replay(recipe, Target.here(recipe.target), turns, run)
+    served = serve_and_send(replay, pipeline / "export", tmp_path / "served.json", concurrency=[1, 2, 8])
+    alone, pairs, many = (served["points"][key] for key in ("1", "2", "8"))
+    assert drafted_per_step(alone) == pytest.approx(3, abs=0.1)
+    assert 1 <= drafted_per_step(pairs) < 1.8  # the last reply runs alone
+    assert many["counters"]["num_drafts"] < 0.5 * alone["counters"]["num_drafts"]
+    replies = {turn.id: turn.reply for turn in turns}
+    for point in (alone, pairs, many):
+        assert {answer["id"]: answer["token_ids"] for answer in point["answers"]} == replies
