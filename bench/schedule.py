@@ -94,7 +94,7 @@ class Asked:
     def max_batch_size(self) -> int:
         """The batch size at which the schedule ends: the most requests that a server of the recipe runs at once."""
         limits = [layer_flags(self.recipe, purpose).get("max-num-seqs") for purpose in ("bench", "production")]
-        return max(int(limit) for limit in [*limits, *([] if any(limits) else [MAX_NUM_SEQS])] if limit)
+        return max((int(limit) for limit in limits if limit), default=MAX_NUM_SEQS)
 
     def with_schedule(self, schedule: Schedule, most: int) -> Recipe:
         """Return the recipe with a schedule of at most `most` draft tokens."""
@@ -120,7 +120,8 @@ def measure_schedule(asked: Asked) -> dict[str, Any]:
     speeds = find_speeds(measure_steps(asked, replay))
     steps = Steps.from_speeds(speeds, asked.rates)
     schedule = choose_schedule(steps, asked.max_batch_size)
-    checked = check_under_load(asked, replay, schedule, best_fixed(steps)) if asked.repeats else []
+    is_checked = asked.repeats and max_draft_tokens(schedule)  # one that never drafts is not worth serving
+    checked = check_under_load(asked, replay, schedule, best_fixed(steps)) if is_checked else []
     report = {
         "draft": str(asked.draft),
         "target": str(recipe.target.path),

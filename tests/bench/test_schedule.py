@@ -249,6 +249,18 @@ def test_the_command_fails_where_no_draft_is_faster(work: dict[str, Path], tmp_p
 
 
 @pytest.mark.usefixtures("no_server")
+def test_a_draft_that_never_pays_gets_no_schedule_to_serve(work: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "steps").mkdir()
+    for k in ACCEPTED:
+        (tmp_path / f"steps/k{k}.json").write_text(json.dumps(make_run(k, {1: 2.2 + k, 4: 1.1 + k})))
+    result = run_schedule(work, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "No number of draft tokens is faster than none: serve the target without this draft." in result.stdout
+    assert "num_speculative_tokens" not in result.stdout
+    assert json.loads((tmp_path / "schedule.json").read_text())["check"] == []
+
+
+@pytest.mark.usefixtures("no_server")
 def test_a_server_that_ignores_its_schedule_is_an_error(work: dict[str, Path], tmp_path: Path) -> None:
     write_steps(tmp_path, k1=3.0)
     result = run_schedule(work, tmp_path)
