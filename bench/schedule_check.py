@@ -21,7 +21,7 @@ from contracts.schedule import Schedule, max_draft_tokens
 NO_DRAFT_MARGIN = 0.03
 """How much slower than no draft a schedule may be."""
 WIDE = 0.05
-"""Half-width of an interval with which the check says little."""
+"""Loss that a check must be able to exclude, or it says little."""
 QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t at 97.5%, for 1, 2, ... degrees of freedom: the command repeats 10 times at most."""
 
@@ -140,13 +140,11 @@ def refuse_slow(found: Sequence[Checked], where: object) -> None:
 
 
 def warn_of_wide(found: Sequence[Checked]) -> list[str]:
-    """Return a sentence for each concurrency at which the check would not have seen a loss of 5%."""
-    lines = []
-    for at in found:
-        half = max((ratio.interval[1] - ratio.interval[0]) / 2 for ratio in (at.fixed, at.none))
-        if half > WIDE:
-            lines.append(
-                f"At concurrency {at.concurrency} the check would not have seen a loss of less than {half:.0%}: the "
-                "repeats differ that much. Raise --repeats, or use an idle machine."
-            )
-    return lines
+    """Return a sentence for each ratio that passes although its interval reaches to a loss of over 5%."""
+    return [
+        f"At concurrency {at.concurrency} the schedule may be up to {1 - ratio.interval[0]:.0%} slower than "
+        f"{ratio.other} ({ratio}): the repeats differ that much. Raise --repeats, or use an idle machine."
+        for at in found
+        for ratio in (at.fixed, at.none)
+        if not ratio.is_slower and ratio.interval[0] < 1 - WIDE
+    ]
