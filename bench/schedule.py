@@ -246,7 +246,7 @@ def warn_of_setup(asked: Asked, num_turns: int) -> list[str]:
     lines = []
     for concurrency in asked.recipe.bench.concurrency:
         count = min(asked.recipe.bench.num_prompts.get(concurrency, num_turns), num_turns)
-        if count < FEW * concurrency:
+        if concurrency > 1 and count < FEW * concurrency:
             lines.append(
                 f"{count} replies at concurrency {concurrency}: much of the load ran at smaller batch sizes. "
                 f"{FEW * concurrency} are better."
