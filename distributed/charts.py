@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 360, 200
-LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 24
+WIDTH, WIDE, HEIGHT = 280, 520, 180
+"""Of charts side by side, and of one alone."""
+LEFT, RIGHT, TOP, BOTTOM = 42, 12, 8, 20
 MAX_POINTS = 400
 """Points of a line; more cannot be told apart on `WIDTH`."""
 NUM_TICKS = 4
@@ -19,25 +20,27 @@ MAX_PLACES = 16
 class Line:
     """A line: (x, y) pairs in order of x, NaN where there is no value. `colour` is a number of status.css.
 
-    `look`: "" for a plain line, "broad" for one below others, "dots" to mark its points.
+    `look`: "" for a plain line, "broad" for one below others, "dots" to mark its points. `value`: said beside the name;
+    None: the last y.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
     colour: int = 0
     look: str = ""
+    value: str | None = None
 
 
 @dataclass(frozen=True)
 class Path:
-    """A drawn line: strings of `x,y` pairs, one for each part without a gap; places of its dots; its last value."""
+    """A drawn line: strings of `x,y` pairs, one for each part without a gap; places of its dots; its value."""
 
     name: str
     colour: int
     look: str
     parts: Sequence[str]
     dots: Sequence[tuple[float, float]]
-    last: str
+    value: str
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,19 @@ class Chart:
     paths: Sequence[Path]
     x_ticks: Sequence[tuple[float, str]]
     y_ticks: Sequence[tuple[float, str]]
-    width: int = WIDTH
+    width: int
     height: int = HEIGHT
     left: int = LEFT
-    right: int = WIDTH - RIGHT
     bottom: int = HEIGHT - BOTTOM
 
+    @property
+    def right(self) -> int:
+        return self.width - RIGHT
 
-def draw(title: str, x_label: str, lines: Sequence[Line], *, from_zero: bool = False) -> Chart | None:
+
+def draw(
+    title: str, x_label: str, lines: Sequence[Line], *, from_zero: bool = False, width: int = WIDTH
+) -> Chart | None:
     """Draw lines in one chart; None if they have no value. `from_zero`: the y axis begins at 0."""
     values = [y for line in lines for _, y in line.points if math.isfinite(y)]
     places = [x for line in lines for x, y in line.points if math.isfinite(y)]
@@ -70,7 +78,7 @@ def draw(title: str, x_label: str, lines: Sequence[Line], *, from_zero: bool = F
         x_ticks = [float(place) for place in range(math.ceil(first), math.floor(last) + 1)]
 
     def x_of(x: float) -> float:
-        return round(LEFT + (x - first) / ((last - first) or 1.0) * (WIDTH - LEFT - RIGHT), 1)
+        return round(LEFT + (x - first) / ((last - first) or 1.0) * (width - LEFT - RIGHT), 1)
 
     def y_of(y: float) -> float:
         return round(HEIGHT - BOTTOM - (y - low) / ((high - low) or 1.0) * (HEIGHT - TOP - BOTTOM), 1)
@@ -78,11 +86,15 @@ def draw(title: str, x_label: str, lines: Sequence[Line], *, from_zero: bool = F
     paths = []
     for line in lines:
         drawn = [(x_of(x), y_of(y)) if math.isfinite(y) else None for x, y in _thin(line.points)]
-        finite = [y for _, y in line.points if math.isfinite(y)]
         dots = [place for place in drawn if place] if line.look == "dots" else []
-        paths.append(Path(line.name, line.colour, line.look, _join(drawn), dots, label(finite[-1]) if finite else ""))
+        paths.append(Path(line.name, line.colour, line.look, _join(drawn), dots, _value(line)))
     return Chart(
-        title, x_label, paths, [(x_of(tick), label(tick)) for tick in x_ticks], [(y_of(t), label(t)) for t in y_ticks]
+        title,
+        x_label,
+        paths,
+        [(x_of(tick), label(tick)) for tick in x_ticks],
+        [(y_of(t), label(t)) for t in y_ticks],
+        width,
     )
 
 
@@ -101,6 +113,11 @@ def label(value: float) -> str:
     if value and abs(value) < 1e-3:
         return f"{value:.2g}"
     return f"{value:.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
+
+
+def _value(line: Line) -> str:
+    finite = [y for _, y in line.points if math.isfinite(y)]
+    return line.value if line.value is not None else label(finite[-1]) if finite else ""
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

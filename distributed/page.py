@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from common.html import Script, Table, write_page
 from contracts.tally import count_reason
-from distributed.charts import Chart, Line, draw
+from distributed.charts import WIDE, Chart, Line, draw
 from distributed.figures import Acceptance, FigureReader, Speed
 from distributed.found import EXPORT
 from distributed.next_steps import list_next_steps
@@ -152,8 +152,8 @@ def _steps(stages: Sequence[StageStatus]) -> list[tuple[str, str]]:
 
 
 def _row(stage: StageStatus, now: float) -> StageRow:
-    rows, share = f"{stage.rows:,}" if stage.kind else "", None
-    if stage.kind and stage.total:
+    rows, share = f"{stage.rows:,}" if stage.kind and stage.changed else "", None
+    if rows and stage.total:
         rows += f" of {'about ' if stage.is_estimate else ''}{stage.total:,}"
         share = 1.0 if stage.state == "done" else min(1.0, stage.rows / stage.total)
     rate = stage.rows_per_s or (stage.rows / stage.seconds if stage.state == "done" and stage.seconds else 0.0)
@@ -253,7 +253,7 @@ def _curves(stage: StageStatus) -> list[Chart]:
         accepted.append(Line("held out, predicted", [(step, length) for step, length in held_out], NUM_COLOURS, "dots"))
     charts = [
         draw("loss", "step", [Line("loss", [(point.step, point.loss) for point in points])]),
-        draw("accuracy by draft token", "step", accuracy, from_zero=True),
+        draw("accuracy of draft token", "step", accuracy, from_zero=True),
         draw("accepted tokens per step", "step", accepted),
         draw(
             "learning rate",
@@ -274,8 +274,9 @@ def _acceptance_chart(accepted: Sequence[Acceptance]) -> Chart | None:
             colour = NUM_COLOURS + (2 * number + is_served) % NUM_FIGURE_COLOURS
             points = [(float(place), rate) for place, rate in enumerate(found.per_position, start=1)]
             name = f"{'served' if is_served else 'predicted'}: {found.label}"
-            lines.append(Line(name, points, colour, "dots" if is_served else "broad"))
-    return draw("acceptance rate by draft token", "draft token", lines, from_zero=True)
+            look = "dots" if is_served else "broad"
+            lines.append(Line(name, points, colour, look, f"(length {found.length:.3f})"))
+    return draw("acceptance rate", "draft token", lines, from_zero=True, width=WIDE)
 
 
 def _length_table(accepted: Sequence[Acceptance]) -> Table | None:

@@ -103,8 +103,11 @@ class StageReader:
         for number in range(count):
             self._reader((number, count), self._shard_folder(number, count))
         places = [place for place in self._tasks if place[1] == count or (plan is None and place in shards)]
+        generations = Counter[int]()
+        for place in places:
+            generations[place[1]] = max(generations[place[1]], self._tasks[place].generation)
         # Earlier shards first: a later one may have made their failed rows good.
-        places.sort(key=lambda place: (place[1] == count, self._tasks[place].generation, place[1], place[0]))
+        places.sort(key=lambda place: (generations[place[1]], place[1], place[0]))
         readers = [self._tasks[place] for place in places]
         for reader in readers:
             reader.update(self.kind)

@@ -34,6 +34,6 @@ if (reloadS > 0) {
       remember();
       location.reload();
     }
-  }, 1000 * Math.max(1, reloadS));
+  }, 1000 * Math.max(0.2, reloadS));
 }
 body.dataset.ready = "";

@@ -75,17 +75,22 @@ class Screen:
         lines = [f"{self._folder}  {time.strftime('%Y-%m-%d %H:%M:%S')}", "", *stage_table(stages)]
         for stage in stages:
             lines += stage.window
-        lines += note_lines(stages, self._folder)
+        lines = [line[: size.columns - 1] for line in lines]
+        lines += note_lines(stages, self._folder)  # whole, so that commands can be copied
         for stage in stages:
             if len(stage.tasks) > 1 and stage.state != "done":
                 lines += ["", f"{stage.label or stage.name}:", *task_table(stage)]
-        if len(lines) > size.lines - 1:
-            lines = [*lines[: size.lines - 2], f"... {len(lines) - size.lines + 2} more lines"]
+        shown, height = [], 0
+        for line in map(clean, lines):
+            rows = max(1, -(-len(line) // size.columns))
+            if height + rows > size.lines - 2:
+                shown, height = [*shown, f"... {len(lines) - len(shown)} more lines"], height + 1
+                break
+            shown, height = [*shown, line], height + rows
         up = f"\x1b[{self._height}F" if self._height else ""
-        text = "".join(f"{clean(line)[: size.columns - 1]}\n" for line in lines)
-        sys.stdout.write(f"{up}\x1b[J{text}")
+        sys.stdout.write(f"{up}\x1b[J" + "".join(f"{line}\n" for line in shown))
         sys.stdout.flush()
-        self._height = len(lines)
+        self._height = height
 
 
 class Lines:
