@@ -19,7 +19,7 @@ from contracts.shards import shard_of
 
 MAX_REASONS = 100
 OTHER_REASONS = "other reasons"
-NUMBER = re.compile(r"\d+")
+NUMBER = re.compile(r"(?<!HTTP )(?<!\d)\d+")
 
 FailedRows = dict[Any, tuple["LedgerTally", str, str]]
 """Failed rows: their tally, id and reason. Shards of one run share it: a later shard may make a row good."""

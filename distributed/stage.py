@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import DraftlineError
 from contracts.draft import DESCRIPTOR_FILE
+from contracts.shards import shard_folder
 from contracts.tally import FailedRows
 from distributed.expected import Expected
 from distributed.found import EXPORT, Found, find_stages, is_exported, list_shards
@@ -18,6 +19,8 @@ from distributed.state import KINDS, StageStatus, TaskReader, TaskStatus
 if TYPE_CHECKING:
     from distributed.window import WindowReader
 
+MAX_SHARDS = 100_000
+"""Of a larger number, a name of a folder, only the shards that exist are listed."""
 MAX_FAILED = 1000
 """Failed rows whose reasons are kept for the reader."""
 
@@ -61,6 +64,7 @@ class StageReader:
         self._whole.state.update()
         is_whole = self._whole.state.value.get("complete") is True
         shards = {} if plan and plan.stage == "train" else list_shards(found.folder)
+        tasks: tuple[TaskStatus, ...]
         if found.name == EXPORT:
             tasks, readers, count = (self._read_export(),), list[TaskReader](), 1
         elif (plan and plan.stage != "train") or (shards and not is_whole):
@@ -100,8 +104,8 @@ class StageReader:
             self._reader(place, path).state.update()
         latest = max(shards, key=lambda place: (self._tasks[place].generation, place[1]), default=(0, 1))[1]
         count = plan.shards if plan else latest
-        for number in range(count):
-            self._reader((number, count), self._shard_folder(number, count))
+        for number in range(count if count <= MAX_SHARDS else 0):
+            self._reader((number, count), shard_folder(self.found.folder, number, count))
         places = [place for place in self._tasks if place[1] == count or (plan is None and place in shards)]
         generations = Counter[int]()
         for place in places:
@@ -109,7 +113,8 @@ class StageReader:
         # Earlier shards first: a later one may have made their failed rows good.
         places.sort(key=lambda place: (generations[place[1]], place[1], place[0]))
         readers = [self._tasks[place] for place in places]
-        for reader in readers:
+        for place, reader in zip(places, readers, strict=True):
+            reader.is_superseded = place[1] != count
             reader.update(self.kind)
         return readers, count
 
@@ -117,9 +122,6 @@ class StageReader:
         if place not in self._tasks:
             self._tasks[place] = TaskReader(path, place[0], self._failed)
         return self._tasks[place]
-
-    def _shard_folder(self, number: int, count: int) -> Path:
-        return self.found.folder / "shards" / f"{number:05d}-of-{count:05d}"
 
     def _read_export(self) -> TaskStatus:
         folder = self.found.folder
@@ -167,7 +169,7 @@ class StageReader:
     def _settings(self) -> dict[str, Any]:
         """Return the settings of the run, or of its first shard."""
         states = [self._whole.state, *(reader.state for reader in self._tasks.values())]
-        found = next((state.value["settings"] for state in states if state.value.get("settings")), {})
+        found: Any = next((state.value["settings"] for state in states if state.value.get("settings")), {})
         return (
             {key: value for key, value in found.items() if isinstance(value, dict)} if isinstance(found, dict) else {}
         )

@@ -120,6 +120,7 @@ class TaskReader:
 
     def __init__(self, folder: Path, number: int = 0, failed: FailedRows | None = None) -> None:
         self.folder, self.number = folder, number
+        self.is_superseded = False  # the rest of its rows went to shards of another number
         self.state = JsonFile(folder / "run.json")
         self.capture = JsonFile(folder / "capture.json")
         self.ledger = LedgerTally(folder / "ledger.jsonl", failed)
@@ -188,7 +189,9 @@ class TaskReader:
             at_work = is_at_work(self.folder)
         except OSError:  # deleted meanwhile, or not ours to read
             fresh = at_work = False
-        return "running" if at_work or (fresh and not _is_here(self.folder)) else "failed"
+        if at_work or (fresh and not _is_here(self.folder)):
+            return "running"
+        return "done" if self.is_superseded else "failed"
 
     def _rate(self, kind: str, state: str, rows: int, seconds: float) -> float:
         now = time.monotonic()

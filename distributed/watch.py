@@ -80,7 +80,7 @@ class Screen:
         for stage in stages:
             if len(stage.tasks) > 1 and stage.state != "done":
                 lines += ["", f"{stage.label or stage.name}:", *task_table(stage)]
-        shown, height = [], 0
+        shown, height = list[str](), 0
         for line in map(clean, lines):
             rows = max(1, -(-len(line) // size.columns))
             if height + rows > size.lines - 2:

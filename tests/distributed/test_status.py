@@ -62,6 +62,25 @@ def test_shards_are_one_stage_and_those_that_are_not_there_wait(folder: RunFolde
     assert (stage.state, stage.rows, len(stage.tasks)) == ("done", 3, 1)
 
 
+def test_shards_of_another_number_take_over_what_earlier_ones_left(folder: RunFolder) -> None:
+    earlier, later = "synth/shards/00000-of-00001", [f"synth/shards/{number:05d}-of-00002" for number in (0, 1)]
+    folder.begin(earlier)
+    folder.write_rows(earlier, "done", "failed")
+    folder.stop(earlier)
+    assert folder.read()["synth"].state == "failed"
+    folder.begin(later[0])
+    folder.begin(later[1])
+    (folder.path / later[0] / "ledger.jsonl").write_text(  # the failed row again
+        (folder.path / earlier / "ledger.jsonl").read_text().splitlines()[1].replace("failed", "done") + "\n"
+    )
+    for label in later:
+        folder.stop(label, done=1)
+    stage = folder.read()["synth"]
+    assert [task.folder.name for task in stage.tasks] == [Path(label).name for label in (earlier, *later)]
+    assert (stage.state, stage.counts) == ("waiting", {"done": 2})
+    assert not stage.is_joined
+
+
 def test_failed_tasks_of_a_submission_are_retried_by_distributed(folder: RunFolder) -> None:
     for stage in ("synth", "dump"):
         plan = StagePlan(stage=stage, recipe="r", overrides=[], input="i", output=str(folder.path / stage), shards=2)

@@ -79,7 +79,7 @@ def test_a_page_shows_stages_curves_figures_failures_and_commands_on_any_screen(
     assert page.locator("svg polyline").evaluate_all("all => all.every(line => line.getBBox().width > 100)")
     assert "predicted: eval (length 2.500)" in page.inner_text(".charts figure:has-text('acceptance rate')")
     assert page.locator("td", has_text="1.50x").count() == 1
-    assert page.locator("#failed td", has_text="HTTP N after N tries").count() == 1
+    assert page.locator("#failed td:visible", has_text="HTTP 500 after N tries").count() == 1
     assert any(text.endswith("--retry-failed") for text in page.locator("pre").all_inner_texts())
     assert "1 rows failed" in page.inner_text("#warnings")
     page.close()
