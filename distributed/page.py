@@ -82,7 +82,7 @@ class PageWriter:
         write_page(
             self._page,
             TEMPLATE,
-            title=self._folder.resolve().name or str(self._folder),
+            title=name_of(self._folder),
             folder=str(self._folder),
             state=overall_state(stages),
             written_at=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now)),
@@ -136,6 +136,11 @@ def overall_state(stages: Sequence[StageStatus]) -> str:
     return next((state for state in ("running", "failed", "waiting") if state in states), "done")
 
 
+def name_of(folder: Path) -> str:
+    """Return a folder's own name, also of `.` and `..`."""
+    return folder.name if folder.name not in ("", "..") else folder.resolve().name
+
+
 def size_text(num_bytes: float) -> str:
     """Return a size, as in `3 kB`."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -160,7 +165,7 @@ def _row(stage: StageStatus, now: float) -> StageRow:
     left = stage.seconds_left
     return StageRow(
         status=stage,
-        name=stage.label or stage.folder.resolve().name,
+        name=stage.label or name_of(stage.folder),
         rows=f"{rows} {stage.unit}" if rows else "",
         share=share,
         rate=f"{rate:.2f} {stage.unit}/s" if rate and stage.kind else "",
@@ -194,10 +199,12 @@ def _warnings(stage: StageStatus, now: float) -> list[str]:
         found.append(f"the loss is no number since step {stage.curves.nan_step}")
     if stage.state == "running" and stage.changed and now - stage.changed > MIN_QUIET_S:
         found.append(f"a process is at work, and no file has changed for {duration(now - stage.changed)}")
-    if stage.states["failed"]:
-        found.append(f"{stage.states['failed']} of {len(stage.tasks)} tasks stopped before their end")
+    if (count := stage.states["failed"]) and len(stage.tasks) > 1:
+        found.append(f"{count} of {len(stage.tasks)} shards stopped before their end, and no process works on them")
+    elif count:
+        found.append("stopped before its end, and no process works on it")
     if count := stage.counts["failed"]:
-        found.append(f"{count} rows failed: see below")
+        found.append(f"{count} failed {'row' if count == 1 else 'rows'}, with their reasons below")
     return found
 
 
@@ -254,7 +261,7 @@ def _curves(stage: StageStatus) -> list[Chart]:
     charts = [
         draw("loss", "step", [Line("loss", [(point.step, point.loss) for point in points])]),
         draw("accuracy of draft token", "step", accuracy, from_zero=True),
-        draw("accepted tokens per step", "step", accepted),
+        draw("acceptance length", "step", accepted),
         draw(
             "learning rate",
             "step",

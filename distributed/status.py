@@ -44,7 +44,7 @@ def summary_line(stage: StageStatus) -> str:
         remaining = f"; {about}{max(0, total - rows)} of {total} {unit} remain"
     if (left := stage.seconds_left) is not None:
         remaining += f", about {duration(left)} at {stage.rows_per_s:.2f} {unit}/s"
-    failed = f"; {count} rows failed" if (count := stage.counts["failed"]) else ""
+    failed = f"; {count} failed" if (count := stage.counts["failed"]) else ""
     return f"{name}: {states}; {rows} {unit}{remaining}{failed}"
 
 

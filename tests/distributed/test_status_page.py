@@ -73,7 +73,7 @@ def test_a_page_shows_stages_curves_figures_failures_and_commands_on_any_screen(
     shares = page.locator("#stages progress").evaluate_all("all => all.map(one => one.value)")
     assert [round(share, 2) for share in shares] == [1, 1, 0.43, 0, 0.3]
     assert page.locator("figure figcaption").all_inner_texts() == [
-        "loss by step", "accuracy of draft token by step", "accepted tokens per step by step", "learning rate by step",
+        "loss by step", "accuracy of draft token by step", "acceptance length by step", "learning rate by step",
         "acceptance rate by draft token",
     ]  # fmt: skip
     assert page.locator("svg polyline").evaluate_all("all => all.every(line => line.getBBox().width > 100)")
@@ -81,7 +81,7 @@ def test_a_page_shows_stages_curves_figures_failures_and_commands_on_any_screen(
     assert page.locator("td", has_text="1.50x").count() == 1
     assert page.locator("#failed td:visible", has_text="HTTP 500 after N tries").count() == 1
     assert any(text.endswith("--retry-failed") for text in page.locator("pre").all_inner_texts())
-    assert "1 rows failed" in page.inner_text("#warnings")
+    assert "1 failed row, with" in page.inner_text("#warnings")
     page.close()
     for scheme, background in (("light", "rgb(255, 255, 255)"), ("dark", "rgb(18, 24, 27)")):
         page, more, problems = open_page(
