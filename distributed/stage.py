@@ -154,7 +154,8 @@ class StageReader:
             known = [int(line["rows_expected"]) for line in lines if line]
             return (sum(known) if known and len(known) == len(tasks) else None), False
         if self.kind == "dump":
-            return self._estimate_samples(before), True
+            estimate = self._estimate_samples(before)
+            return None if estimate is None else max(estimate, rows), True
         return None, False
 
     def _estimate_samples(self, before: list[StageStatus]) -> int | None:

@@ -76,7 +76,8 @@ class Screen:
         for stage in stages:
             lines += stage.window
         lines = [line[: size.columns - 1] for line in lines]
-        lines += note_lines(stages, self._folder)  # whole, so that commands can be copied
+        notes = note_lines(stages, self._folder)  # whole, so that commands can be copied
+        lines += ["", *notes] if notes else []
         for stage in stages:
             if len(stage.tasks) > 1 and stage.state != "done":
                 lines += ["", f"{stage.label or stage.name}:", *task_table(stage)]
