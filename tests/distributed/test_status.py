@@ -222,7 +222,7 @@ def test_a_terminal_is_redrawn_in_place_within_its_size_and_obeys_no_data(
 ) -> None:
     folder.begin("synth", f"synth generate --output \x1b[2J\x07synth{'x' * 100}")
     for number in range(6):
-        folder.begin(f"draft/{number}")
+        folder.begin(f"draft/{number}\x1b[2J")
     folder.stop("synth")
     monkeypatch.setenv("COLUMNS", "60")
     reader, screen = RunReader(folder.path), Screen(folder.path)
