@@ -27,7 +27,7 @@ from contracts.run import Run
 from contracts.shards import shard_folder, shard_of
 from contracts.store import Store
 from distributed.plan import StagePlan
-from distributed.status import task_status
+from distributed.stage import task_status
 from drafts.order import plan_window
 from dump.ledger import DumpLedger
 from dump.plan import make_plan

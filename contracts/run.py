@@ -23,6 +23,9 @@ from common.redact import redact, redact_words
 from common.versions import read_environment
 from contracts.shards import next_generation
 
+LOCK_TRIES, LOCK_WAIT_S = 5, 0.05
+"""A reader that asks whether a process is at work (contracts/shards.py) holds the lock for an instant."""
+
 
 class Run:
     """The run of a stage in `folder`; use `Run.open`."""
@@ -115,14 +118,16 @@ def _lock(folder: Path) -> IO[str]:
     with explain_unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "run.lock").open("a")
-    if not lock_file(lock, folder, wait=False):
-        raise UserError(
-            folder,
-            found="another process at work in this folder",
-            expected="one writer a folder",
-            fix="Wait for it, stop it, or choose another --output.",
-        )
-    return lock
+    for _ in range(LOCK_TRIES):
+        if lock_file(lock, folder, wait=False):
+            return lock
+        time.sleep(LOCK_WAIT_S)
+    raise UserError(
+        folder,
+        found="another process at work in this folder",
+        expected="one writer a folder",
+        fix="Wait for it, stop it, or choose another --output.",
+    )
 
 
 def is_complete(folder: Path) -> bool:

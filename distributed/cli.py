@@ -79,13 +79,43 @@ def submit(
     _submit_all(plans[-1:] if in_turns else plans)
 
 
-@app.command(epilog="Example: distributed status runs/synth")
-def status(folder: FolderArgument) -> None:
-    """Show how far each task is: its state, rows by status and rate; what remains, and for how long."""
+@app.command(epilog="Example: distributed status runs/tiny-dflash --watch --html")
+def status(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="The output of a stage or of `distributed submit`, or the folder of a recipe's run."
+        ),
+    ],
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again until everything is done or failed.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Seconds between two looks of --watch.")] = 5,
+    html: Annotated[bool, typer.Option("--html", help="Also write a page: FOLDER/status.html, or --output.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page's file; implies --html.")] = None,
+) -> None:
+    """Show how far each stage and task is: its state, rows by status and rate; what remains, and for how long.
+
+    With --watch it ends by itself: exit code 0 if all is done, 1 if something failed and nothing works any more.
+    """
+    from distributed.stage import RunReader
     from distributed.status import show_status
 
-    for plan in _plans(folder):
-        show_status(plan)
+    page = output or (folder / "status.html" if html else None)
+    write = None
+    if page is not None:
+        from distributed.page import PageWriter
+
+        write = PageWriter(folder, page, every if watch else None).write
+    reader = RunReader(folder)
+    if watch:
+        from distributed.watch import open_display
+        from distributed.watch import watch as watch_run
+
+        raise typer.Exit(watch_run(reader, open_display(folder), every, write))
+    stages = reader.read()
+    show_status(stages, folder)
+    if write is not None:
+        write(stages, False)
+        print(f"-> {page}")
 
 
 @app.command(epilog="Example: distributed retry runs/synth --time 720")

@@ -1,159 +1,100 @@
-"""Progress of a submitted run, read from the ledgers and states of its tasks; the scheduler is not asked."""
+"""The status of a folder's stages as text: tables, one line for each stage, warnings, and how to go on."""
 
 from __future__ import annotations
 
-import json
-import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from common.files import read_json
-from contracts.ledger import read_entries
-from contracts.mooncake import MooncakeShelf
-from contracts.rolling import CaptureState, Position, RollingStore, is_rolling
-from contracts.shards import is_at_work, shard_of
-from distributed.plan import PLAN_FILE, StagePlan, read_plan
-from recipe.load import load_recipe
+from distributed.next_steps import list_next_steps
+from distributed.state import StageStatus
 
-RECENT_S = 120.0
-"""A task counts as running while its state is this fresh, where the lock of another machine cannot be seen."""
+STATES = ("done", "running", "failed", "waiting")
 
 
-@dataclass(frozen=True)
-class TaskStatus:
-    """`state` is done, running, failed (begun, and no process works on it) or waiting; `rows` have a ledger line."""
-
-    number: int
-    state: str
-    rows: int
-    rows_per_s: float
-    counts: Counter[str]
-
-
-def task_status(plan: StagePlan, number: int) -> TaskStatus:
-    """Return the status of one task."""
-    folder = plan.task_folder(number)
-    state: dict[str, Any] = {}
-    if (folder / "run.json").exists():
-        state = read_json(folder / "run.json", "a task's state")
-    counts: Counter[str] = Counter()
-    rows = _train_steps(folder) if plan.stage == "train" else 0
-    if plan.window_gib is not None and (folder / "capture.json").exists():
-        captured = CaptureState.model_validate(read_json(folder / "capture.json", "a capture's state"))
-        rows = len(range(number, captured.next_place, plan.shards))
-    elif plan.stage != "train" and (folder / "ledger.jsonl").exists():
-        latest = {_row_of(entry): entry["status"] for entry in read_entries(folder / "ledger.jsonl")}
-        counts, rows = Counter(latest.values()), len(latest)
-    if state.get("complete"):
-        name = "done"
-    elif not state:
-        name = "waiting"
-    else:
-        fresh = time.time() - (folder / "run.json").stat().st_mtime < RECENT_S
-        name = "running" if is_at_work(folder) or (fresh and not _is_here(folder)) else "failed"
-    rate = rows / state["seconds"] if state.get("seconds") else 0.0
-    return TaskStatus(number, name, rows, rate, counts)
+def show_status(stages: list[StageStatus], folder: Path) -> None:
+    """Print the tasks of submitted stages, a line for each stage, warnings, and how to go on."""
+    for stage in stages:
+        if stage.is_submitted:
+            print("\n".join(task_table(stage)))
+        print(clean(summary_line(stage)))
+        print("".join(f"{line}\n" for line in stage.window), end="")
+    print("".join(f"{line}\n" for line in note_lines(stages, folder)), end="")
 
 
-def show_status(plan: StagePlan) -> None:
-    """Print a table of all tasks, and a line with their sums and what remains."""
-    tasks = [task_status(plan, number) for number in plan.numbers]
-    unit = "steps" if plan.stage == "train" else "rows"
-    print(f"{'task':>6} {'state':8} {unit:>9} {unit + '/s':>9}  {'of them':32}")
-    for task in tasks:
-        parts = ", ".join(f"{count} {status}" for status, count in sorted(task.counts.items()))
-        print(f"{task.number:>6} {task.state:8} {task.rows:>9} {task.rows_per_s:>9.2f}  {parts}")
-    states = Counter(task.state for task in tasks)
-    rows, total = sum(task.rows for task in tasks), count_total(plan, tasks)
-    rate = sum(task.rows_per_s for task in tasks if task.state == "running")
-    line = ", ".join(f"{states[name]} {name}" for name in ("done", "running", "failed", "waiting") if states[name])
-    remaining = "" if total is None else f"; {total - rows} of {total} {unit} remain"
-    if total is not None and rate and total > rows:
-        remaining += f", about {_duration((total - rows) / rate)} at {rate:.2f} {unit}/s"
-    print(f"{plan.stage}: {line}; {rows} {unit}{remaining}")
-    if plan.stage == "train" and is_rolling(Path(plan.input)):
-        shelf = None if plan.mooncake is None else MooncakeShelf(plan.mooncake, segment_bytes=0)
-        show_window(RollingStore(Path(plan.input), shelf))
+def task_table(stage: StageStatus) -> list[str]:
+    """Return the lines of a table of a stage's tasks."""
+    lines = [f"{'task':>6} {'state':8} {stage.unit:>9} {stage.unit + '/s':>9}  {'of them':32}"]
+    for task in stage.tasks:
+        parts = count_text(task.counts)
+        lines.append(f"{task.number:>6} {task.state:8} {task.rows:>9} {task.rows_per_s:>9.2f}  {parts}")
+    return lines
 
 
-def show_window(store: RollingStore) -> None:
-    """Print where capture and training of a rolling store are, their rates, and which of them waits for the other."""
-    position, window = store.read_position() or Position(first_place=0, next_place=0), store.window
-    states = [
-        CaptureState.model_validate(read_json(path, "a capture's state"))
-        for path in store.folder.glob("shards/*/capture.json")
-    ]
-    total = window.order["train.num_steps"] * window.order["train.global_batch_size"]
-    held = sum(path.stat().st_size for path in store.folder.rglob("*.safetensors")) / 2**30
-    size = f"{window.num_bytes / 2**30:.2f} GiB"
-    filled = f"{size} of memory" if store.shelf.in_memory else f"{held:.2f} of {size}"
-    captured = min((state.next_place for state in states), default=0)
-    print(
-        f"window: {filled}; of {total} places, {position.first_place} are "
-        f"behind the last checkpoint, {position.next_place} trained, {captured} captured"
-    )
-    busy = sum(max(state.seconds - state.waited_s, 1e-3) for state in states)
-    rate = len(states) * sum(state.tokens for state in states) / busy if states else 0.0
-    idle = 1 - busy / max(sum(state.seconds for state in states), 1e-3) if states else 0.0
-    waits = position.waited_s / max(position.seconds, 1e-3)
-    print(f"capture: {len(states)} processes, {rate:.0f} tokens/s at work; {max(idle, 0.0):.0%} of the time they wait")
-    print(f"train: {waits:.0%} of the time it waits for samples")
+def summary_line(stage: StageStatus) -> str:
+    """Return a line with a stage's tasks by state, its rows, what remains, and for how long."""
+    states = ", ".join(f"{stage.states[name]} {name}" for name in STATES if stage.states[name])
+    name = stage.label or stage.kind or stage.name
+    if not stage.kind:
+        return f"{name}: {states}"
+    rows, total, unit = stage.rows, stage.total, stage.unit
+    remaining = ""
+    if total is not None:
+        about = "about " if stage.is_estimate else ""
+        remaining = f"; {about}{max(0, total - rows)} of {total} {unit} remain"
+    if (left := stage.seconds_left) is not None:
+        remaining += f", about {duration(left)} at {stage.rows_per_s:.2f} {unit}/s"
+    failed = f"; {count} failed" if (count := stage.counts["failed"]) else ""
+    return f"{name}: {states}; {rows} {unit}{remaining}{failed}"
 
 
-def count_total(plan: StagePlan, tasks: Sequence[TaskStatus] = ()) -> int | None:
-    """Return the number of rows or steps of the finished stage, or None if it is unknown. A dump needs its `tasks`."""
-    if plan.stage == "train":
-        return load_recipe(Path(plan.recipe), plan.overrides).training().num_steps
-    if plan.stage == "dump" and plan.window_gib is not None:
-        section = load_recipe(Path(plan.recipe), plan.overrides).training()
-        return section.num_steps * section.global_batch_size
-    if plan.stage == "dump":
-        return _count_samples(plan, tasks)
-    if plan.input.endswith(".jsonl") and Path(plan.input).exists():
-        synth = load_recipe(Path(plan.recipe), plan.overrides).synth
-        temperatures = len(synth.temperature) if isinstance(synth.temperature, list) else 1
-        with Path(plan.input).open("rb") as file:
-            return sum(1 for line in file if line.strip()) * synth.num_samples * temperatures
-    return None
+def stage_table(stages: Sequence[StageStatus]) -> list[str]:
+    """Return the lines of a table of stages."""
+    width = max(len("folder"), *(len(stage.label or stage.name) for stage in stages))
+    lines = [f"{'folder':{width}}  {'state':8} {'rows':>9} {'of':>9} {'per s':>9} {'left':>8}  {'':32}".rstrip()]
+    for stage in stages:
+        rows, of, rate, left = (str(stage.rows), "", "", "") if stage.kind else ("", "", "", "")
+        if stage.total is not None:
+            of = f"{'~' if stage.is_estimate else ''}{stage.total}"
+        if stage.rows_per_s:
+            rate = f"{stage.rows_per_s:.2f}"
+        if (seconds := stage.seconds_left) is not None:
+            left = duration(seconds)
+        parts = [count_text(stage.counts)]
+        if len(stage.tasks) > 1:
+            parts.insert(
+                0, "tasks: " + ", ".join(f"{stage.states[name]} {name}" for name in STATES if stage.states[name])
+            )
+        if len(stage.tasks) == 1 and stage.state == "running":
+            parts.append(stage.tasks[0].note)
+        text = "; ".join(part for part in parts if part)
+        label = stage.label or stage.name
+        lines.append(f"{label:{width}}  {stage.state:8} {rows:>9} {of:>9} {rate:>9} {left:>8}  {text}".rstrip())
+    return lines
 
 
-def _count_samples(plan: StagePlan, tasks: Sequence[TaskStatus]) -> int | None:
-    """Return the samples of a finished dump, or None if they are unknown.
-
-    A finished shard counts with its rows; any other with one sample per conversation, written or expected.
-    """
-    folder = Path(plan.input)
-    ledgers = [folder / "ledger.jsonl"] if (folder / "ledger.jsonl").exists() else folder.glob("shards/*/ledger.jsonl")
-    latest = {_row_of(entry): entry for ledger in ledgers for entry in read_entries(ledger)}
-    written = Counter(
-        shard_of(entry["id"], plan.shards) for entry in latest.values() if entry["status"] in ("done", "truncated")
-    )
-    total = sum(task.rows if task.state == "done" else max(task.rows, written[task.number]) for task in tasks)
-    if (folder / "ledger.jsonl").exists() or not (folder / PLAN_FILE).exists():
-        return total or None
-    expected = count_total(read_plan(folder))
-    return None if expected is None else total + expected - len(latest)
+def note_lines(stages: list[StageStatus], folder: Path) -> list[str]:
+    """Return a line for each warning, and how to go on."""
+    lines = [f"warning: {stage.label or stage.name}: {text}" for stage in stages for text in stage.warnings]
+    for step in list_next_steps(stages, folder):
+        lines.append(step.why + (":" if step.command else ""))
+        if step.command:
+            lines.append(f"    {step.command}")
+    return [clean(line) for line in lines]
 
 
-def _row_of(entry: dict[str, Any]) -> Any:
-    return (entry["index"], entry["sample"]) if "index" in entry else entry["id"]
+def count_text(counts: Counter[str]) -> str:
+    """Return rows by status, as in `7 done, 1 failed`."""
+    return ", ".join(f"{count} {status}" for status, count in sorted(counts.items()) if count)
 
 
-def _train_steps(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+def duration(seconds: float) -> str:
+    """Return a time in its fitting unit, as in `12 s`, `5 min`, `2.5 h`."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
-def _is_here(folder: Path) -> bool:
-    """Return whether locks in this folder are visible here: they may not be on network file systems."""
-    kinds = {line.split()[1]: line.split()[2] for line in Path("/proc/mounts").read_text().splitlines()}
-    mount = next((str(parent) for parent in (folder.resolve(), *folder.resolve().parents) if str(parent) in kinds), "/")
-    return kinds.get(mount, "") not in ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "fuse")
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+def clean(text: str) -> str:
+    """Return a line of text without control characters, which a terminal may obey."""
+    return "".join(char if char.isprintable() else "?" for char in text)

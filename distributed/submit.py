@@ -18,9 +18,9 @@ from typing import Any
 import submitit
 
 from common.errors import IncompleteError
+from contracts.run import is_complete
 from distributed.plan import StagePlan
 from distributed.resources import Resources
-from distributed.status import task_status
 from distributed.tasks import Task
 
 MAX_REQUEUES = 1000
@@ -44,7 +44,7 @@ def submit(plan: StagePlan, before: Submitted = NOTHING) -> Submitted:
     Raises UserError when the output cannot be written, IncompleteError when a task fails on "local" or "debug".
     """
     plan.save()
-    todo = tuple(number for number in plan.numbers if task_status(plan, number).state != "done")
+    todo = tuple(number for number in plan.numbers if not is_complete(plan.task_folder(number)))
     print(f"{plan.stage}: {len(todo)} of {len(plan.numbers)} tasks to do -> {plan.output}")
     if plan.stage == "synth":
         return _submit_synth(plan, todo)

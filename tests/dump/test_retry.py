@@ -17,7 +17,7 @@ from contracts.conversation import CONVERSATIONS_FILE
 from contracts.ledger import Ledger
 from contracts.store import Store, find_token
 from distributed.plan import StagePlan
-from distributed.status import task_status
+from distributed.stage import task_status
 from dump.capture import Staged, Staging
 from dump.hf import Transformers
 from dump.run import dump
