@@ -276,7 +276,7 @@ class Speculators:
         words = {
             "verifier-name-or-path": target.path.resolve(), "data-path": self._prepared, "draft-config": config,
             "mask-token-id": mask_token_of(recipe, target) or 0, "total-seq-len": batch, "train-data-ratio": 0.999,
-            "on-missing": "raise", "hidden-states-dtype": "bfloat16" if section.bf16 else "float32",
+            "on-missing": "raise", "log-freq": 10, "hidden-states-dtype": "bfloat16" if section.bf16 else "float32",
             "epochs": 1 + math.ceil(num_steps * batch / sum(lengths)), "checkpoint-freq": 1, "save-path": folder,
             "log-dir": self.method.folder / "logs", **words_of_optimizer(section), **words_of_draft(recipe, batch),
             **(CPU_WORDS if is_cpu_engine() else {}),

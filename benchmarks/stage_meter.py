@@ -92,7 +92,7 @@ class Stages:
         words = [str(word) for word in command]
         with path.open("ab") as file:
             ended = subprocess.run(
-                words, check=False, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, cwd=self.folder,
+                words, check=False, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
             )  # fmt: skip
         if ended.returncode:
