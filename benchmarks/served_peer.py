@@ -166,12 +166,8 @@ def train_peer(args: argparse.Namespace, recipe: Recipe, out: Path, name: str) -
         "total-seq-len": tokens, "train-data-ratio": 0.999, "num-workers": 0, "on-missing": "raise",
         "hidden-states-dtype": "bfloat16" if section.bf16 else "float32", "draft-attn-impl": "sdpa",
         "loss-implementation": "eager", "loss-fn": "kl_div" if section.draft.objective == "distill" else "ce",
-        "optimizer": section.optimizer, "lr": section.learning_rate, "weight-decay": section.weight_decay,
-        "muon-lr": section.learning_rate, "muon-weight-decay": section.weight_decay,
-        "scheduler-type": section.lr_schedule, "scheduler-warmup-steps": section.warmup_steps,
-        "scheduler-total-steps": section.num_steps, "max-steps": section.num_steps,
         "epochs": 2 + section.num_steps * section.global_batch_size // summary["samples"],
-        "checkpoint-freq": 1, "save-path": folder, "seed": section.seed, **method,
+        "checkpoint-freq": 1, "save-path": folder, **words_of_optimizer(section), **method,
     }  # fmt: skip
     command = [str(args.peer_python), str(Path(__file__).with_name("speculators_cpu.py"))]
     for key, value in words.items():
@@ -186,6 +182,16 @@ def train_peer(args: argparse.Namespace, recipe: Recipe, out: Path, name: str) -
     return found[section.num_steps]
 
 
+def words_of_optimizer(section: TrainSection) -> dict[str, object]:
+    """Return speculators' options for our optimizer, schedule, steps and seed."""
+    return {
+        "optimizer": section.optimizer, "lr": section.learning_rate, "weight-decay": section.weight_decay,
+        "muon-lr": section.learning_rate, "muon-weight-decay": section.weight_decay,
+        "scheduler-type": section.lr_schedule, "scheduler-warmup-steps": section.warmup_steps,
+        "scheduler-total-steps": section.num_steps, "max-steps": section.num_steps, "seed": section.seed,
+    }  # fmt: skip
+
+
 def words_of_method(
     recipe: Recipe, target: Target, peer_weights: str, tokens: int, out: Path
 ) -> tuple[dict[str, object], list[str]]:
@@ -194,23 +200,15 @@ def words_of_method(
     `tokens`: of a batch.
     """
     section = recipe.training()
-    draft, rope = section.draft, {"rope_type": "default", "rope_theta": target.rope_theta}
-    assert isinstance(draft, DFlashSection | Eagle3Section)
-    shared = {
-        "hidden_size": target.hidden_size, "vocab_size": target.vocab_size, "head_dim": draft.head_dim,
-        "num_attention_heads": draft.num_attention_heads, "num_key_value_heads": draft.num_key_value_heads,
-        "intermediate_size": draft.intermediate_size, "rms_norm_eps": target.norm_eps, "hidden_act": "silu",
-        "max_position_embeddings": recipe.target.max_model_len, "tie_word_embeddings": False, "rope_parameters": rope,
-    }  # fmt: skip
+    draft = section.draft
+    write_draft_config(recipe, target, out / "peer-config.json")
     if isinstance(draft, DFlashSection):
-        layers = {"num_hidden_layers": draft.num_layers, "layer_types": ["full_attention"] * draft.num_layers}
-        (out / "peer-config.json").write_text(json.dumps({"model_type": "qwen3", **shared, **layers}))
         return {
             "speculator-type": "dflash", "block-size": draft.block_size,
             "max-anchors": min(draft.num_anchors * section.global_batch_size, tokens),  # it computes unused ones too
             "per-position-loss-weight": peer_weights, "dflash-decay-gamma": draft.loss_decay,
         }, []  # fmt: skip
-    (out / "peer-config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 1, **shared}))
+    assert isinstance(draft, Eagle3Section)
     words = {
         "speculator-type": "eagle3", "ttt-steps": draft.ttt_length, "ttt-step-loss-decay": draft.ttt_step_loss_decay,
     }  # fmt: skip
@@ -220,6 +218,23 @@ def words_of_method(
             np.save(out / f"{key}.npy", ours[key].numpy())
             words[f"{key}-path"] = out / f"{key}.npy"
     return words, ["--no-norm-before-residual", "--no-norm-before-fc", "--no-norm-output"]
+
+
+def write_draft_config(recipe: Recipe, target: Target, path: Path) -> None:
+    """Write the config of speculators' draft layers: the recipe's dimensions, full attention, plain rope."""
+    draft, rope = recipe.training().draft, {"rope_type": "default", "rope_theta": target.rope_theta}
+    assert isinstance(draft, DFlashSection | Eagle3Section)
+    config = {
+        "hidden_size": target.hidden_size, "vocab_size": target.vocab_size, "head_dim": draft.head_dim,
+        "num_attention_heads": draft.num_attention_heads, "num_key_value_heads": draft.num_key_value_heads,
+        "intermediate_size": draft.intermediate_size, "rms_norm_eps": target.norm_eps, "hidden_act": "silu",
+        "max_position_embeddings": recipe.target.max_model_len, "tie_word_embeddings": False, "rope_parameters": rope,
+        "model_type": "llama", "num_hidden_layers": 1,
+    }  # fmt: skip
+    if isinstance(draft, DFlashSection):
+        layer_types = ["full_attention"] * draft.num_layers
+        config |= {"model_type": "qwen3", "num_hidden_layers": draft.num_layers, "layer_types": layer_types}
+    path.write_text(json.dumps(config))
 
 
 def find_checkpoints(folder: Path) -> dict[int, Path]:

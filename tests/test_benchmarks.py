@@ -299,3 +299,83 @@ def test_the_peers_losses_are_the_same_in_chunks_and_keep_no_copies_of_the_logit
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.split() == ["True", "0"]
+
+
+def curve(module: ModuleType, *points: tuple[float, float]) -> Any:
+    return [module.Point(number, seconds, length) for number, (seconds, length) in enumerate(points, start=1)]
+
+
+def make_side(module: ModuleType, *points: tuple[float, float], stages: Any = ()) -> Any:
+    return module.Side(stages, curve(module, *points))
+
+
+def test_the_time_to_equal_acceptance_lies_on_the_line_between_two_checkpoints() -> None:
+    module = load("end_to_end_report")
+    ours, peer = make_side(module, (100, 2.0), (200, 3.0)), make_side(module, (150, 1.5), (300, 2.25), (400, 2.5))
+    found = module.compare_times(ours, peer)
+    assert found["acceptance_length"] == 2.5
+    assert (found["ours_s"], found["peer_s"]) == (150, 400)
+    assert found["ratio"] == pytest.approx(400 / 150)
+    assert not found["ours_at_most"]
+    assert "ratio 2.67 (aim: 1.5)" in module.explain_times(found, ("ours", "theirs"), 1.5)
+
+
+def test_a_side_whose_first_checkpoint_is_better_already_gives_a_bound() -> None:
+    module = load("end_to_end_report")
+    found = module.compare_times(make_side(module, (100, 2.7), (200, 3.0)), make_side(module, (400, 2.5)))
+    told = module.explain_times(found, ("ours", "theirs"), 1.5)
+    assert "ours at most 100 s, theirs 400 s, ratio at least 4.00" in told
+    turned = module.compare_times(make_side(module, (400, 2.5)), make_side(module, (100, 2.7)))
+    assert "ratio at most 0.25" in module.explain_times(turned, ("ours", "theirs"), 1.5)
+
+
+def test_a_curve_that_falls_counts_from_where_it_first_reached_the_level() -> None:
+    module = load("end_to_end_report")
+    points = curve(module, (10, 1.0), (20, 3.0), (30, 2.0), (40, 3.5))
+    assert module.reach(points, 2.5).seconds == pytest.approx(17.5)
+    with pytest.raises(ValueError, match=r"reaches an acceptance length of 3\.600"):
+        module.reach(points, 3.6)
+
+
+def test_a_stage_that_one_side_lacks_has_empty_cells_and_the_sum_is_of_each_side() -> None:
+    module = load("end_to_end_report")
+    stages = [module.Stage("generate", 0.0, 60.0, 2**30, 2**20), module.Stage("prepare", 60.0, 30.0, 2**29, 3 * 2**20)]
+    sides = {"ours": make_side(module, (1, 1), stages=stages[:1]), "theirs": make_side(module, (1, 1), stages=stages)}
+    assert module.make_stage_table(sides).splitlines()[2:] == [
+        "| generate | 60 | 1.00 GiB | 1 MiB | 60 | 1.00 GiB | 1 MiB |",
+        "| prepare |  |  |  | 30 | 0.50 GiB | 3 MiB |",
+        "| **all** | 60 | 1.00 GiB | 1 MiB | 90 | 1.00 GiB | 3 MiB |",
+    ]
+    assert module.make_curve_table(sides).splitlines()[-1] == "| theirs | 1 | 1 | 1.000 |"
+
+
+def test_pilots_tell_how_many_steps_fit_and_a_disturbed_machine_is_refused() -> None:
+    module = load("end_to_end_report")
+    assert module.fit_steps(130.0, [(60, 40.0), (10, 15.0)]) == 240  # half a second a step
+    with pytest.raises(ValueError, match="room for 40 steps"):
+        module.fit_steps(30.0, [(10, 15.0), (60, 40.0)])
+    with pytest.raises(ValueError, match="other work"):
+        module.fit_steps(300.0, [(10, 40.0), (60, 40.0)])
+    assert module.spread([1, 2, 3, 4, 5, 6, 7, 8], 4) == [2, 4, 6, 8]
+    assert module.spread([3, 6, 7], 4) == [3, 6, 7]
+
+
+def test_a_stage_is_measured_once_and_an_interrupted_one_starts_afresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    stages, output = load("stage_meter").Stages(tmp_path, "ours"), tmp_path / "output"
+    output.mkdir()
+    (output / "half").touch()  # of a process that was killed
+    code = "import sys, time; block = bytearray(2 ** 28); time.sleep(1); open(sys.argv[1], 'wb').write(block[:2 ** 20])"
+
+    def work() -> None:
+        assert not output.exists()
+        stages.call("first", [sys.executable, "-c", code, tmp_path / "states"])
+
+    first = stages.run("first", [output], work)
+    assert first.memory >= 2**28
+    assert first.disk >= 2**20
+    assert stages.run("first", [output], lambda: pytest.fail("it ran twice")) == first
+    fail = lambda: stages.call("second", [sys.executable, "-c", "raise SystemExit('no room')"])  # noqa: E731
+    assert "exit code 1" in one_line(fail)
