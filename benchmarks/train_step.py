@@ -7,9 +7,10 @@
     peer/bin/python benchmarks/train_step.py --method peagle [--seq 1024 --vocab 32768]
 
 Prints the ratio of steps/s (both sides alternate in one process), the first losses, the largest difference of gradients
-(DFlash: on the same anchors), the ratio of peak memory (each side in its own process, once with all it holds and once
-with what its steps add to the libraries, weights and inputs), and the limit: the matrix products of our step alone. Both sides start from the same random weights and compute labels, the target's greedy tokens
-or its distribution, from its final states.
+(DFlash: on the same anchors), the ratio of peak memory (each side in its own process; once of all it holds, once of
+what its steps add to libraries, weights and inputs), and the limit: the matrix products of our step alone. Both sides
+start from the same random weights and compute labels, the target's greedy tokens or its distribution, from its final
+states.
 
 Other programs can time our DFlash step with `build(ctx)` and `NAME`: ctx has dims, batch, state, layer_config,
 mask_token_id.
