@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 GIB, MIB = 2**30, 2**20
+ORDER = ("generate", "prepare", "extract", "train", "export")
+"""The names of stages, as they follow each other."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def explain_times(found: Mapping[str, float | bool], names: tuple[str, str], aim
 
 def make_stage_table(sides: Mapping[str, Side]) -> str:
     """Return seconds, peak memory and peak disk of each stage as a markdown table; a side may lack a stage."""
-    names = list(dict.fromkeys(stage.name for side in sides.values() for stage in side.stages))
+    names = sorted({stage.name for side in sides.values() for stage in side.stages}, key=ORDER.index)
     found = {label: {stage.name: stage for stage in side.stages} for label, side in sides.items()}
     columns = [f"{label}: {what}" for label in sides for what in ("seconds", "peak memory", "peak disk")]
     lines = [f"| stage | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]

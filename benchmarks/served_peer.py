@@ -230,6 +230,8 @@ def write_draft_config(recipe: Recipe, target: Target, path: Path) -> None:
         "intermediate_size": draft.intermediate_size, "rms_norm_eps": target.norm_eps, "hidden_act": "silu",
         "max_position_embeddings": recipe.target.max_model_len, "tie_word_embeddings": False, "rope_parameters": rope,
         "model_type": "llama", "num_hidden_layers": 1,
+        # Without it vLLM takes speculators' EAGLE3 for a draft that reads three layers.
+        "num_aux_hidden_states": len(captured_layers(recipe.target, target)),
     }  # fmt: skip
     if isinstance(draft, DFlashSection):
         layer_types = ["full_attention"] * draft.num_layers
