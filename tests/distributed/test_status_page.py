@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 from conftest import run_here
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 from run_folder import RunFolder, fill
 
 from distributed.charts import Line, draw, find_ticks
@@ -20,17 +18,7 @@ from distributed.logs import MAX_POINTS, Curves
 from distributed.page import PageWriter
 from distributed.stage import RunReader
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
 ATTACK = "</title><script>document.title='run'</script><img src=x onerror=\"document.title='run'\">"
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def write_figures(folder: RunFolder) -> None:
@@ -59,7 +47,6 @@ def open_page(chromium: Browser, path: Path, **options: object) -> tuple[Page, l
     return page, requests, errors
 
 
-@needs_chromium
 def test_a_page_shows_stages_curves_figures_failures_and_commands_on_any_screen(
     folder: RunFolder, chromium: Browser
 ) -> None:
@@ -95,7 +82,6 @@ def test_a_page_shows_stages_curves_figures_failures_and_commands_on_any_screen(
     assert errors == []
 
 
-@needs_chromium
 def test_a_page_reloads_while_it_is_rewritten_and_says_when_nobody_rewrites_it(
     folder: RunFolder, chromium: Browser
 ) -> None:
@@ -118,7 +104,6 @@ def test_a_page_reloads_while_it_is_rewritten_and_says_when_nobody_rewrites_it(
     page.close()
 
 
-@needs_chromium
 def test_text_of_the_data_is_shown_and_never_run(folder: RunFolder, chromium: Browser) -> None:
     hostile = ATTACK.replace("/", "\N{DIVISION SLASH}")  # a file's name has no slash
     folder.begin("synth", f"synth generate --output {ATTACK}", name=ATTACK)

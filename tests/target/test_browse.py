@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,14 +11,11 @@ import numpy as np
 import pytest
 from page_data import unpack
 from playwright.sync_api import Browser as Chromium
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common.errors import UserError
 from target.browse import Browser, Part, Row, spread
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
 
 WORDS = [
     "the",
@@ -111,14 +106,6 @@ class Opened:
         return self.page.locator(".section > span", has_text=re.compile(f"^{re.escape(text)}$")).nth(nth)
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Chromium]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 def open_page(chromium: Chromium, path: Path, fragment: str = "", **options: object) -> Opened:
     opened = Opened(chromium.new_page(**{"viewport": {"width": 1200, "height": 800}, **options}))
     opened.page.set_default_timeout(60_000)
@@ -130,7 +117,6 @@ def open_page(chromium: Chromium, path: Path, fragment: str = "", **options: obj
     return opened
 
 
-@needs_chromium
 def test_ten_thousand_rows_are_paged_filtered_sorted_and_searched(many: Path, chromium: Chromium) -> None:
     opened = open_page(chromium, many)
     page = opened.page
@@ -168,7 +154,6 @@ def test_ten_thousand_rows_are_paged_filtered_sorted_and_searched(many: Path, ch
     page.close()
 
 
-@needs_chromium
 def test_keys_lead_through_rows_pages_search_and_tokens(many: Path, chromium: Chromium) -> None:
     opened = open_page(chromium, many)
     page = opened.page
@@ -201,7 +186,6 @@ def test_keys_lead_through_rows_pages_search_and_tokens(many: Path, chromium: Ch
     page.close()
 
 
-@needs_chromium
 def test_a_row_of_very_many_tokens_is_shown_whole(many: Path, chromium: Chromium) -> None:
     opened = open_page(chromium, many, f"#id={LONG:032x}")
     opened.page.wait_for_selector(f"body[data-row='{LONG}']")
@@ -215,7 +199,6 @@ def test_a_row_of_very_many_tokens_is_shown_whole(many: Path, chromium: Chromium
     opened.page.close()
 
 
-@needs_chromium
 def test_the_address_holds_row_and_filters(many: Path, chromium: Chromium) -> None:
     opened = open_page(chromium, many)
     page = opened.page
@@ -246,7 +229,6 @@ def make_walked(tokenizer: Tokenizer, folder: Path, text: str = " accepts tokens
     return path
 
 
-@needs_chromium
 def test_tokens_are_coloured_by_the_draft_or_by_the_mask_with_proposals_on_hover(
     tokenizer: Tokenizer, chromium: Chromium, tmp_path: Path
 ) -> None:
@@ -276,7 +258,6 @@ def test_tokens_are_coloured_by_the_draft_or_by_the_mask_with_proposals_on_hover
     page.close()
 
 
-@needs_chromium
 def test_text_of_the_data_is_shown_and_never_run(tokenizer: Tokenizer, chromium: Chromium, tmp_path: Path) -> None:
     ids = tokenizer.encode(ATTACK).ids
     browser = Browser(ATTACK, ATTACK, tokenizer.folder, draft=ATTACK)
@@ -304,7 +285,6 @@ def test_text_of_the_data_is_shown_and_never_run(tokenizer: Tokenizer, chromium:
     page.close()
 
 
-@needs_chromium
 def test_invisible_characters_are_shown(tokenizer: Tokenizer, chromium: Chromium, tmp_path: Path) -> None:
     ids = tokenizer.encode("a\tb\u202ec\n").ids
     browser = Browser("signs", "samples", tokenizer.folder)
@@ -315,7 +295,6 @@ def test_invisible_characters_are_shown(tokenizer: Tokenizer, chromium: Chromium
     opened.page.close()
 
 
-@needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_narrow_screen_shows_list_or_row_without_scrolling_sideways(
     many: Path, chromium: Chromium, scheme: str
