@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Qwen3Config
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from drafts import moving
 from drafts.method import TransformerConfig
@@ -31,6 +29,9 @@ class Rope(nn.Module):
             exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
             inverse_frequencies, self.scale = config.rope_theta**-exponents, 1.0
         else:
+            from transformers import Qwen3Config  # 170 MiB: plain rope does without
+            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
             qwen = Qwen3Config(
                 head_dim=config.head_dim,
                 max_position_embeddings=config.max_position_embeddings,
