@@ -1,0 +1,204 @@
+"""The windows of a watched server: where each ends, how it compares with the draft's card, and what all of them say.
+
+A window ends at the first read by which it has enough drafts and requests. It is compared with the card, and so are the
+last `RECENT` windows together, which find a small drift that lasts. Each takes half of the rate of false alarms, so a
+window is reported wrongly with at most this rate, if its requests are independent draws of what the card was measured
+on. bench/drift.py has the test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+from bench.card import Card, note_of_draft_tokens
+from bench.counters import NoAnswerError, Read
+from bench.drift import (
+    MIN_REPLIES,
+    MIN_WINDOWS,
+    Comparison,
+    Counts,
+    compare,
+    effective_requests,
+    spread_between,
+    spread_of,
+)
+from bench.probe import Probe
+from common.errors import UserError
+from common.files import read_json
+
+RECENT = 24
+KEPT = 500
+"""Windows that the JSON file keeps."""
+AS_CARD, DRIFTED, CANNOT_SAY = "as the card", "drifted", "cannot say"
+EXIT_CODES = {AS_CARD: 0, DRIFTED: 1, CANNOT_SAY: NoAnswerError.exit_code}
+
+
+@dataclass(frozen=True)
+class Window:
+    """Counts between two times (seconds since the epoch), and their comparison with the card; None: not possible yet.
+
+    `recent` compares the last `num_recent` windows together, this one included.
+    """
+
+    begin: float
+    end: float
+    counts: Counts
+    comparison: Comparison | None = None
+    recent: Comparison | None = None
+    num_recent: int = 1
+
+    @property
+    def is_outside(self) -> bool:
+        return any(found is not None and found.outside for found in (self.comparison, self.recent))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "begin": self.begin,
+            "end": self.end,
+            "counts": asdict(self.counts),
+            "acceptance_length": round(self.counts.acceptance_length, 4),
+            "per_position": [round(share, 4) for share in self.counts.shares],
+            "card": self.comparison.to_json() if self.comparison else None,
+            "num_recent": self.num_recent,
+            "recent": self.recent.to_json() if self.recent else None,
+            "outside": self.is_outside,
+        }
+
+
+@dataclass
+class Watcher:
+    """What was read so far. `rate`: of false alarms, for a window. `past`: windows of earlier runs, as JSON."""
+
+    endpoint: str
+    card: Card
+    rate: float
+    min_drafts: int
+    last: Read | None = None
+    open: Counts | None = None
+    opened: float = 0.0
+    windows: list[Window] = field(default_factory=list)
+    past: list[dict[str, Any]] = field(default_factory=list)
+    probe: Probe | None = None
+    why_not: str = "nothing was read yet"
+    """Why the window that is open cannot be compared yet."""
+    unanswered: str = ""
+    """Why the last read failed."""
+    notes: list[str] = field(default_factory=list)
+
+    def restore(self, path: Path) -> None:
+        """Continue an earlier JSON file. Raises UserError if it is none of a watch of this server."""
+        found = read_json(path, "the JSON file of a `bench watch`")
+        try:
+            endpoint, digest, state, past = found["endpoint"], found["card"]["digest"], found["state"], found["windows"]
+            last = Read.from_json(state["last"]) if state["last"] else None
+            self.open = counts_from_json(state["open"]) if state["open"] else None
+            self.opened = state["opened"]
+        except (KeyError, TypeError):
+            endpoint = None
+        if endpoint != self.endpoint:
+            raise UserError(
+                path,
+                found="no watch of this server",
+                expected=f"the JSON file of a `bench watch` of {self.endpoint}",
+                fix="Give --json another name.",
+            )
+        if digest == self.card.digest:
+            self.last, self.past = last, past
+        else:
+            self.open = None
+            self.notes.append("the card is another one than in the JSON file: begins anew")
+
+    def observe(self, read: Read) -> Window | None:
+        """Add a read to the open window. Return the window if it has enough to end, else None."""
+        self.unanswered = ""
+        if self.last is None:
+            self._begin(read)
+            return None
+        if read.restarted_since(self.last):
+            self.notes.append("the server has restarted: what it counted between the last read and its end is lost")
+            if len(read.accepted_at) != len(self.last.accepted_at):
+                self.open, self.opened = None, self.last.time
+                self._note_draft_tokens(read)
+            found = read.since(read.at_start())
+        else:
+            found = read.since(self.last)
+        self.last, self.open = read, found if self.open is None else self.open + found
+        rows = self.card.rows_for(len(read.accepted_at))
+        effective = effective_requests(self.open, rows)
+        self.why_not = ""
+        if self.open.steps < self.min_drafts:
+            self.why_not = f"{self.open.steps} of {self.min_drafts} drafts"
+        elif effective < MIN_REPLIES:
+            self.why_not = f"as much as {effective:.0f} of {MIN_REPLIES} conversations of the card"
+        return None if self.why_not else self._end(read)
+
+    def skip(self, read: Read) -> None:
+        """Leave out what was counted up to this read: requests of our own."""
+        self.last = read
+        self.opened = self.opened if self.open else read.time
+
+    def _begin(self, read: Read) -> None:
+        self._note_draft_tokens(read)
+        self.last, self.open, self.opened = read, None, read.time
+        self.why_not = "one read alone makes no window"
+
+    def _note_draft_tokens(self, read: Read) -> None:
+        note = note_of_draft_tokens(self.card.rows_for(len(read.accepted_at)), len(read.accepted_at))
+        self.notes += [note] if note else []
+
+    def _end(self, read: Read) -> Window:
+        assert self.open is not None
+        rows = self.card.rows_for(len(read.accepted_at))
+        counts = [*(counts_from_json(w["counts"]) for w in self.past), *(w.counts for w in self.windows)]
+        before = [c for c in counts if len(c.accepted_at) == len(read.accepted_at)][-RECENT + 1 :]
+        between = spread_between(before)
+        comparison = compare(self.open, rows, self.rate / 2, between)
+        together = reduce(add, before, self.open)
+        recent = compare(together, rows, self.rate / 2, between) if before else None
+        window = Window(self.opened, read.time, self.open, comparison, recent, len(before) + 1)
+        self.windows.append(window)
+        self.open, self.opened = None, read.time
+        if comparison is None:
+            without = sum(spread_of(row) is None for row in rows)
+            self.why_not = (
+                f"{without} of the card's {len(rows)} rows have no interval, or are of few conversations: the spread "
+                f"between {MIN_WINDOWS} windows is needed, {len(before)} were before this one"
+            )
+        return window
+
+    @property
+    def tested(self) -> list[Window]:
+        """The windows of this run that were compared."""
+        return [window for window in self.windows if window.comparison is not None]
+
+    @property
+    def verdict(self) -> str:
+        """What this run found: `as the card`, `drifted` or `cannot say`."""
+        if any(window.is_outside for window in self.tested) or (self.probe and self.probe.outside):
+            return DRIFTED
+        return AS_CARD if self.tested or (self.probe and self.probe.is_tested) else CANNOT_SAY
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "endpoint": self.endpoint,
+            "card": {"name": self.card.name, "digest": self.card.digest, "source": self.card.source},
+            "false_alarm_rate": self.rate,
+            "verdict": self.verdict,
+            "why_not": self.unanswered or self.why_not,
+            "tested_windows": len(self.tested),
+            "requests": self.probe.to_json() if self.probe else None,
+            "windows": [*self.past, *(window.to_json() for window in self.windows)][-KEPT:],
+            "state": {
+                "last": self.last.to_json() if self.last else None,
+                "open": asdict(self.open) if self.open else None,
+                "opened": self.opened,
+            },
+        }
+
+
+def counts_from_json(values: dict[str, Any]) -> Counts:
+    return Counts(**{**values, "accepted_at": tuple(values["accepted_at"])})
