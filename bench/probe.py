@@ -101,7 +101,7 @@ class Requests:
         chosen = set(list(dict.fromkeys(turn.conversation for turn in turns))[: self.limit])
         found = [turn for turn in turns if turn.conversation in chosen]
         if not found:
-            raise UserError(folder, found="no reply", expected="some", fix="Look at the conversations' rejects.")
+            raise UserError(folder, found="no finished conversation", expected="some", fix="Raise synth.max_tokens.")
         refuse_min_p(folder, found)
         return found
 
