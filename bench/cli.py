@@ -428,7 +428,10 @@ def watch(
         Path, typer.Option(help="Folder of the draft's export with its certificate, or org/name@revision on the hub.")
     ],
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between reads.")] = 600.0,
-    once: Annotated[bool, typer.Option("--once", help="Compare one window and exit, as for cron.")] = False,
+    once: Annotated[
+        bool,
+        typer.Option("--once", help="Compare one window and exit: that since the last read in --json, else --every."),
+    ] = False,
     json: Annotated[
         Path | None,
         typer.Option(help="Write the figures here after each read. An earlier file's last read begins the window."),

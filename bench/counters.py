@@ -24,8 +24,8 @@ NOT_OURS = (401, 403, 404, 405)
 """HTTP statuses of /metrics that a later read cannot mend."""
 
 
-class NoAnswerError(DraftlineError):
-    """The server did not answer: nothing can be said about its acceptance."""
+class CannotSayError(DraftlineError):
+    """Nothing can be said about the acceptance: the server did not answer, or there is no room for the report."""
 
     exit_code = 3
 
@@ -45,19 +45,18 @@ class Read:
     @classmethod
     def parse(cls, text: str, where: object) -> Read:
         """Parse the text of /metrics. Raises UserError for a server without speculative decoding, or not of vLLM."""
-        spec = parse_metrics(text, "spec_decode_")
-        if not spec:
+        counters = to_counters(parse_metrics(text, "spec_decode_"))
+        num_positions = sum(name.startswith("accepted_at_") for name in counters)
+        if not num_positions:
             is_vllm = "vllm:" in text
             raise UserError(
                 where,
                 found="a vLLM server without speculative decoding" if is_vllm else "no metrics of vLLM",
                 expected="vllm:spec_decode_num_drafts and its like",
-                fix="Start the server with the draft (`serve start --draft`), and without --disable-log-stats."
+                fix="Start the server with the draft (`serve start --draft`)."
                 if is_vllm
-                else "Give the URL of a vLLM server.",
+                else "Give the URL of a vLLM server that runs without --disable-log-stats.",
             )
-        counters = to_counters(spec)
-        num_positions = sum(name.startswith("accepted_at_") for name in counters)
         created = [float(value) for value in CREATED.findall(text)]
         first, tokens = parse_metrics(text, "time_to_first_token_seconds_"), parse_metrics(text, "generation_tokens")
         return cls(
@@ -119,7 +118,7 @@ class Read:
 def read_server(url: str) -> Read:
     """Read a server's counters; `url` ends in /v1.
 
-    Raises NoAnswerError if it does not answer, UserError if it never will: see `Read.parse`.
+    Raises CannotSayError if it does not answer, UserError if it never will: see `Read.parse`.
     """
     where = f"{url.rstrip('/').removesuffix('/v1')}/metrics"
     try:
@@ -129,8 +128,8 @@ def read_server(url: str) -> Read:
             raise UserError(
                 where, found=str(error), expected="vLLM's metrics", fix="Give the URL of a vLLM server, ending in /v1."
             ) from None
-        raise NoAnswerError(f"{where}: found no answer ({error}), expected vLLM's metrics") from None
+        raise CannotSayError(f"{where}: found no answer ({error}), expected vLLM's metrics") from None
     try:
         return Read.parse(text, where)
     except (ValueError, OverflowError) as error:
-        raise NoAnswerError(f"{where}: found metrics that cannot be parsed ({error}), expected vLLM's") from None
+        raise CannotSayError(f"{where}: found metrics that cannot be parsed ({error}), expected vLLM's") from None

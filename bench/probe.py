@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bench.card import Card
-from bench.counters import NoAnswerError
+from bench.counters import CannotSayError
 from bench.drift import Tested, compare_parts
 from bench.requests import (
     REQUEST_TIMEOUT_S,
@@ -92,7 +92,7 @@ class Requests:
     limit: int
 
     def read(self, server: Served, card: Card) -> list[Turn]:
-        """Return the turns to send. Raises UserError for unusable ones, NoAnswerError if the server renders none."""
+        """Return the turns to send. Raises UserError for unusable ones, CannotSayError if the server renders none."""
         folder = Path(self.source)
         if not (folder / CONVERSATIONS_FILE).is_file():
             return _render_prompts(server, self.source, self.limit, card)
@@ -109,7 +109,7 @@ class Requests:
 def send_probe(server: Served, requests: Requests, card: Card, num_draft_tokens: int, rate: float) -> Probe:
     """Send the requests and return their acceptance. `rate`: chance that any mode is outside of the card by sampling.
 
-    Raises UserError if the server reports no accepted tokens per request, NoAnswerError if a request fails.
+    Raises UserError if the server reports no accepted tokens per request, CannotSayError if a request fails.
     """
     turns = requests.read(server, card)
     synth, target = _sections(card)
@@ -124,7 +124,7 @@ def send_probe(server: Served, requests: Requests, card: Card, num_draft_tokens:
     try:
         answers, _ = asyncio.run(sent)
     except IncompleteError as error:
-        raise NoAnswerError(str(error)) from None
+        raise CannotSayError(str(error)) from None
     if not any(answer.accepted for answer in answers):
         raise UserError(
             server.url,
@@ -202,7 +202,7 @@ def _tokenize(connection: Connection, server: Served, body: Mapping[str, Any]) -
     try:
         return connection.ask(lambda client: client.tokenize(f"{server.url}/v1", body, REQUEST_TIMEOUT_S))
     except AnswerError as error:
-        raise NoAnswerError(f"{server.url}/tokenize: found {error}, expected the token ids of a prompt") from None
+        raise CannotSayError(f"{server.url}/tokenize: found {error}, expected the token ids of a prompt") from None
 
 
 def _sections(card: Card) -> tuple[SynthSection, TargetSection | None]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.card import Filters, describe_row, read_card
-from bench.counters import NoAnswerError, read_server
+from bench.counters import CannotSayError, read_server
 from bench.probe import Requests, send_probe
 from bench.requests import Served
 from bench.watch_report import Report, describe_probe, describe_verdict, describe_window
@@ -78,7 +78,7 @@ def _step(watcher: Watcher, report: Report) -> bool:
     """Read the server once and report; return whether it answered."""
     try:
         read = read_server(watcher.endpoint)
-    except NoAnswerError as error:
+    except CannotSayError as error:
         watcher.unanswered = str(error)
         print(f"watch: {error}. The window goes on", flush=True)
         report.write(watcher)
@@ -108,7 +108,7 @@ def _probe(watcher: Watcher, requests: Requests) -> None:
         watcher.probe = found
         print(describe_probe(found), flush=True)
         watcher.skip(read_server(watcher.endpoint))
-    except NoAnswerError as error:
+    except CannotSayError as error:
         watcher.unanswered = str(error)
         print(f"watch: {error}", flush=True)
 
@@ -124,4 +124,4 @@ def _ask_model(endpoint: str) -> str:
                 expected="the name of its model",
                 fix="Set OPENAI_API_KEY to the server's key.",
             ) from None
-        raise NoAnswerError(f"{endpoint}: found no answer ({error}), expected the name of its model") from None
+        raise CannotSayError(f"{endpoint}: found no answer ({error}), expected the name of its model") from None

@@ -15,6 +15,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
+from bench.counters import CannotSayError
 from bench.drift import Comparison, Tested
 from bench.probe import Group, Probe
 from bench.watcher import AS_CARD, CANNOT_SAY, DRIFTED, Watcher, Window
@@ -56,11 +57,18 @@ class Report:
             thread.join()
 
     def write(self, watcher: Watcher) -> None:
-        """Write the files anew."""
-        if self.json is not None:
-            write_json(self.json, watcher.to_json())
-        if self.prometheus is not None:
-            write_atomic(self.prometheus, generate_latest(make_registry(watcher)))
+        """Write the files anew. Raises UserError for a wrong path, CannotSayError for any other failure.
+
+        A full disk must not end with the exit code of a drift.
+        """
+        try:
+            if self.json is not None:
+                write_json(self.json, watcher.to_json())
+            if self.prometheus is not None:
+                write_atomic(self.prometheus, generate_latest(make_registry(watcher)))
+        except OSError as error:
+            where = error.filename or self.json or self.prometheus
+            raise CannotSayError(f"{where}: found {(error.strerror or 'an error').lower()}, expected a file") from None
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -99,17 +107,20 @@ def describe_probe(probe: Probe) -> str:
 
 def describe_verdict(watcher: Watcher) -> str:
     """Return what the run found, in a line."""
-    tested = watcher.tested
-    outside = [window for window in tested if window.is_outside]
-    of_requests = "; ".join(f"requests {group.name}" for group in watcher.probe.outside) if watcher.probe else ""
-    num_tests = len(tested) + (watcher.probe is not None and watcher.probe.is_tested)
-    chance = f"by chance at most {min(1.0, num_tests * watcher.rate):g} of such runs are reported as drifted"
     if watcher.verdict == CANNOT_SAY:
         return f"{CANNOT_SAY}: {watcher.unanswered or watcher.why_not}"
+    probed = watcher.probe if watcher.probe is not None and watcher.probe.is_tested else None
+    num_tests = len(watcher.tested) + (probed is not None)
+    chance = f"by chance at most {min(1.0, num_tests * watcher.rate):g} of such runs are reported as drifted"
+    compared = " and ".join([_count(len(watcher.tested)), *(["the requests sent"] if probed else [])])
     if watcher.verdict == AS_CARD:
-        return f"{AS_CARD} in {_count(len(tested))} that could be compared; {chance}"
-    found = [f"{len(outside)} of {_count(len(tested))}, the first at {_clock(outside[0].end)}"] if outside else []
-    return f"{DRIFTED}: {'; '.join([*found, *([of_requests] if of_requests else [])])}; {chance}"
+        return f"{AS_CARD} in {compared}; {chance}"
+    outside = [window for window in watcher.tested if window.is_outside]
+    found = (
+        [f"{len(outside)} of {_count(len(watcher.tested))}, the first at {_clock(outside[0].end)}"] if outside else []
+    )
+    found += [f"requests of {group.name}" for group in probed.outside] if probed else []
+    return f"{DRIFTED}: {'; '.join(found)}; {chance}"
 
 
 def make_registry(watcher: Watcher) -> CollectorRegistry:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.card import Card, note_of_draft_tokens
-from bench.counters import NoAnswerError, Read
+from bench.counters import CannotSayError, Read
 from bench.drift import (
     MIN_REPLIES,
     MIN_WINDOWS,
@@ -34,7 +34,7 @@ RECENT = 24
 KEPT = 500
 """Windows that the JSON file keeps."""
 AS_CARD, DRIFTED, CANNOT_SAY = "as the card", "drifted", "cannot say"
-EXIT_CODES = {AS_CARD: 0, DRIFTED: 1, CANNOT_SAY: NoAnswerError.exit_code}
+EXIT_CODES = {AS_CARD: 0, DRIFTED: 1, CANNOT_SAY: CannotSayError.exit_code}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,10 @@ class Watcher:
     rate: float
     min_drafts: int
     last: Read | None = None
-    open: Counts | None = None
+    first: Read | None = None
+    """The first read of the open window, or of its part since a restart."""
+    carried: Counts | None = None
+    """The part of the open window before `first`."""
     opened: float = 0.0
     windows: list[Window] = field(default_factory=list)
     past: list[dict[str, Any]] = field(default_factory=list)
@@ -94,9 +97,9 @@ class Watcher:
         found = read_json(path, "the JSON file of a `bench watch`")
         try:
             endpoint, digest, state, past = found["endpoint"], found["card"]["digest"], found["state"], found["windows"]
-            last = Read.from_json(state["last"]) if state["last"] else None
-            self.open = counts_from_json(state["open"]) if state["open"] else None
-            self.opened = state["opened"]
+            last, first = (Read.from_json(state[name]) if state[name] else None for name in ("last", "first"))
+            carried = counts_from_json(state["carried"]) if state["carried"] else None
+            opened = float(state["opened"])
         except (KeyError, TypeError):
             endpoint = None
         if endpoint != self.endpoint:
@@ -107,9 +110,8 @@ class Watcher:
                 fix="Give --json another name.",
             )
         if digest == self.card.digest:
-            self.last, self.past = last, past
+            self.last, self.first, self.carried, self.opened, self.past = last, first, carried, opened, past
         else:
-            self.open = None
             self.notes.append("the card is another one than in the JSON file: begins anew")
 
     def observe(self, read: Read) -> Window | None:
@@ -120,48 +122,59 @@ class Watcher:
             return None
         if read.restarted_since(self.last):
             self.notes.append("the server has restarted: what it counted between the last read and its end is lost")
+            self._carry(read.at_start())
             if len(read.accepted_at) != len(self.last.accepted_at):
-                self.open, self.opened = None, self.last.time
+                self.carried, self.opened = None, self.last.time
                 self._note_draft_tokens(read)
-            found = read.since(read.at_start())
-        else:
-            found = read.since(self.last)
-        self.last, self.open = read, found if self.open is None else self.open + found
-        rows = self.card.rows_for(len(read.accepted_at))
-        effective = effective_requests(self.open, rows)
+        self.last = read
+        found = self._open()
+        assert found is not None
+        effective = effective_requests(found, self.card.rows_for(len(read.accepted_at)))
         self.why_not = ""
-        if self.open.steps < self.min_drafts:
-            self.why_not = f"{self.open.steps} of {self.min_drafts} drafts"
+        if found.steps < self.min_drafts:
+            self.why_not = f"{found.steps} of {self.min_drafts} drafts"
         elif effective < MIN_REPLIES:
             self.why_not = f"as much as {effective:.0f} of {MIN_REPLIES} conversations of the card"
-        return None if self.why_not else self._end(read)
+        return None if self.why_not else self._end(read, found)
 
     def skip(self, read: Read) -> None:
         """Leave out what was counted up to this read: requests of our own."""
+        self._carry(read)
+        if self.carried is None or not self.carried.steps:
+            self.carried, self.opened = None, read.time
         self.last = read
-        self.opened = self.opened if self.open else read.time
+
+    def _open(self) -> Counts | None:
+        """Return the counts of the open window up to the last read."""
+        if self.last is None or self.first is None:
+            return self.carried
+        found = self.last.since(self.first)
+        return found if self.carried is None else self.carried + found
+
+    def _carry(self, first: Read) -> None:
+        """Go on with the open window from another read."""
+        self.carried, self.first = self._open(), first
 
     def _begin(self, read: Read) -> None:
         self._note_draft_tokens(read)
-        self.last, self.open, self.opened = read, None, read.time
+        self.last, self.first, self.carried, self.opened = read, read, None, read.time
         self.why_not = "one read alone makes no window"
 
     def _note_draft_tokens(self, read: Read) -> None:
         note = note_of_draft_tokens(self.card.rows_for(len(read.accepted_at)), len(read.accepted_at))
         self.notes += [note] if note else []
 
-    def _end(self, read: Read) -> Window:
-        assert self.open is not None
+    def _end(self, read: Read, found: Counts) -> Window:
         rows = self.card.rows_for(len(read.accepted_at))
         counts = [*(counts_from_json(w["counts"]) for w in self.past), *(w.counts for w in self.windows)]
         before = [c for c in counts if len(c.accepted_at) == len(read.accepted_at)][-RECENT + 1 :]
         between = spread_between(before)
-        comparison = compare(self.open, rows, self.rate / 2, between)
-        together = reduce(add, before, self.open)
+        comparison = compare(found, rows, self.rate / 2, between)
+        together = reduce(add, before, found)
         recent = compare(together, rows, self.rate / 2, between) if before else None
-        window = Window(self.opened, read.time, self.open, comparison, recent, len(before) + 1)
+        window = Window(self.opened, read.time, found, comparison, recent, len(before) + 1)
         self.windows.append(window)
-        self.open, self.opened = None, read.time
+        self.first, self.carried, self.opened = read, None, read.time
         if comparison is None:
             without = sum(spread_of(row) is None for row in rows)
             self.why_not = (
@@ -194,7 +207,8 @@ class Watcher:
             "windows": [*self.past, *(window.to_json() for window in self.windows)][-KEPT:],
             "state": {
                 "last": self.last.to_json() if self.last else None,
-                "open": asdict(self.open) if self.open else None,
+                "first": self.first.to_json() if self.first else None,
+                "carried": asdict(self.carried) if self.carried else None,
                 "opened": self.opened,
             },
         }

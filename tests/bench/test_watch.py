@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 import urllib.request
@@ -17,8 +18,9 @@ from conftest import run_here
 from prometheus_client.parser import text_string_to_metric_families
 
 import bench.watch
+import bench.watch_report
 from bench.card import Card, Filters, read_card
-from bench.counters import Read
+from bench.counters import CannotSayError, Read
 from bench.probe import Requests, send_probe
 from bench.requests import Served
 from bench.watch import Settings, watch
@@ -185,7 +187,7 @@ def watcher(card: Card | None = None, **changes: Any) -> Watcher:
 @pytest.mark.parametrize(
     ("served", "code", "said"),
     [
-        ({}, 0, "watch: as the card in 1 window that could be compared; by chance at most 0.001"),
+        ({}, 0, "watch: as the card in 1 window; by chance at most 0.001"),
         ({"scale": 0.7}, 1, "watch: drifted: 1 of 1 window, the first at "),
         ({"scale": 1.3}, 1, "length 2.950 is ABOVE"),
         ({"steps": 600}, 3, "watch: cannot say: 600 of 1000 drafts"),
@@ -291,12 +293,14 @@ def test_a_server_that_restarts_with_other_draft_tokens_begins_a_new_window_of_t
     assert "only positions 1 to 2 are compared" in found.notes[1]
 
 
-def test_requests_that_were_running_count_as_requests_of_the_window() -> None:
-    metrics = Metrics(running=7)
-    before = read(metrics)
-    metrics.serve(400)
-    counts = read(metrics).since(before)
-    assert (counts.requests, counts.beyond) == (27, 0)
+def test_requests_that_were_running_count_once_as_requests_of_the_window() -> None:
+    metrics, found = Metrics(running=7), watcher()
+    for _ in range(3):
+        found.observe(read(metrics))
+        metrics.serve(400)
+    window = found.observe(read(metrics))
+    assert window is not None
+    assert (window.counts.steps, window.counts.requests, window.counts.beyond) == (1200, 67, 0)
 
 
 def test_a_small_drift_that_lasts_is_found_in_several_windows_together() -> None:
@@ -386,6 +390,19 @@ def test_the_metrics_are_served_as_they_are_at_the_time() -> None:
         metrics.serve()
         found.observe(read(metrics))
         assert f"draftline_watch_drafts {float(STEPS)}" in scrape(port)
+
+
+def test_a_full_disk_does_not_end_like_a_drift(
+    server: Server, card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, value: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(bench.watch_report, "write_json", fail)
+    server.script = [server.good()]
+    with pytest.raises(CannotSayError, match="found no space left on device") as caught:
+        watch(settings(server), Report(json=tmp_path / "watch.json"))
+    assert caught.value.exit_code == 3
 
 
 def test_a_port_that_is_taken_is_a_mistake_of_the_call(server: Server, card: Card) -> None:
