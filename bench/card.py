@@ -99,9 +99,11 @@ def note_of_draft_tokens(rows: Sequence[AcceptanceRow], num_draft_tokens: int) -
     own = rows[0].num_draft_tokens
     if own == num_draft_tokens:
         return ""
-    shared = min(own, num_draft_tokens)
+    effect = "fewer draft tokens each is accepted more often, so only a drop is reported"
+    if num_draft_tokens > own:
+        effect = "more draft tokens each is accepted less often, so only a rise is reported"
     return (
         f"the server drafts {num_draft_tokens} tokens a step, the card's figures are of {own}: only positions 1 to "
-        f"{shared} are compared. They are not quite the same: steps begin at other tokens. Measure this number with "
+        f"{min(own, num_draft_tokens)} are compared. With {effect}. Measure this number with "
         f"`bench acceptance --draft-tokens {num_draft_tokens}` and export again"
     )

@@ -23,6 +23,10 @@ A card without an interval, or of few conversations, gives no phi. Then phi is P
 W earlier windows, sum S_w (a_w - a)^2 / (W - 1), with W - 1 degrees of freedom and S_e = S_w (McCullagh and Nelder,
 "Generalized linear models", 2nd edition, 1989, section 4.5).
 
+A smaller number of draft tokens raises the shares of all positions: steps begin inside stretches that one step of the
+larger number covers (docs/architecture.md). So against a card of a larger number only a drop counts, against one of a
+smaller number only a rise.
+
 Counters mix all modes, temperatures and sets in unknown shares. A window is outside only if it is so for every row of
 the card that it may be a mix of. Half of the rate of false alarms is for the length, half for all positions
 (Bonferroni).
@@ -33,7 +37,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from contracts.acceptance import Acceptance
@@ -136,6 +140,11 @@ class Comparison:
     positions: list[Tested | None]
 
     @property
+    def tells_drops(self) -> bool:
+        """Whether there is any acceptance length that would be below the card."""
+        return self.length.low > 1.0
+
+    @property
     def outside(self) -> list[tuple[int, Tested]]:
         """The figures outside of the card, by position from 1; 0 is the length."""
         figures = [(0, self.length), *enumerate(self.positions, start=1)]
@@ -200,8 +209,10 @@ def compare(counts: Counts, rows: Sequence[AcceptanceRow], rate: float, between:
         # A reply's end cuts a position at most once.
         cut = min(beyond, counts.accepted_at[place] if counts.requests is None else counts.requests)
         share = counts.shares[place]
-        positions.append(Tested(share, max(0.0, share - cut / counts.steps), *_widest(found)))
-    return Comparison(Tested(counts.length(shared), least, *length), positions)
+        tested = Tested(share, max(0.0, share - cut / counts.steps), *_widest(found))
+        positions.append(_one_sided(tested, len(counts.accepted_at), rows, (0.0, 1.0)))
+    tested = Tested(counts.length(shared), least, *length)
+    return Comparison(_one_sided(tested, len(counts.accepted_at), rows, (1.0, 1.0 + shared)), positions)
 
 
 def compare_parts(parts: Sequence[Acceptance], rows: Sequence[AcceptanceRow], rate: float) -> Tested | None:
@@ -230,12 +241,24 @@ def compare_parts(parts: Sequence[Acceptance], rows: Sequence[AcceptanceRow], ra
         margin = t_quantile(rate / 2, degrees) * math.sqrt(variance + of_card)
         value = 1.0 + sum(row.per_position[:shared])
         bounds.append((value - margin, value + margin))
-    return Tested(1.0 + mean, 1.0 + mean, *_widest(bounds))
+    tested = Tested(1.0 + mean, 1.0 + mean, *_widest(bounds))
+    return _one_sided(tested, num_draft_tokens, rows, (1.0, 1.0 + shared))
 
 
 def shared_positions(counts: Counts, rows: Sequence[AcceptanceRow]) -> int:
     """Return how many positions the window and all rows have."""
     return min([len(counts.accepted_at), *(len(row.per_position) for row in rows)])
+
+
+def _one_sided(
+    tested: Tested, num_draft_tokens: int, rows: Sequence[AcceptanceRow], limits: tuple[float, float]
+) -> Tested:
+    """Return the figure with a range that is open, up to its limit, where another number of draft tokens moves it."""
+    if any(row.num_draft_tokens > num_draft_tokens for row in rows):
+        tested = replace(tested, high=limits[1])
+    if any(row.num_draft_tokens < num_draft_tokens for row in rows):
+        tested = replace(tested, low=limits[0])
+    return tested
 
 
 def _widest(bounds: Sequence[tuple[float, float]]) -> tuple[float, float]:

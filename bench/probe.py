@@ -75,7 +75,8 @@ class Probe:
 
     @property
     def is_tested(self) -> bool:
-        return any(group.tested is not None for group in self.by_mode)
+        """Whether a drop of any mode would have been reported."""
+        return any(group.tested is not None and group.tested.low > 1.0 for group in self.by_mode)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -46,7 +46,8 @@ def watch(settings: Settings, report: Report) -> int:
     watcher = Watcher(settings.endpoint, card, settings.rate, settings.min_drafts)
     if report.json is not None and report.json.exists():
         watcher.restore(report.json)
-    print(f"watch: {card.name} ({card.digest[:12]}), {card.source}: {'; '.join(sorted(map(describe_row, card.rows)))}")
+    rows = "; ".join(sorted({describe_row(row) for row in card.rows}))
+    print(f"watch: {card.name} ({card.digest[:12]}), {card.source}: {rows}")
     with report.open(watcher) as port:
         if port is not None:
             print(f"watch: metrics on port {port}")
@@ -80,7 +81,7 @@ def _step(watcher: Watcher, report: Report) -> bool:
         read = read_server(watcher.endpoint)
     except CannotSayError as error:
         watcher.unanswered = str(error)
-        print(f"watch: {error}. The window goes on", flush=True)
+        print(f"watch: {error}", flush=True)
         report.write(watcher)
         return False
     was_first = watcher.last is None
@@ -91,7 +92,7 @@ def _step(watcher: Watcher, report: Report) -> bool:
     if window is not None:
         print(describe_window(window, watcher.why_not), flush=True)
     elif not was_first:
-        print(f"watch: too little yet: {watcher.why_not}. The window goes on", flush=True)
+        print(f"watch: too little yet: {watcher.why_not}", flush=True)
     report.write(watcher)
     return True
 

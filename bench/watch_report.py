@@ -112,7 +112,8 @@ def describe_verdict(watcher: Watcher) -> str:
     probed = watcher.probe if watcher.probe is not None and watcher.probe.is_tested else None
     num_tests = len(watcher.tested) + (probed is not None)
     chance = f"by chance at most {min(1.0, num_tests * watcher.rate):g} of such runs are reported as drifted"
-    compared = " and ".join([_count(len(watcher.tested)), *(["the requests sent"] if probed else [])])
+    windows = [_count(len(watcher.tested))] if watcher.tested else []
+    compared = " and ".join([*windows, *(["the requests sent"] if probed else [])])
     if watcher.verdict == AS_CARD:
         return f"{AS_CARD} in {compared}; {chance}"
     outside = [window for window in watcher.tested if window.is_outside]

@@ -175,6 +175,10 @@ class Watcher:
         window = Window(self.opened, read.time, found, comparison, recent, len(before) + 1)
         self.windows.append(window)
         self.first, self.carried, self.opened = read, None, read.time
+        if comparison is not None and not comparison.tells_drops:
+            self.why_not = (
+                "the card's range reaches down to 1, or its figures are of fewer draft tokens: no drop can be told"
+            )
         if comparison is None:
             without = sum(spread_of(row) is None for row in rows)
             self.why_not = (
@@ -193,7 +197,8 @@ class Watcher:
         """What this run found: `as the card`, `drifted` or `cannot say`."""
         if any(window.is_outside for window in self.tested) or (self.probe and self.probe.outside):
             return DRIFTED
-        return AS_CARD if self.tested or (self.probe and self.probe.is_tested) else CANNOT_SAY
+        told = any(window.comparison is not None and window.comparison.tells_drops for window in self.tested)
+        return AS_CARD if told or (self.probe and self.probe.is_tested) else CANNOT_SAY
 
     def to_json(self) -> dict[str, Any]:
         return {

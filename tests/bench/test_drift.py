@@ -158,6 +158,21 @@ def test_another_number_of_draft_tokens_compares_the_shared_positions() -> None:
     assert found(more, row).length.value == pytest.approx(counts.acceptance_length)
 
 
+def test_with_fewer_draft_tokens_only_a_drop_is_reported_and_with_more_only_a_rise() -> None:
+    rng = np.random.default_rng(12)
+    row = row_of(draw(rng, 200))
+    low, high = (counts_of(draw(rng, 500, mean=mean)) for mean in (0.4, 0.9))
+
+    def sides(counts: Counts, accepted_at: tuple[int, ...]) -> set[str]:
+        comparison = found(Counts(counts.steps, accepted_at, counts.requests, 0), row)
+        return {tested.side for _, tested in comparison.outside}
+
+    assert (sides(low, low.accepted_at), sides(high, high.accepted_at)) == ({"below"}, {"above"})
+    assert (sides(low, low.accepted_at[:2]), sides(high, high.accepted_at[:2])) == ({"below"}, set())
+    assert (sides(low, (*low.accepted_at, 0)), sides(high, (*high.accepted_at, 0))) == (set(), {"above"})
+    assert not found(Counts(low.steps, (*low.accepted_at, 0), low.requests, 0), row).tells_drops
+
+
 def test_a_card_without_interval_is_compared_by_the_spread_between_windows_once_there_are_enough() -> None:
     rng = np.random.default_rng(8)
     row = row_of(draw(rng, 400), interval=None)

@@ -293,6 +293,20 @@ def test_a_server_that_restarts_with_other_draft_tokens_begins_a_new_window_of_t
     assert "only positions 1 to 2 are compared" in found.notes[1]
 
 
+def test_no_drop_can_be_told_against_a_card_of_fewer_draft_tokens_and_it_does_not_say_as_the_card() -> None:
+    metrics, found = (
+        Metrics(),
+        watcher(make_card(make_row(num_draft_tokens=1, per_position=[0.7], interval=(1.6, 1.8)))),
+    )
+    found.observe(read(metrics))
+    metrics.serve(scale=0.5)
+    window = found.observe(read(metrics))
+    assert window is not None
+    assert not window.is_outside
+    assert "only a rise is reported" in found.notes[0]
+    assert (found.verdict, "no drop can be told" in found.why_not) == ("cannot say", True)
+
+
 def test_requests_that_were_running_count_once_as_requests_of_the_window() -> None:
     metrics, found = Metrics(running=7), watcher()
     for _ in range(3):
