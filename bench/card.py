@@ -5,7 +5,6 @@ Reads: certificate.json of an exported draft (contracts/certificate.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,18 +91,3 @@ def describe_row(row: AcceptanceRow) -> str:
     """Return which requests a row is of."""
     temperature = "unknown" if row.temperature is None else f"{row.temperature:g}"
     return f"{row.set}, thinking {row.thinking_mode or 'unset'}, temperature {temperature}"
-
-
-def note_of_draft_tokens(rows: Sequence[AcceptanceRow], num_draft_tokens: int) -> str:
-    """Return what to know if the server drafts another number of tokens than the card's rows; "" if it does not."""
-    own = rows[0].num_draft_tokens
-    if own == num_draft_tokens:
-        return ""
-    effect = "fewer draft tokens each is accepted more often, so only a drop is reported"
-    if num_draft_tokens > own:
-        effect = "more draft tokens each is accepted less often, so only a rise is reported"
-    return (
-        f"the server drafts {num_draft_tokens} tokens a step, the card's figures are of {own}: only positions 1 to "
-        f"{min(own, num_draft_tokens)} are compared. With {effect}. Measure this number with "
-        f"`bench acceptance --draft-tokens {num_draft_tokens}` and export again"
-    )

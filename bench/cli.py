@@ -13,7 +13,6 @@ from common.errors import run_app
 from recipe.cli import OverridesOption, RecipeOption, load_checked
 
 if TYPE_CHECKING:
-    from bench.card import Filters
     from bench.plan import Point
     from recipe.recipe import Recipe
 
@@ -80,8 +79,8 @@ class PointOptions:
 
 
 @dataclass(frozen=True)
-class CardRowOptions:
-    """Which rows of a card the traffic may be a mix of."""
+class TrafficOptions:
+    """What is known of a server's traffic: which rows of a card it may be a mix of, and what is not independent."""
 
     card_set: Annotated[str | None, typer.Option(help="Only the card's figures of this set.")] = None
     thinking_mode: Annotated[
@@ -90,12 +89,25 @@ class CardRowOptions:
     temperature: Annotated[
         float | None, typer.Option(min=0, help="Only those of this temperature.", show_default="all: any mix")
     ] = None
+    requests_per_conversation: Annotated[
+        float, typer.Option(min=1, help="Of the traffic, on average: requests of one conversation are not independent.")
+    ] = 1.0
 
-    def filters(self) -> Filters:
-        """Return them as the filters of bench/card.py."""
-        from bench.card import Filters
 
-        return Filters(self.card_set, self.thinking_mode, self.temperature)
+@dataclass(frozen=True)
+class ReportOptions:
+    """Where a watch is reported beside its lines."""
+
+    json: Annotated[
+        Path | None,
+        typer.Option(help="Write the figures here after each read. An earlier file's last read begins the window."),
+    ] = None
+    prometheus: Annotated[
+        Path | None, typer.Option(help="Write Prometheus metrics here, for node_exporter's textfile collector.")
+    ] = None
+    listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Serve the metrics there, as on 127.0.0.1:9109.")
+    ] = None
 
 
 @app.command(
@@ -422,26 +434,22 @@ def variants(
 )
 @expand_options
 def watch(
-    rows: CardRowOptions,
     endpoint: Annotated[str, typer.Option(help="URL of a running vLLM server with the draft, ending in /v1.")],
     card: Annotated[
         Path, typer.Option(help="Folder of the draft's export with its certificate, or org/name@revision on the hub.")
     ],
+    traffic: TrafficOptions,
+    reports: ReportOptions,
+    *,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between reads.")] = 600.0,
     once: Annotated[
         bool,
-        typer.Option("--once", help="Compare one window and exit: that since the last read in --json, else --every."),
+        typer.Option(
+            "--once",
+            help="Compare one window and exit: since the last read in --json, else of --every seconds. "
+            "With --requests and no such file, only these are compared.",
+        ),
     ] = False,
-    json: Annotated[
-        Path | None,
-        typer.Option(help="Write the figures here after each read. An earlier file's last read begins the window."),
-    ] = None,
-    prometheus: Annotated[
-        Path | None, typer.Option(help="Write Prometheus metrics here, for node_exporter's textfile collector.")
-    ] = None,
-    listen: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Serve the metrics there, as on 127.0.0.1:9109.")
-    ] = None,
     requests: Annotated[
         str | None,
         typer.Option(
@@ -459,15 +467,25 @@ def watch(
     Exit codes: 0 as the card, 1 drifted, 2 a mistake in the call or a server that does not draft, 3 cannot say (too few
     drafts, or no answer). Without --once it runs until Ctrl-C. The server's key is read from OPENAI_API_KEY.
     """
+    from bench.card import Filters
     from bench.probe import Requests
     from bench.watch import Settings
     from bench.watch import watch as watch_server
     from bench.watch_report import Report, parse_address
     from drafts.published import find_draft
 
-    report = Report(json, prometheus, parse_address(listen) if listen else None)
-    probe = Requests(requests, num_requests) if requests is not None else None
-    settings = Settings(endpoint, find_draft(card), rows.filters(), every, once, false_alarms, min_drafts, probe)
+    settings = Settings(
+        endpoint=endpoint,
+        card=find_draft(card),
+        filters=Filters(traffic.card_set, traffic.thinking_mode, traffic.temperature),
+        every_s=every,
+        once=once,
+        rate=false_alarms,
+        min_drafts=min_drafts,
+        requests_per_conversation=traffic.requests_per_conversation,
+        requests=Requests(requests, num_requests) if requests is not None else None,
+    )
+    report = Report(reports.json, reports.prometheus, parse_address(reports.listen) if reports.listen else None)
     raise typer.Exit(watch_server(settings, report))
 
 

@@ -32,11 +32,15 @@ class CannotSayError(DraftlineError):
 
 @dataclass(frozen=True)
 class Read:
-    """The counters at one time. `first_tokens` and `tokens` are None on servers without these metrics."""
+    """The counters at one time. `first_tokens` and `tokens` are None on servers without these metrics.
+
+    `drafted`: draft tokens of all steps. `created`: when the counters began, if the server tells.
+    """
 
     time: float
     created: float | None
     steps: int
+    drafted: int
     accepted_at: tuple[int, ...]
     running: int
     first_tokens: int | None
@@ -63,6 +67,7 @@ class Read:
             time=time.time(),
             created=max(created, default=None),
             steps=int(counters["num_drafts"]),
+            drafted=int(counters["num_draft_tokens"]),
             accepted_at=tuple(int(counters.get(f"accepted_at_{place}", 0)) for place in range(num_positions)),
             running=int(parse_metrics(text, "num_requests_running").get("", 0)),
             first_tokens=int(first["count"]) if "count" in first else None,
@@ -88,6 +93,7 @@ class Read:
         return replace(
             self,
             steps=0,
+            drafted=0,
             accepted_at=(0,) * len(self.accepted_at),
             running=0,
             first_tokens=None if self.first_tokens is None else 0,
@@ -109,7 +115,7 @@ class Read:
             requests = first + before.running
             if self.tokens is not None and before.tokens is not None:
                 beyond = max(0, first + steps + sum(accepted_at) - (self.tokens - before.tokens))
-        return Counts(steps, accepted_at, requests, beyond)
+        return Counts(steps, accepted_at, requests, beyond, self.drafted - before.drafted)
 
     def _numbers(self) -> list[int]:
         return [self.steps, *self.accepted_at, self.first_tokens or 0, self.tokens or 0]

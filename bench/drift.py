@@ -7,8 +7,8 @@ accepted, so steps of one request are not independent. Their variance follows fr
                                               interval, of half-width h, resamples its n_c conversations of S_c steps,
                                               which are worth g = n_c / 2 of equal length
     deff  = max(1, phi / var_c)               design effect: phi over the variance of independent steps
-    S_e   = min(S_w, r_w * S_c / n_c)         effective steps of a window of S_w steps and r_w requests: longer requests
-                                              than the card's are not more clusters
+    S_e   = min(S_w, r_w / m * S_c / n_c)     effective steps of a window of S_w steps and r_w requests, m of them in a
+                                              conversation: longer conversations than the card's are not more clusters
     SE^2  = deff * var * (1 / S_c + 1 / S_e)  var: that of independent steps with the shares of card and window, pooled
 
 The window is outside if it differs by more than t * SE, with the quantile of Student's t for g - 1 degrees of freedom.
@@ -25,7 +25,8 @@ W earlier windows, sum S_w (a_w - a)^2 / (W - 1), with W - 1 degrees of freedom 
 
 A smaller number of draft tokens raises the shares of all positions: steps begin inside stretches that one step of the
 larger number covers (docs/architecture.md). So against a card of a larger number only a drop counts, against one of a
-smaller number only a rise.
+smaller number only a rise. If steps draft different numbers of tokens (a schedule by batch size), the counters do not
+tell which positions a step had. Then only position 1 is compared, which every draft has.
 
 Counters mix all modes, temperatures and sets in unknown shares. A window is outside only if it is so for every row of
 the card that it may be a mix of. Half of the rate of false alarms is for the length, half for all positions
@@ -51,6 +52,8 @@ MIN_REPLIES = 30
 """Effective requests of a window: with fewer, their mean is too skewed for the t distribution."""
 MIN_OUTCOMES = 20
 """Effective steps that accept a position, and that do not: with fewer, the position is not tested."""
+MIN_DRAFTED = 0.99
+"""Of the draft tokens of full drafts. With fewer, steps differ in number. A few are short near `max_model_len`."""
 MAX_DEGREES = 500
 Z_OF_INTERVAL = 1.959964
 """The normal quantile of a two-sided 95% interval."""
@@ -60,22 +63,31 @@ Z_OF_INTERVAL = 1.959964
 class Counts:
     """What a server counted: steps, steps that accepted at least position i (from 1), requests with any step.
 
-    `beyond`: at most so many of the accepted tokens were beyond the end of a reply, which cards do not count. None:
-    not known, as `requests`.
+    `beyond`: at most so many of the accepted tokens were beyond the end of a reply, which cards do not count.
+    `drafted`: all draft tokens. None: not known.
     """
 
     steps: int
     accepted_at: tuple[int, ...]
     requests: int | None = None
     beyond: int | None = None
+    drafted: int | None = None
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
             self.steps + other.steps,
             tuple(a + b for a, b in zip(self.accepted_at, other.accepted_at, strict=True)),
-            None if self.requests is None or other.requests is None else self.requests + other.requests,
-            None if self.beyond is None or other.beyond is None else self.beyond + other.beyond,
+            _add(self.requests, other.requests),
+            _add(self.beyond, other.beyond),
+            _add(self.drafted, other.drafted),
         )
+
+    @property
+    def draft_tokens(self) -> tuple[int, int]:
+        """The smallest and the largest number of draft tokens of a step; the smallest is 1 if steps differ."""
+        largest = len(self.accepted_at)
+        differ = self.drafted is not None and self.drafted < MIN_DRAFTED * self.steps * largest
+        return (1 if differ else largest), largest
 
     @property
     def acceptance_length(self) -> float:
@@ -95,7 +107,7 @@ class Counts:
 class Spread:
     """`phi`, the variance of a step's accepted tokens between samples, from so many degrees of freedom.
 
-    `steps_per_request`: of the sample it was found on; None if `phi` is of whole windows.
+    `steps_per_request`: how many steps of one request count at most; None if `phi` is of whole windows.
     """
 
     phi: float
@@ -157,13 +169,16 @@ class Comparison:
         }
 
 
-def spread_of(row: AcceptanceRow) -> Spread | None:
-    """Return the spread between the conversations of a card's row; None if it does not tell."""
+def spread_of(row: AcceptanceRow, requests_per_conversation: float = 1.0) -> Spread | None:
+    """Return the spread between the conversations of a card's row; None if it does not tell.
+
+    `requests_per_conversation`: m, of the traffic.
+    """
     if row.interval is None or row.n < MIN_CONVERSATIONS or not row.steps:
         return None
     half, clusters = (row.interval[1] - row.interval[0]) / 2, row.n / 2
     phi = row.steps * (half / Z_OF_INTERVAL) ** 2 * clusters / (clusters - 1)
-    return Spread(phi, int(clusters) - 1, row.steps / row.n)
+    return Spread(phi, int(clusters) - 1, row.steps / row.n / requests_per_conversation)
 
 
 def spread_between(windows: Sequence[Counts]) -> Spread | None:
@@ -176,27 +191,38 @@ def spread_between(windows: Sequence[Counts]) -> Spread | None:
     return Spread(squares / (len(windows) - 1), len(windows) - 1)
 
 
-def effective_requests(counts: Counts, rows: Sequence[AcceptanceRow]) -> float:
+def effective_conversations(
+    counts: Counts, rows: Sequence[AcceptanceRow], requests_per_conversation: float = 1.0
+) -> float:
     """Return how many of the card's conversations a window is worth, by the row for which they are fewest.
 
     Rows that tell no spread do not count; infinity if none does and the requests are not known.
     """
-    spreads = [spread for row in rows if (spread := spread_of(row)) is not None]
-    of_rows = [spread.effective_steps(counts) / (spread.steps_per_request or 1.0) for spread in spreads]
-    return min(of_rows, default=math.inf if counts.requests is None else counts.requests)
+    known = [(row, spread) for row in rows if (spread := spread_of(row, requests_per_conversation)) is not None]
+    of_rows = [spread.effective_steps(counts) * row.n / row.steps for row, spread in known]
+    return min(of_rows, default=math.inf if counts.requests is None else counts.requests / requests_per_conversation)
 
 
-def compare(counts: Counts, rows: Sequence[AcceptanceRow], rate: float, between: Spread | None) -> Comparison | None:
+def compare(
+    counts: Counts,
+    rows: Sequence[AcceptanceRow],
+    rate: float,
+    between: Spread | None,
+    requests_per_conversation: float = 1.0,
+) -> Comparison | None:
     """Compare a window with the card's rows that it may be a mix of.
 
     `rate`: chance of a result outside of the card by sampling alone. `between`: the spread between earlier windows, for
     rows that tell none; None is returned if it is needed and None.
     """
-    shared = shared_positions(counts, rows)
-    known = [(row, spread) for row in rows if (spread := spread_of(row) or between) is not None]
+    known = [(row, spread) for row in rows if (spread := spread_of(row, requests_per_conversation) or between)]
     if len(known) < len(rows):
         return None
-    beyond = sum(counts.accepted_at) if counts.beyond is None else counts.beyond
+    smallest, largest = counts.draft_tokens
+    shared = min([smallest, *(len(row.per_position) for row in rows)])
+    # Where a step may draft nothing, its token hides one beyond the end of a reply.
+    is_bounded = counts.beyond is not None and smallest == largest
+    beyond = counts.beyond if counts.beyond is not None and is_bounded else sum(counts.accepted_at)
     length = _widest([_length_bounds(counts, row, spread, shared, rate / 2) for row, spread in known])
     least = max(1.0, counts.length(shared) - beyond / max(1, counts.steps))
     positions: list[Tested | None] = []
@@ -210,13 +236,17 @@ def compare(counts: Counts, rows: Sequence[AcceptanceRow], rate: float, between:
         cut = min(beyond, counts.accepted_at[place] if counts.requests is None else counts.requests)
         share = counts.shares[place]
         tested = Tested(share, max(0.0, share - cut / counts.steps), *_widest(found))
-        positions.append(_one_sided(tested, len(counts.accepted_at), rows, (0.0, 1.0)))
+        positions.append(_one_sided(tested, counts.draft_tokens, rows, (0.0, 1.0)))
     tested = Tested(counts.length(shared), least, *length)
-    return Comparison(_one_sided(tested, len(counts.accepted_at), rows, (1.0, 1.0 + shared)), positions)
+    return Comparison(_one_sided(tested, counts.draft_tokens, rows, (1.0, 1.0 + shared)), positions)
 
 
-def compare_parts(parts: Sequence[Acceptance], rows: Sequence[AcceptanceRow], rate: float) -> Tested | None:
+def compare_parts(
+    parts: Sequence[Acceptance], rows: Sequence[AcceptanceRow], rate: float, draft_tokens: tuple[int, int]
+) -> Tested | None:
     """Compare the acceptance length of conversations that were sent, one part each, with the card's rows.
+
+    `draft_tokens`: see `Counts.draft_tokens`.
 
     Their own spread gives the variance: that of a ratio of sums over clusters (Cochran, "Sampling techniques", 3rd
     edition, 1977, section 6.3). The smaller of both samples gives the degrees of freedom. Half of the rate is used, as
@@ -227,8 +257,7 @@ def compare_parts(parts: Sequence[Acceptance], rows: Sequence[AcceptanceRow], ra
     steps = sum(part.steps for part in parts)
     if len(parts) < MIN_CONVERSATIONS or not steps or not known or len(known) < len(rows):
         return None
-    num_draft_tokens = len(parts[0].histogram) - 1
-    shared = min(num_draft_tokens, *(len(row.per_position) for row in rows))
+    shared = min([draft_tokens[0], *(len(row.per_position) for row in rows)])
     accepted = [sum(min(a, shared) * count for a, count in enumerate(part.histogram)) for part in parts]
     mean = sum(accepted) / steps
     squares = sum((a - mean * part.steps) ** 2 for a, part in zip(accepted, parts, strict=True))
@@ -242,23 +271,23 @@ def compare_parts(parts: Sequence[Acceptance], rows: Sequence[AcceptanceRow], ra
         value = 1.0 + sum(row.per_position[:shared])
         bounds.append((value - margin, value + margin))
     tested = Tested(1.0 + mean, 1.0 + mean, *_widest(bounds))
-    return _one_sided(tested, num_draft_tokens, rows, (1.0, 1.0 + shared))
-
-
-def shared_positions(counts: Counts, rows: Sequence[AcceptanceRow]) -> int:
-    """Return how many positions the window and all rows have."""
-    return min([len(counts.accepted_at), *(len(row.per_position) for row in rows)])
+    return _one_sided(tested, draft_tokens, rows, (1.0, 1.0 + shared))
 
 
 def _one_sided(
-    tested: Tested, num_draft_tokens: int, rows: Sequence[AcceptanceRow], limits: tuple[float, float]
+    tested: Tested, draft_tokens: tuple[int, int], rows: Sequence[AcceptanceRow], limits: tuple[float, float]
 ) -> Tested:
     """Return the figure with a range that is open, up to its limit, where another number of draft tokens moves it."""
-    if any(row.num_draft_tokens > num_draft_tokens for row in rows):
+    smallest, largest = draft_tokens
+    if any(row.num_draft_tokens > smallest for row in rows):
         tested = replace(tested, high=limits[1])
-    if any(row.num_draft_tokens < num_draft_tokens for row in rows):
+    if any(row.num_draft_tokens < largest for row in rows):
         tested = replace(tested, low=limits[0])
     return tested
+
+
+def _add(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else a + b
 
 
 def _widest(bounds: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -285,8 +314,13 @@ def _position_bounds(
 
 
 def _margin(counts: Counts, row: AcceptanceRow, spread: Spread, variance: float, rate: float) -> float:
-    variance *= design_effect(row, spread) * (1 / row.steps + 1 / spread.effective_steps(counts))
-    return t_quantile(rate, spread.degrees) * math.sqrt(variance)
+    effective = spread.effective_steps(counts)
+    variance *= design_effect(row, spread) * (1 / row.steps + 1 / effective)
+    degrees = spread.degrees
+    if spread.steps_per_request is not None:
+        # The mean of a small window is skewed. Degrees of freedom as if its own spread were taken allow for that.
+        degrees = max(1, min(degrees, int(effective * row.n / row.steps / 2) - 1))
+    return t_quantile(rate, degrees) * math.sqrt(variance)
 
 
 def _pool(counts: Counts, row: AcceptanceRow, place: int) -> float:

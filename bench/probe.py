@@ -107,8 +107,8 @@ class Requests:
         return found
 
 
-def send_probe(server: Served, requests: Requests, card: Card, num_draft_tokens: int, rate: float) -> Probe:
-    """Send the requests and return their acceptance. `rate`: chance that any mode is outside of the card by sampling.
+def send_requests(server: Served, requests: Requests, card: Card) -> list[tuple[Turn, Answer]]:
+    """Send the requests and return them with their answers.
 
     Raises UserError if the server reports no accepted tokens per request, CannotSayError if a request fails.
     """
@@ -133,14 +133,16 @@ def send_probe(server: Served, requests: Requests, card: Card, num_draft_tokens:
             expected="them, to tell modes apart",
             fix="Start the server with --per-request-spec-decode-metrics detailed, or leave out --requests.",
         )
-    return summarize(turns, answers, card, num_draft_tokens, rate)
+    return list(zip(turns, answers, strict=True))
 
 
-def summarize(
-    turns: Sequence[Turn], answers: Sequence[Answer], card: Card, num_draft_tokens: int, rate: float
-) -> Probe:
-    """Return the acceptance of answered turns by mode and temperature, compared with the card, and by category."""
-    answered = list(zip(turns, answers, strict=True))
+def summarize(answered: Sequence[tuple[Turn, Answer]], card: Card, draft_tokens: tuple[int, int], rate: float) -> Probe:
+    """Return the acceptance of answered turns by mode and temperature, compared with the card, and by category.
+
+    `draft_tokens`: of the steps of these requests, see `Counts.draft_tokens`. `rate`: chance that any mode is outside
+    of the card by sampling.
+    """
+    num_draft_tokens = draft_tokens[1]
     modes = _group(answered, lambda turn: (turn.thinking_mode, turn.temperature), num_draft_tokens)
     categories = _group(answered, lambda turn: turn.category, num_draft_tokens)
     by_mode = []
@@ -150,7 +152,7 @@ def summarize(
             for row in card.rows_for(num_draft_tokens)
             if (row.thinking_mode, row.temperature) == (mode, temperature)
         ]
-        tested = compare_parts(parts, rows, rate / len(modes)) if rows else None
+        tested = compare_parts(parts, rows, rate / len(modes), draft_tokens) if rows else None
         by_mode.append(_make_group(f"thinking {mode or 'unset'}, temperature {temperature:g}", parts, tested))
     return Probe(by_mode, [_make_group(name or "no category", parts) for name, parts in categories.items()])
 

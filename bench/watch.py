@@ -15,10 +15,10 @@ from pathlib import Path
 
 from bench.card import Filters, describe_row, read_card
 from bench.counters import CannotSayError, read_server
-from bench.probe import Requests, send_probe
+from bench.probe import Requests, send_requests, summarize
 from bench.requests import Served
 from bench.watch_report import Report, describe_probe, describe_verdict, describe_window
-from bench.watcher import EXIT_CODES, Watcher
+from bench.windows import EXIT_CODES, Watcher
 from common.errors import UserError
 from serve.client import AnswerError, ask
 
@@ -34,16 +34,17 @@ class Settings:
     once: bool
     rate: float
     min_drafts: int
+    requests_per_conversation: float = 1.0
     requests: Requests | None = None
 
 
 def watch(settings: Settings, report: Report) -> int:
-    """Watch until Ctrl-C, or one window with `once`; print a line for each window and return the exit code.
+    """Watch until Ctrl-C, or once; print a line for each window and return the exit code.
 
     Raises UserError for an unusable card, JSON file or port, and for a server that is none of vLLM or does not draft.
     """
     card = read_card(settings.card, settings.filters)
-    watcher = Watcher(settings.endpoint, card, settings.rate, settings.min_drafts)
+    watcher = Watcher(settings.endpoint, card, settings.rate, settings.min_drafts, settings.requests_per_conversation)
     if report.json is not None and report.json.exists():
         watcher.restore(report.json)
     rows = "; ".join(sorted({describe_row(row) for row in card.rows}))
@@ -60,13 +61,13 @@ def watch(settings: Settings, report: Report) -> int:
 
 
 def _run(watcher: Watcher, settings: Settings, report: Report) -> None:
-    """Read and compare; return after one window with `once`."""
+    """Read and compare. With `once`, return after the requests were sent or a window was read."""
     continued = watcher.last is not None
     answered = _step(watcher, report)
     if settings.requests is not None and answered:
         _probe(watcher, settings.requests)
         report.write(watcher)
-    if settings.once and (continued or not answered):
+    if settings.once and (continued or not answered or settings.requests is not None):
         return
     while True:
         time.sleep(settings.every_s)
@@ -100,15 +101,21 @@ def _step(watcher: Watcher, report: Report) -> bool:
 def _probe(watcher: Watcher, requests: Requests) -> None:
     """Send the requests, one more test at a window's rate, and leave what they add to the counters out of the windows.
 
-    Raises UserError: see `send_probe`. If the server stops answering, the watch goes on without these figures.
+    Raises UserError: see `send_requests`. If the server stops answering, the watch goes on without these figures.
     """
     assert watcher.last is not None
     try:
         server = Served(watcher.endpoint.rstrip("/").removesuffix("/v1"), _ask_model(watcher.endpoint))
-        found = send_probe(server, requests, watcher.card, len(watcher.last.accepted_at), watcher.rate)
-        watcher.probe = found
-        print(describe_probe(found), flush=True)
-        watcher.skip(read_server(watcher.endpoint))
+        answered = send_requests(server, requests, watcher.card)
+        read = read_server(watcher.endpoint)
+        if read.restarted_since(watcher.last):
+            raise CannotSayError(f"{watcher.endpoint}: found a restart while requests were sent, expected none")
+        draft_tokens = read.since(watcher.last).draft_tokens
+        watcher.probe = summarize(answered, watcher.card, draft_tokens, watcher.rate)
+        print(describe_probe(watcher.probe), flush=True)
+        if not watcher.probe.is_tested:
+            watcher.why_not = "the requests sent tell no drop: too few of a mode, or a card without such figures"
+        watcher.skip(read)
     except CannotSayError as error:
         watcher.unanswered = str(error)
         print(f"watch: {error}", flush=True)

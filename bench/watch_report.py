@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from bench.counters import CannotSayError
 from bench.drift import Comparison, Tested
 from bench.probe import Group, Probe
-from bench.watcher import AS_CARD, CANNOT_SAY, DRIFTED, Watcher, Window
+from bench.windows import AS_CARD, CANNOT_SAY, DRIFTED, Watcher, Window
 from common.errors import UserError
 from common.files import write_atomic, write_json
 
@@ -89,6 +89,10 @@ def describe_window(window: Window, why_not: str) -> str:
     )
     if window.comparison is None:
         return f"{text}; not compared: {why_not}"
+    smallest, largest = counts.draft_tokens
+    if smallest < largest and counts.drafted is not None:
+        drafted = counts.drafted / counts.steps
+        text += f"; {drafted:.2f} of {largest} tokens drafted a step, so only position 1 is compared"
     text += f"; {_describe(window.comparison)}"
     if window.recent is not None:
         text += f"; {window.num_recent} windows together: {_describe(window.recent)}"
@@ -142,9 +146,9 @@ class Metrics:
         watcher = self._watcher
         card = {"draft": watcher.card.name, "digest": watcher.card.digest, "source": watcher.card.source}
         yield InfoMetricFamily(f"{PREFIX}_card", "The card that is compared with.", value=card)
-        verdict = GaugeMetricFamily(f"{PREFIX}_verdict", "1 for what this run has found so far.", labels=["verdict"])
+        verdict = GaugeMetricFamily(f"{PREFIX}_verdict", "1 for what the last window says.", labels=["verdict"])
         for name in (AS_CARD, DRIFTED, CANNOT_SAY):
-            verdict.add_metric([name.replace(" ", "_")], float(name == watcher.verdict))
+            verdict.add_metric([name.replace(" ", "_")], float(name == watcher.last_verdict))
         yield verdict
         up = float(watcher.last is not None and not watcher.unanswered)
         yield GaugeMetricFamily(f"{PREFIX}_server_up", "Whether the server answered the last read.", value=up)

@@ -15,7 +15,7 @@ from bench.drift import (
     Counts,
     compare,
     compare_parts,
-    effective_requests,
+    effective_conversations,
     spread_between,
     spread_of,
     t_quantile,
@@ -128,9 +128,52 @@ def test_few_long_requests_count_as_few() -> None:
     row = row_of(draw(rng, 100, steps=20))
     counts = counts_of(draw(rng, 100, steps=20))
     few = Counts(counts.steps, counts.accepted_at, requests=10, beyond=0)
-    assert effective_requests(few, [row]) == pytest.approx(10)
-    assert effective_requests(counts, [row]) == pytest.approx(100, rel=0.5)
+    assert effective_conversations(few, [row]) == pytest.approx(10)
+    assert effective_conversations(counts, [row]) == pytest.approx(100, rel=0.5)
     assert found(few, row).length.low < found(counts, row).length.low
+
+
+def test_requests_of_one_conversation_count_as_one() -> None:
+    rng = np.random.default_rng(13)
+    rows = [row_of(draw(rng, 100)) for _ in range(300)]
+    windows = []
+    for _ in rows:
+        # Each conversation has 10 requests of the card's lengths that accept alike.
+        chances = np.repeat(rng.beta(4.2, 1.8, size=40), 10)
+        at_least = np.append(chances[:, None] ** np.arange(K + 1), np.zeros((400, 1)), axis=1)
+        lengths = np.maximum(1, rng.exponential(24, size=400).astype(int))
+        windows.append(counts_of(rng.multinomial(lengths, at_least[:, :-1] - at_least[:, 1:])))
+
+    def wrong(requests_per_conversation: float) -> int:
+        pairs = zip(windows, rows, strict=True)
+        comparisons = (compare(counts, [row], RATE, None, requests_per_conversation) for counts, row in pairs)
+        return sum(found is not None and bool(found.outside) for found in comparisons)
+
+    assert wrong(10) <= len(rows) * RATE
+    assert wrong(1) > 2 * len(rows) * RATE
+    assert effective_conversations(windows[0], [rows[0]], 10) <= 40
+
+
+def test_small_windows_against_a_large_card_are_outside_no_more_often_than_stated() -> None:
+    rng = np.random.default_rng(14)
+    rows = [row_of(draw(rng, 400, mean=0.2)) for _ in range(30)]
+    windows = [counts_of(draw(rng, 40, mean=0.2)) for _ in range(2000)]
+    wrong = sum(bool(found(window, rows[n % 30], rate=0.002).outside) for n, window in enumerate(windows))
+    assert wrong <= len(windows) * 0.002
+
+
+def test_a_schedule_leaves_position_1_for_drops_and_nothing_for_rises() -> None:
+    rng = np.random.default_rng(15)
+    row = row_of(draw(rng, 200))
+    low, same, high = (counts_of(draw(rng, 500, mean=mean)) for mean in (0.4, 0.7, 0.9))
+
+    def scheduled(counts: Counts) -> Comparison:
+        """As if all steps had drafted one token, of a server that can draft K."""
+        accepted_at = (counts.accepted_at[0], *(0,) * (K - 1))
+        return found(Counts(counts.steps, accepted_at, counts.requests, 0, counts.steps), row, rate=0.001)
+
+    assert [len(scheduled(counts).positions) for counts in (low, same, high)] == [1, 1, 1]
+    assert [scheduled(counts).length.side for counts in (low, same, high)] == ["below", "", ""]
 
 
 def test_tokens_beyond_the_ends_of_replies_are_no_rise() -> None:
@@ -214,14 +257,14 @@ def test_conversations_that_were_sent_are_compared_by_their_own_spread() -> None
     row = row_of(draw(rng, 100))
     wrong = 0
     for _ in range(200):
-        same = compare_parts(parts(40, 0.7), [row_of(draw(rng, 40))], RATE)
+        same = compare_parts(parts(40, 0.7), [row_of(draw(rng, 40))], RATE, (K, K))
         assert same is not None
         wrong += bool(same.side)
     assert wrong <= 200 * RATE
-    other = compare_parts(parts(64, 0.45), [row], 0.001)
+    other = compare_parts(parts(64, 0.45), [row], 0.001, (K, K))
     assert other is not None
     assert other.side == "below"
-    assert compare_parts(parts(MIN_CONVERSATIONS - 1, 0.45), [row], 0.001) is None
+    assert compare_parts(parts(MIN_CONVERSATIONS - 1, 0.45), [row], 0.001, (K, K)) is None
 
 
 def test_quantiles_of_students_t_are_those_of_the_tables() -> None:

@@ -21,11 +21,11 @@ import bench.watch
 import bench.watch_report
 from bench.card import Card, Filters, read_card
 from bench.counters import CannotSayError, Read
-from bench.probe import Requests, send_probe
+from bench.probe import Requests, send_requests, summarize
 from bench.requests import Served
 from bench.watch import Settings, watch
 from bench.watch_report import Report, parse_address
-from bench.watcher import Watcher
+from bench.windows import Watcher
 from common.errors import UserError
 from contracts.certificate import (
     AcceptanceRow,
@@ -50,18 +50,22 @@ class Metrics:
     """The counters of a vLLM server; each of its requests has 20 steps."""
 
     steps: int = 0
+    drafted: int = 0
     accepted: list[int] = field(default_factory=lambda: [0] * len(PER_POSITION))
     created: float = 1.7e9
     running: int = 0
 
-    def serve(self, steps: int = STEPS, scale: float = 1.0) -> None:
-        """Count the steps of finished requests with the card's shares times `scale`."""
+    def serve(self, steps: int = STEPS, scale: float = 1.0, draft_tokens: int | None = None) -> None:
+        """Count the steps of finished requests with the card's shares times `scale`, of so many draft tokens."""
+        draft_tokens = draft_tokens or len(self.accepted)
         self.steps += steps
-        for place, share in enumerate(PER_POSITION[: len(self.accepted)]):
+        self.drafted += steps * draft_tokens
+        for place, share in enumerate(PER_POSITION[:draft_tokens]):
             self.accepted[place] += round(share * scale * steps)
 
     def restart(self, num_draft_tokens: int = len(PER_POSITION)) -> None:
-        self.steps, self.accepted, self.created = 0, [0] * num_draft_tokens, self.created + 60
+        self.steps, self.drafted, self.accepted = 0, 0, [0] * num_draft_tokens
+        self.created += 60
 
     def text(self) -> str:
         def counter(name: str, value: float, label: str = "") -> list[str]:
@@ -79,7 +83,7 @@ class Metrics:
             f'vllm:time_to_first_token_seconds_count{{engine="0"}} {requests}',
             *counter("generation_tokens", requests + self.steps + sum(self.accepted)),
             *counter("spec_decode_num_drafts", self.steps),
-            *counter("spec_decode_num_draft_tokens", self.steps * len(self.accepted)),
+            *counter("spec_decode_num_draft_tokens", self.drafted),
             *counter("spec_decode_num_accepted_tokens", sum(self.accepted)),
         ]
         for place, count in enumerate(self.accepted):
@@ -293,6 +297,27 @@ def test_a_server_that_restarts_with_other_draft_tokens_begins_a_new_window_of_t
     assert "only positions 1 to 2 are compared" in found.notes[1]
 
 
+def test_a_schedule_of_draft_tokens_is_no_drift_and_a_drop_at_position_1_still_is(
+    server: Server, card: Card, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.script = [server.good(), server.good(steps=2500, draft_tokens=1), server.good(steps=2500, draft_tokens=1)]
+    assert watch(settings(server), Report()) == 0
+    assert "1.00 of 3 tokens drafted a step, so only position 1 is compared" in capsys.readouterr().out
+    server.script = [server.good(), server.good(draft_tokens=1, scale=0.7)]
+    assert watch(settings(server), Report()) == 1
+    assert "position 1 0.490 is BELOW" in capsys.readouterr().out
+
+
+def test_the_report_of_a_drift_ends_with_the_drift() -> None:
+    metrics, found = Metrics(), watcher()
+    found.observe(read(metrics))
+    for scale in (1.0, 0.6, 0.6, 1.0):
+        metrics.serve(scale=scale)
+        found.observe(read(metrics))
+    assert [window.is_outside for window in found.windows] == [False, True, True, False]
+    assert (found.verdict, found.last_verdict) == ("drifted", "as the card")
+
+
 def test_no_drop_can_be_told_against_a_card_of_fewer_draft_tokens_and_it_does_not_say_as_the_card() -> None:
     metrics, found = (
         Metrics(),
@@ -321,7 +346,7 @@ def test_a_small_drift_that_lasts_is_found_in_several_windows_together() -> None
     metrics, found = Metrics(), watcher(make_card(make_row(n=2000, steps=40_000, interval=(2.47, 2.53))))
     found.observe(read(metrics))
     for _ in range(12):
-        metrics.serve(1500, scale=0.94)
+        metrics.serve(1500, scale=0.92)
         found.observe(read(metrics))
     alone = [bool(window.comparison and window.comparison.outside) for window in found.windows]
     together = [bool(window.recent and window.recent.outside) for window in found.windows]
@@ -447,7 +472,8 @@ def write_records(folder: Path, count: int) -> Path:
 def test_sent_conversations_are_compared_by_mode_and_told_by_category(server: Server, tmp_path: Path) -> None:
     card = make_card(make_row(), make_row(thinking_mode="disabled", per_position=[0.9, 0.8, 0.8], interval=(3.4, 3.6)))
     requests = Requests(str(write_records(tmp_path / "synth", 60)), 50)
-    probe = send_probe(Served(server.url.removesuffix("/v1"), "target"), requests, card, 3, 0.001)
+    answered = send_requests(Served(server.url.removesuffix("/v1"), "target"), requests, card)
+    probe = summarize(answered, card, (3, 3), 0.001)
     by_mode = {group.name: group for group in probe.by_mode}
     assert [group.n for group in probe.by_mode] == [25, 25]
     enabled, disabled = by_mode["thinking enabled, temperature 0"], by_mode["thinking disabled, temperature 0"]
@@ -465,12 +491,29 @@ def test_what_it_sends_itself_is_in_no_window(
     requests = Requests(str(write_records(tmp_path / "synth", 30)), 30)
     server.accepted = [3, 3, 2, 1, 1, 0, 2, 0]  # as the card
     server.script = [server.good(), server.good(steps=90_000, scale=0.5), server.good(steps=1100)]
-    code = watch(settings(server, requests=requests), Report())
+    report = Report(json=tmp_path / "watch.json")
+    assert watch(settings(server, requests=requests), report) == 3  # only the requests, without a wait
     out = capsys.readouterr().out
     assert "requests: thinking enabled, temperature 0: 15 conversations" in out
     assert "not compared: too few conversations" in out
-    assert "1100 drafts of 55 requests" in out
-    assert code == 0
+    assert "cannot say: the requests sent tell no drop" in out
+    assert watch(settings(server), report) == 0
+    assert "1100 drafts of 55 requests" in capsys.readouterr().out
+
+
+def test_requests_on_a_server_with_a_schedule_are_compared_at_position_1(server: Server, tmp_path: Path) -> None:
+    card = make_card(make_row())
+    server.accepted = [1] * 14 + [0] * 6  # 0.7, of steps that draft one token
+    requests = Requests(str(write_records(tmp_path / "synth", 60)), 60)
+    answered = send_requests(Served(server.url.removesuffix("/v1"), "target"), requests, card)
+    sides = {}
+    for draft_tokens in ((1, 3), (3, 3)):
+        enabled = {group.name: group for group in summarize(answered, card, draft_tokens, 0.001).by_mode}[
+            "thinking enabled, temperature 0"
+        ]
+        assert enabled.tested is not None
+        sides[draft_tokens] = enabled.tested.side
+    assert sides == {(1, 3): "", (3, 3): "below"}
 
 
 def test_prompts_are_rendered_by_the_server_in_the_modes_of_the_cards_recipe(server: Server, tmp_path: Path) -> None:
@@ -497,7 +540,7 @@ def test_a_server_that_tells_no_acceptance_per_request_is_told_which_flag_it_lac
     server.accepted = None
     requests = Requests(str(write_records(tmp_path / "synth", 3)), 3)
     with pytest.raises(UserError, match="--per-request-spec-decode-metrics detailed"):
-        send_probe(Served(server.url.removesuffix("/v1"), "target"), requests, make_card(), 3, 0.001)
+        send_requests(Served(server.url.removesuffix("/v1"), "target"), requests, make_card())
 
 
 def test_a_key_is_sent_and_written_nowhere(

@@ -1,20 +1,22 @@
 """The windows of a watched server: where each ends, how it compares with the draft's card, and what all of them say.
 
 A window ends at the first read by which it has enough drafts and requests. It is compared with the card, and so are the
-last `RECENT` windows together, which find a small drift that lasts. Each takes half of the rate of false alarms, so a
-window is reported wrongly with at most this rate, if its requests are independent draws of what the card was measured
-on. bench/drift.py has the test.
+last `RECENT` windows together, which find a small drift that lasts. Windows that are outside by themselves are left out
+of these, so that the report of a drift ends with the drift. Each comparison takes half of the rate of false alarms. So
+a window is reported wrongly with at most this rate, if its conversations are independent draws of what the card was
+measured on. bench/drift.py has the test.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from operator import add
 from pathlib import Path
 from typing import Any
 
-from bench.card import Card, note_of_draft_tokens
+from bench.card import Card
 from bench.counters import CannotSayError, Read
 from bench.drift import (
     MIN_REPLIES,
@@ -22,13 +24,14 @@ from bench.drift import (
     Comparison,
     Counts,
     compare,
-    effective_requests,
+    effective_conversations,
     spread_between,
     spread_of,
 )
 from bench.probe import Probe
 from common.errors import UserError
 from common.files import read_json
+from contracts.certificate import AcceptanceRow
 
 RECENT = 24
 KEPT = 500
@@ -71,18 +74,24 @@ class Window:
 
 @dataclass
 class Watcher:
-    """What was read so far. `rate`: of false alarms, for a window. `past`: windows of earlier runs, as JSON."""
+    """What was read so far.
+
+    `rate`: of false alarms, for a window. `recent`: counts of the last windows, to be compared together with the next
+    one. `past`: windows of earlier runs, as JSON.
+    """
 
     endpoint: str
     card: Card
     rate: float
     min_drafts: int
+    requests_per_conversation: float = 1.0
     last: Read | None = None
     first: Read | None = None
     """The first read of the open window, or of its part since a restart."""
     carried: Counts | None = None
     """The part of the open window before `first`."""
     opened: float = 0.0
+    recent: list[Counts] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
     past: list[dict[str, Any]] = field(default_factory=list)
     probe: Probe | None = None
@@ -98,9 +107,9 @@ class Watcher:
         try:
             endpoint, digest, state, past = found["endpoint"], found["card"]["digest"], found["state"], found["windows"]
             last, first = (Read.from_json(state[name]) if state[name] else None for name in ("last", "first"))
-            carried = counts_from_json(state["carried"]) if state["carried"] else None
-            opened = float(state["opened"])
-        except (KeyError, TypeError):
+            carried = _counts_from_json(state["carried"]) if state["carried"] else None
+            opened, recent = float(state["opened"]), [_counts_from_json(counts) for counts in state["recent"]]
+        except (KeyError, TypeError, ValueError):
             endpoint = None
         if endpoint != self.endpoint:
             raise UserError(
@@ -110,9 +119,10 @@ class Watcher:
                 fix="Give --json another name.",
             )
         if digest == self.card.digest:
-            self.last, self.first, self.carried, self.opened, self.past = last, first, carried, opened, past
+            self.last, self.first, self.carried, self.opened = last, first, carried, opened
+            self.recent, self.past = recent, past
         else:
-            self.notes.append("the card is another one than in the JSON file: begins anew")
+            self.notes.append("the JSON file is of another card: starting anew")
 
     def observe(self, read: Read) -> Window | None:
         """Add a read to the open window. Return the window if it has enough to end, else None."""
@@ -121,7 +131,7 @@ class Watcher:
             self._begin(read)
             return None
         if read.restarted_since(self.last):
-            self.notes.append("the server has restarted: what it counted between the last read and its end is lost")
+            self.notes.append("the server has restarted: what it counted after the last read is lost")
             self._carry(read.at_start())
             if len(read.accepted_at) != len(self.last.accepted_at):
                 self.carried, self.opened = None, self.last.time
@@ -129,12 +139,12 @@ class Watcher:
         self.last = read
         found = self._open()
         assert found is not None
-        effective = effective_requests(found, self.card.rows_for(len(read.accepted_at)))
+        effective = effective_conversations(found, self._rows(found), self.requests_per_conversation)
         self.why_not = ""
         if found.steps < self.min_drafts:
             self.why_not = f"{found.steps} of {self.min_drafts} drafts"
         elif effective < MIN_REPLIES:
-            self.why_not = f"as much as {effective:.0f} of {MIN_REPLIES} conversations of the card"
+            self.why_not = f"worth {effective:.0f} of {MIN_REPLIES} conversations of the card"
         return None if self.why_not else self._end(read, found)
 
     def skip(self, read: Read) -> None:
@@ -158,32 +168,37 @@ class Watcher:
     def _begin(self, read: Read) -> None:
         self._note_draft_tokens(read)
         self.last, self.first, self.carried, self.opened = read, read, None, read.time
-        self.why_not = "one read alone makes no window"
+        self.why_not = "a window needs two reads"
 
     def _note_draft_tokens(self, read: Read) -> None:
         note = note_of_draft_tokens(self.card.rows_for(len(read.accepted_at)), len(read.accepted_at))
         self.notes += [note] if note else []
 
+    def _rows(self, counts: Counts) -> list[AcceptanceRow]:
+        return self.card.rows_for(len(counts.accepted_at))
+
     def _end(self, read: Read, found: Counts) -> Window:
-        rows = self.card.rows_for(len(read.accepted_at))
-        counts = [*(counts_from_json(w["counts"]) for w in self.past), *(w.counts for w in self.windows)]
-        before = [c for c in counts if len(c.accepted_at) == len(read.accepted_at)][-RECENT + 1 :]
+        rows = self._rows(found)
+        before = [counts for counts in self.recent if len(counts.accepted_at) == len(found.accepted_at)]
         between = spread_between(before)
-        comparison = compare(found, rows, self.rate / 2, between)
-        together = reduce(add, before, found)
-        recent = compare(together, rows, self.rate / 2, between) if before else None
-        window = Window(self.opened, read.time, found, comparison, recent, len(before) + 1)
+        comparison, recent = (
+            compare(counts, rows, self.rate / 2, between, self.requests_per_conversation)
+            for counts in (found, reduce(add, before, found))
+        )
+        window = Window(self.opened, read.time, found, comparison, recent if before else None, len(before) + 1)
         self.windows.append(window)
+        if comparison is None or not comparison.outside:
+            self.recent = [*self.recent, found][-RECENT + 1 :]
         self.first, self.carried, self.opened = read, None, read.time
-        if comparison is not None and not comparison.tells_drops:
-            self.why_not = (
-                "the card's range reaches down to 1, or its figures are of fewer draft tokens: no drop can be told"
-            )
         if comparison is None:
             without = sum(spread_of(row) is None for row in rows)
             self.why_not = (
                 f"{without} of the card's {len(rows)} rows have no interval, or are of few conversations: the spread "
                 f"between {MIN_WINDOWS} windows is needed, {len(before)} were before this one"
+            )
+        elif not comparison.tells_drops:
+            self.why_not = (
+                "no drop can be told: the card's range reaches down to 1, or its figures are of fewer draft tokens"
             )
         return window
 
@@ -195,10 +210,12 @@ class Watcher:
     @property
     def verdict(self) -> str:
         """What this run found: `as the card`, `drifted` or `cannot say`."""
-        if any(window.is_outside for window in self.tested) or (self.probe and self.probe.outside):
-            return DRIFTED
-        told = any(window.comparison is not None and window.comparison.tells_drops for window in self.tested)
-        return AS_CARD if told or (self.probe and self.probe.is_tested) else CANNOT_SAY
+        return _find_verdict(self.windows, self.probe)
+
+    @property
+    def last_verdict(self) -> str:
+        """What the last window says; before the first one, what the requests that were sent say."""
+        return _find_verdict(self.windows[-1:], None if self.windows else self.probe)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -215,9 +232,32 @@ class Watcher:
                 "first": self.first.to_json() if self.first else None,
                 "carried": asdict(self.carried) if self.carried else None,
                 "opened": self.opened,
+                "recent": [asdict(counts) for counts in self.recent],
             },
         }
 
 
-def counts_from_json(values: dict[str, Any]) -> Counts:
+def note_of_draft_tokens(rows: Sequence[AcceptanceRow], num_draft_tokens: int) -> str:
+    """Return what to know if the server drafts another number of tokens than the card's rows; "" if it does not."""
+    own = rows[0].num_draft_tokens
+    if own == num_draft_tokens:
+        return ""
+    effect = "With fewer draft tokens each is accepted more often, so only a drop is reported"
+    if num_draft_tokens > own:
+        effect = "With more draft tokens each is accepted less often, so only a rise is reported"
+    return (
+        f"the server drafts {num_draft_tokens} tokens a step, the card's figures are of {own}: only positions 1 to "
+        f"{min(own, num_draft_tokens)} are compared. {effect}. Measure this number with "
+        f"`bench acceptance --draft-tokens {num_draft_tokens}` and export again"
+    )
+
+
+def _find_verdict(windows: Sequence[Window], probe: Probe | None) -> str:
+    if any(window.is_outside for window in windows) or (probe and probe.outside):
+        return DRIFTED
+    told = any(window.comparison is not None and window.comparison.tells_drops for window in windows)
+    return AS_CARD if told or (probe and probe.is_tested) else CANNOT_SAY
+
+
+def _counts_from_json(values: dict[str, Any]) -> Counts:
     return Counts(**{**values, "accepted_at": tuple(values["accepted_at"])})
