@@ -1,4 +1,4 @@
-"""`bench`: measure a served draft's acceptance, speed, accuracy and agreement with the trainer."""
+"""`bench`: measure a served draft's acceptance, speed, accuracy and agreement with the trainer; watch it for drift."""
 
 from __future__ import annotations
 
@@ -76,6 +76,38 @@ class PointOptions:
         from bench.plan import evaluated_points
 
         return evaluated_points(recipe, self.layout or [], self.scenario or [], self.concurrency or [])
+
+
+@dataclass(frozen=True)
+class TrafficOptions:
+    """What is known of a server's traffic: which rows of a card it may be a mix of, and what is not independent."""
+
+    card_set: Annotated[str | None, typer.Option(help="Only the card's figures of this set.")] = None
+    thinking_mode: Annotated[
+        str | None, typer.Option(help='Only those of this thinking mode; "" is none.', show_default="all: any mix")
+    ] = None
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Only those of this temperature.", show_default="all: any mix")
+    ] = None
+    requests_per_conversation: Annotated[
+        float, typer.Option(min=1, help="Of the traffic, on average: requests of one conversation are not independent.")
+    ] = 1.0
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Where a watch is reported beside its lines."""
+
+    json: Annotated[
+        Path | None,
+        typer.Option(help="Write the figures here after each read. An earlier file's last read begins the window."),
+    ] = None
+    prometheus: Annotated[
+        Path | None, typer.Option(help="Write Prometheus metrics here, for node_exporter's textfile collector.")
+    ] = None
+    listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Serve the metrics there, as on 127.0.0.1:9109.")
+    ] = None
 
 
 @app.command(
@@ -394,6 +426,67 @@ def variants(
     from bench.variants import serve_variants
 
     serve_variants(options.load(), folder, conversations, variant, parse_draft_tokens(draft_tokens))
+
+
+@app.command(
+    epilog="Example: bench watch --endpoint http://127.0.0.1:8000/v1 --card runs/export --every 600 --json watch.json "
+    "--prometheus /var/lib/node_exporter/draft.prom"
+)
+@expand_options
+def watch(
+    endpoint: Annotated[str, typer.Option(help="URL of a running vLLM server with the draft, ending in /v1.")],
+    card: Annotated[
+        Path, typer.Option(help="Folder of the draft's export with its certificate, or org/name@revision on the hub.")
+    ],
+    traffic: TrafficOptions,
+    reports: ReportOptions,
+    *,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between reads.")] = 600.0,
+    once: Annotated[
+        bool,
+        typer.Option(
+            "--once",
+            help="Compare one window and exit: since the last read in --json, else of --every seconds. "
+            "With --requests and no such file, only these are compared.",
+        ),
+    ] = False,
+    requests: Annotated[
+        str | None,
+        typer.Option(
+            help="Conversations (`synth generate`) or prompts to send once at the start, to compare acceptance by mode."
+        ),
+    ] = None,
+    num_requests: Annotated[int, typer.Option(min=1, help="Conversations of --requests to send.")] = 64,
+    false_alarms: Annotated[
+        float, typer.Option(min=1e-6, max=0.5, help="Highest share of windows that are reported by chance.")
+    ] = 0.001,
+    min_drafts: Annotated[int, typer.Option(min=1, help="Drafts (steps) that a window has at least.")] = 1000,
+) -> None:
+    """Compare a running server's acceptance with the draft's card, and say when it has drifted.
+
+    Exit codes: 0 as the card, 1 drifted, 2 a mistake in the call or a server that does not draft, 3 cannot say (too few
+    drafts, or no answer). Without --once it runs until Ctrl-C. The server's key is read from OPENAI_API_KEY.
+    """
+    from bench.card import Filters
+    from bench.probe import Requests
+    from bench.watch import Settings
+    from bench.watch import watch as watch_server
+    from bench.watch_report import Report, parse_address
+    from drafts.published import find_draft
+
+    settings = Settings(
+        endpoint=endpoint,
+        card=find_draft(card),
+        filters=Filters(traffic.card_set, traffic.thinking_mode, traffic.temperature),
+        every_s=every,
+        once=once,
+        rate=false_alarms,
+        min_drafts=min_drafts,
+        requests_per_conversation=traffic.requests_per_conversation,
+        requests=Requests(requests, num_requests) if requests is not None else None,
+    )
+    report = Report(reports.json, reports.prometheus, parse_address(reports.listen) if reports.listen else None)
+    raise typer.Exit(watch_server(settings, report))
 
 
 def main() -> None:

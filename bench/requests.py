@@ -204,8 +204,7 @@ async def _send(client: Client, server: Served, turn: Turn, max_tokens: int) -> 
         answer = await client.complete(url, body, REQUEST_TIMEOUT_S)
     except AnswerError as error:
         raise IncompleteError(
-            f"{url} ({turn.id}): found {error}, expected an answer. "
-            "Look at the server's log beside the answers, then run again: finished servers are kept."
+            f"{url} ({turn.id}): found {error}, expected an answer. Look at the server's log, then run again."
         ) from None
     latency_s = time.perf_counter() - started
     choice = answer["choices"][0]

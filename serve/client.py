@@ -115,12 +115,17 @@ class Client:
         """Return the prompt tokens that vLLM looked up in its prefix cache (`queries`) and found there (`hits`)."""
         return await self._read_metrics(url, "prefix_cache_")
 
-    async def _read_metrics(self, url: str, prefix: str) -> dict[str, float]:
+    async def read_metrics(self, url: str) -> str:
+        """Return the text of /metrics."""
         response = await self._get(f"{_root(url)}/metrics")
         if response.status_code != 200:
             raise AnswerError(f"HTTP {response.status_code}", response.status_code)
+        return str(response.text)
+
+    async def _read_metrics(self, url: str, prefix: str) -> dict[str, float]:
+        text = await self.read_metrics(url)
         try:
-            return await asyncio.to_thread(parse_metrics, response.text, prefix)
+            return await asyncio.to_thread(parse_metrics, text, prefix)
         except ValueError as error:
             raise AnswerError(f"metrics that cannot be parsed: {error}"[:200], 200) from None
 
