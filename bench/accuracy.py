@@ -185,8 +185,10 @@ def measure(work: Evaluation) -> dict[str, Any]:
         **summarize(read_answers(work), section.confidence),
     }
     write_report(report, work.output)
+    # Finished before the verdict: a difference beyond chance is a result, which the draft's card states.
+    beyond_chance = sum(row["is_beyond_chance"] for row in report["rows"])
+    run.finish({"comparisons": len(report["rows"]), "beyond_chance": beyond_chance})
     judge(report)
-    run.finish({"comparisons": len(report["rows"])})
     print(f"bench: no difference beyond chance, in {run.seconds:.0f} s -> {work.output}")
     return report
 

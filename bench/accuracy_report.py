@@ -20,6 +20,7 @@ import numpy as np
 
 from common.errors import IncompleteError, UserError
 from common.files import write_atomic, write_json
+from contracts.accuracy import Scores, make_reply_table, make_score_table
 
 MAX_EXACT = 14
 """Up to so many questions that differ, all signs are enumerated."""
@@ -149,7 +150,12 @@ def count_needed(error: float) -> int:
 
 
 def judge(report: Mapping[str, Any]) -> None:
-    """Raise IncompleteError for a difference beyond chance, or if too few questions were asked to find any."""
+    """Raise IncompleteError for a difference beyond chance, or if nothing or too little was asked to find any."""
+    if not report["rows"]:
+        raise IncompleteError(
+            "bench accuracy: found no metric with a number for each question, expected one. Choose a task with another "
+            "metric: those of a whole corpus (BLEU) are not compared."
+        )
     wrong = [row for row in report["rows"] if row["is_beyond_chance"]]
     if wrong:
         row = max(wrong, key=lambda row: abs(row["difference"]))
@@ -173,38 +179,7 @@ def judge(report: Mapping[str, Any]) -> None:
 def write_report(report: Mapping[str, Any], output: Path) -> None:
     """Write accuracy.json and accuracy.md, and print the tables."""
     write_json(output / "accuracy.json", report)
-    tables = f"{make_table(report)}\n\n{make_reply_table(report)}"
+    scores = Scores.model_validate(report)
+    tables = f"{make_score_table(scores.rows)}\n\n{make_reply_table(scores.replies)}"
     write_atomic(output / "accuracy.md", tables + "\n")
     print(f"{tables}\n")
-
-
-def make_table(report: Mapping[str, Any]) -> str:
-    """Format the comparisons as a Markdown table."""
-    lines = [
-        "| server | task | metric | answers | questions | without draft | with draft | difference | by chance |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in report["rows"]:
-        answers = row["answers"] + (f" x {row['repeats']}" if row["answers"] == "sampled" else "")
-        verdict = " **too large**" if row["is_beyond_chance"] else ""
-        lines.append(
-            f"| {row['load']} | {row['task']} | {row['metric']} | {answers} | {row['questions']} | {row['base']:.4f} "
-            f"| {row['draft']:.4f} | {row['difference']:+.4f} ± {row['standard_error']:.4f} "
-            f"| {row['by_chance']:.4f}{verdict} |"
-        )
-    return "\n".join(lines)
-
-
-def make_reply_table(report: Mapping[str, Any]) -> str:
-    """Format counts of replies as a Markdown table. Sampled replies differ, since they are drawn anew."""
-    lines = [
-        "| server | task | answers | identical | cut without draft | cut with draft | acceptance length |",
-        "|---|---|---|---:|---:|---:|---:|",
-    ]
-    for row in report["replies"]:
-        same = f"{row['identical']} of {row['replies']}" if row["answers"] == "greedy" else ""
-        lines.append(
-            f"| {row['load']} | {row['task']} | {row['answers']} | {same} | {row['cut'][0]} | {row['cut'][1]} "
-            f"| {row['acceptance_length']:.3f} |"
-        )
-    return "\n".join(lines)

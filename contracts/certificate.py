@@ -18,11 +18,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from common.errors import UserError
 from common.files import hash_bytes, hash_json, read_json, write_json
 from contracts.acceptance import Acceptance
+from contracts.accuracy import Scores
 from contracts.draft import CARD_FILE
 from contracts.speeds import Speeds
 
 CERTIFICATE_FILE = "certificate.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Also the version of the card's text: another text for the same certificate needs another number."""
 
 
@@ -231,6 +232,14 @@ class Lossless(Part):
     num_chats: int
 
 
+class Accuracy(Part, Scores):
+    """A folder of `bench accuracy`: checksum of accuracy.json, the servers' settings and machine, its comparisons."""
+
+    report: str
+    settings: dict[str, Any]
+    environment: dict[str, str]
+
+
 class Commands(Part):
     """Commands that serve the draft. `sglang` says why instead, if SGLang does not read this method or layout."""
 
@@ -240,7 +249,7 @@ class Commands(Part):
 
 
 class Certificate(Part):
-    """The certificate. `files`: sha256 by name of all other files of the folder."""
+    """The certificate. `files`: sha256 by name of all other files of the folder. Format 1 has no `accuracy`."""
 
     format_version: int = FORMAT_VERSION
     draft: DraftFacts
@@ -251,6 +260,7 @@ class Certificate(Part):
     predicted: list[Predicted]
     served: list[Served]
     lossless: list[Lossless]
+    accuracy: list[Accuracy] = []
     commands: Commands
     environment: dict[str, str]
     files: dict[str, str]
@@ -264,7 +274,8 @@ class Certificate(Part):
 
     def with_rest_of(self, before: Certificate) -> Certificate:
         """Return the certificate with what it lacks of the figures and the data of an earlier one of this draft."""
-        figures = {name: getattr(self, name) or getattr(before, name) for name in ("predicted", "served", "lossless")}
+        kinds = ("predicted", "served", "lossless", "accuracy")
+        figures = {name: getattr(self, name) or getattr(before, name) for name in kinds}
         origins = ("store_facts", "synthesis", "prompts")
         data = {name: getattr(self.data, name) or getattr(before.data, name) for name in origins}
         return self.model_copy(update={**figures, "data": self.data.model_copy(update=data)})
@@ -299,7 +310,7 @@ def read_certificate(folder: Path) -> tuple[Certificate, dict[str, Any]]:
         raise UserError(
             path,
             found=f"{place or 'the file'}: {first['msg'] if first else 'no JSON object'}",
-            expected="a certificate of format 1",
+            expected=f"a certificate of format {FORMAT_VERSION} or earlier",
             fix="Export the draft again, or get the folder again.",
         ) from None
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from conftest import run_here
 from written import write_store
 
+from bench.accuracy import SIDES, Evaluation, measure
 from bench.replay import make_report
 from bench.requests import Answer, Turn, answers_to_json
-from common.files import hash_json
+from common.files import hash_json, write_json
 from contracts.conversation import CONVERSATIONS_FILE
 from recipe.load import load_recipe
 from serve.command import fingerprint_draft
@@ -103,6 +107,33 @@ class Cited:
         (folder / "lossless.json").write_text(json.dumps(LOSSLESS))
         return folder
 
+    @cached_property
+    def accuracy(self) -> Path:
+        """A folder of `bench accuracy`: the draft gets one of ten questions wrong that the target gets right."""
+        return self.compare_answers("accuracy", questions=10, wrong=1)
+
+    def compare_answers(self, name: str, questions: int, wrong: int) -> Path:
+        """Run `bench accuracy` on answers that are there already; lm-eval is not loaded and no server started."""
+        assert self.fingerprint
+        recipe = load_recipe(self.recipe_path, ["bench.accuracy.tasks=[sums]", "bench.accuracy.repeats=1"])
+        work = Evaluation(recipe, self.folder / "plain", self.folder / name)
+        for side, load in ((side, load) for side in SIDES for load in work.loads):
+            scores = [1.0] * questions if side == "base" else [0.0] * wrong + [1.0] * (questions - wrong)
+            asked = [
+                {"id": n, "prompt": str(n), "replies": [f"{score:g}"], "cut": 0, "metrics": {"acc,none": score}}
+                for n, score in enumerate(scores)
+            ]
+            counters = {"num_drafts": 5, "num_accepted_tokens": 10}
+            for kind in work.passes:
+                path = work.path(load, side, "sums", kind)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, {"tasks": {"sums": asked}, "counters": counters})
+        with pytest.MonkeyPatch.context() as patch:
+            unused = {"open_tasks": lambda _: None, "load_task": None}
+            patch.setitem(sys.modules, "bench.questions", SimpleNamespace(LM_EVAL_VERSION="0.4.9", **unused))
+            measure(work)
+        return work.output
+
     @property
     def inputs(self) -> dict[str, str]:
         return {"draft": self.fingerprint, "target": self.target.fingerprint}
@@ -125,7 +156,7 @@ class Cited:
         """The options that name everything."""
         return [
             "--eval", self.evaluation, "--eval", f"again={self.evaluation}", "--served", self.served,
-            "--served", self.lossless, "--store", self.store, "--prompts", self.prompts,
+            "--served", self.lossless, "--served", self.accuracy, "--store", self.store, "--prompts", self.prompts,
         ]  # fmt: skip
 
     @cached_property

@@ -29,7 +29,7 @@ from serve.command import fingerprint_draft
 from serve.flags import to_flags
 from target.target import Target
 from train.provenance import DataFolders, describe_data
-from train.reports import ACCEPTANCE, LOSSLESS, Source, read_lossless, read_predicted, read_served, stage_of
+from train.reports import Source, read_measured, read_predicted
 
 WEIGHTS_FILE = "model.safetensors"
 THIS_FOLDER = "<this folder>"
@@ -48,13 +48,9 @@ class Figures:
         return bool(self.evaluations or self.served or self.data.store)
 
     def read(self, weights: Sequence[str], draft: str, target: str) -> dict[str, Any]:
-        """Return the sections predicted, served and lossless. Raises UserError for reports of another draft."""
-        stages = [(source, stage_of(source.path)) for source in self.served]
-        return {
-            "predicted": [read_predicted(source, weights) for source in self.evaluations],
-            "served": [read_served(source, draft, target) for source, stage in stages if stage == ACCEPTANCE],
-            "lossless": [read_lossless(source, draft, target) for source, stage in stages if stage == LOSSLESS],
-        }
+        """Return the sections of figures. Raises UserError for reports of another draft."""
+        predicted = [read_predicted(source, weights) for source in self.evaluations]
+        return {"predicted": predicted, **read_measured(self.served, draft, target)}
 
 
 @dataclass(frozen=True)

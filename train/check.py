@@ -121,14 +121,17 @@ def _find_difference(certified: BaseModel, found: BaseModel) -> str:
     """Return the first field that differs, "" if none; names of sets do not count, which the user chooses."""
     names: Any = {"set": True, "sets": True, "rows": {"__all__": {"set"}}}
     before, now = certified.model_dump(mode="json", exclude=names), found.model_dump(mode="json", exclude=names)
-    for name, value in before.items():
-        if value != now[name]:
-            return f"{name}: found {_short(now[name], value)}, certified {_short(value, now[name])}"
-    return ""
+    return _locate(before, now) if before != now else ""
 
 
-def _short(value: Any, other: Any) -> str:
-    """Return a value as text, or of two lists the first elements that differ."""
-    if isinstance(value, list) and isinstance(other, list) and len(value) == len(other):
-        value = next(one for one, two in zip(value, other, strict=True) if one != two)
-    return str(value)[:160]
+def _locate(certified: Any, found: Any, place: str = "") -> str:
+    """Return the first of the values that differ in two that do, and where it is: rows.0.acceptance_length."""
+    parts: list[tuple[Any, Any, Any]] = []
+    if isinstance(certified, dict) and isinstance(found, dict) and certified.keys() == found.keys():
+        parts = [(name, value, found[name]) for name, value in certified.items()]
+    elif isinstance(certified, list) and isinstance(found, list) and len(certified) == len(found):
+        parts = [(number, *pair) for number, pair in enumerate(zip(certified, found, strict=True))]
+    for name, ours, theirs in parts:
+        if ours != theirs:
+            return _locate(ours, theirs, f"{place}.{name}" if place else str(name))
+    return f"{place}: found {str(found)[:160]}, certified {str(certified)[:160]}"

@@ -192,7 +192,7 @@ class CitedOptions:
         list[str] | None,
         typer.Option(
             metavar="[NAME=]FOLDER",
-            help="Folder of `bench acceptance` or `bench lossless` with this draft. Repeatable.",
+            help="Folder of `bench acceptance`, `bench lossless` or `bench accuracy` with this draft. Repeatable.",
         ),
     ] = None
     store: Annotated[Path | None, typer.Option(help="The store that the draft was trained on.")] = None

@@ -1,7 +1,7 @@
-"""Read the reports that a draft's certificate cites: of `train eval`, `bench acceptance` and `bench lossless`.
+"""Read the reports that a draft's certificate cites: of `train eval`, and of three commands of `bench`.
 
-Reads: a report file of `train eval`; folders of the other two (run.json and their report). Each is given as PATH or
-       NAME=PATH; the name is that of the set on the card.
+Reads: a report file of `train eval`; folders of `bench acceptance`, `bench lossless` and `bench accuracy` (run.json and
+       their report). Each is given as PATH or NAME=PATH; the name is that of the set on the card.
 """
 
 from __future__ import annotations
@@ -14,13 +14,20 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import hash_file, read_json
-from contracts.certificate import Equality, Lossless, Overlap, Predicted, Served, make_row
+from contracts.accuracy import Scores
+from contracts.certificate import Accuracy, Equality, Lossless, Overlap, Predicted, Served, make_row
 from contracts.run import read_run
 from contracts.speeds import Speeds
 
 NAME = re.compile(r"[\w.-]+")
-ACCEPTANCE, LOSSLESS = "bench acceptance", "bench lossless"
-REPORTS = {ACCEPTANCE: "acceptance.json", LOSSLESS: "lossless.json"}
+ACCEPTANCE, LOSSLESS, ACCURACY = "bench acceptance", "bench lossless", "bench accuracy"
+REPORTS = {ACCEPTANCE: "acceptance.json", LOSSLESS: "lossless.json", ACCURACY: "accuracy.json"}
+NOT_CITED = {
+    "bench sweep": "A sweep measures one number of draft tokens, without intervals: the card's speeds are those of "
+    "`bench acceptance --conversations`.",
+}
+"""What to give instead of a folder that one might take for a source of figures."""
+CITED = "`bench acceptance`, `bench lossless` or `bench accuracy`"
 
 
 @dataclass(frozen=True)
@@ -68,15 +75,32 @@ def read_predicted(source: Source, weights: Sequence[str]) -> Predicted:
     )
 
 
-def stage_of(folder: Path) -> str:
-    """Return which stage wrote a folder. Raises UserError unless it is one that a certificate cites."""
-    stage = str(read_json(folder / "run.json", "the output of `bench acceptance` or `bench lossless`").get("stage"))
+def read_measured(sources: Sequence[Source], draft: str, target: str) -> dict[str, list[Served | Lossless | Accuracy]]:
+    """Return the certificate's sections served, lossless and accuracy from folders of `bench`, told apart by run.json.
+
+    Raises UserError for a folder of another command, and as `_open`. `draft`, `target`: their fingerprints.
+    """
+    readers = {
+        "served": (ACCEPTANCE, read_served),
+        "lossless": (LOSSLESS, read_lossless),
+        "accuracy": (ACCURACY, read_accuracy),
+    }
+    stages = [(source, _stage_of(source.path)) for source in sources]
+    return {
+        section: [read(source, draft, target) for source, found in stages if found == stage]
+        for section, (stage, read) in readers.items()
+    }
+
+
+def _stage_of(folder: Path) -> str:
+    """Return which command wrote a folder. Raises UserError unless it is one that a certificate cites."""
+    stage = str(read_json(folder / "run.json", f"the output of {CITED}").get("stage"))
     if stage not in REPORTS:
         raise UserError(
             folder,
             found=f"the output of `{stage}`",
-            expected="that of `bench acceptance` or `bench lossless`",
-            fix="Give the right folder.",
+            expected=f"that of {CITED}",
+            fix=NOT_CITED.get(stage, "Give the right folder."),
         )
     return stage
 
@@ -116,6 +140,17 @@ def read_lossless(source: Source, draft: str, target: str) -> Lossless:
     )
 
 
+def read_accuracy(source: Source, draft: str, target: str) -> Accuracy:
+    """Return the scores of a `bench accuracy`, whatever its verdict. Raises: see `_open`."""
+    run, report, checksum = _open(source.path, ACCURACY, draft, target)
+    return Accuracy(
+        report=checksum,
+        settings=run["settings"],
+        environment=run.get("environment", {}),
+        **{key: report[key] for key in Scores.model_fields},
+    )
+
+
 def _open(folder: Path, stage: str, draft: str, target: str) -> tuple[dict[str, Any], dict[str, Any], str]:
     """Return a folder's run state, its report and the report's checksum.
 
@@ -123,9 +158,12 @@ def _open(folder: Path, stage: str, draft: str, target: str) -> tuple[dict[str, 
     """
     run = read_run(folder, stage)
     for key, expected in (("draft", draft), ("target", target)):
-        if run["inputs"].get(key) != expected:
+        if (found := run["inputs"].get(key)) != expected:
             raise UserError(
-                folder, found=f"figures of another {key}", expected=f"this {key}'s", fix="Give the right folder."
+                folder,
+                found=f"figures of another {key} ({str(found)[:12]})",
+                expected=f"this {key}'s ({expected[:12]})",
+                fix=f"Give the right folder, or run `{stage}` with this {key}.",
             )
     path = folder / REPORTS[stage]
     return run, dict(read_json(path, f"the output of `{stage}`")), hash_file(path)

@@ -16,11 +16,12 @@ from accuracy_task import write_task
 from conftest import ROOT, run_here
 
 from bench.accuracy import Evaluation
-from bench.accuracy_report import Answers, judge, largest_by_chance, make_table, summarize
+from bench.accuracy_report import Answers, judge, largest_by_chance, summarize
 from bench.plan import evaluated_points
 from bench.questions import Asking, ask_questions, find_answer, load_task, open_tasks
 from bench.requests import Served
 from common.errors import IncompleteError, UserError
+from contracts.accuracy import Scores, explain_scores
 from recipe.bench import AccuracySection
 from recipe.load import load_recipe
 
@@ -53,6 +54,11 @@ def make_answers(base: list[list[float]], draft: list[list[float]], kind: str = 
     return Answers("recipe-c8", kind, [to_pass(s, "", 0) for s in base], [to_pass(s, prompt, 5) for s in draft])
 
 
+def explain(report: dict[str, Any]) -> str:
+    """What the card says of a report."""
+    return explain_scores(Scores(lm_eval="0.4.9", thinking_mode="", sampling={}, **report))
+
+
 @pytest.mark.parametrize(("num_worse", "is_found"), [(7, False), (8, True), (20, True)])
 def test_greedy_answers_that_all_get_worse_are_found_from_eight_on(num_worse: int, is_found: bool) -> None:
     scores = [1.0] * 30
@@ -65,12 +71,14 @@ def test_greedy_answers_that_all_get_worse_are_found_from_eight_on(num_worse: in
     assert report["replies"][0]["acceptance_length"] == 3.0
     if not is_found:
         judge(report)
+        assert explain(report).startswith("None of 1 differences is larger than chance explains (99% for")
         return
+    assert explain(report).startswith("**The draft changes the target's answers:** 1 of 1 differences is larger than")
     with pytest.raises(IncompleteError) as error:
         judge(report)
     assert "recipe-c8, task sums, acc,none, greedy answers: found " in str(error.value)
     assert f"a difference of {-num_worse / 30:+.4f} over 30 questions, expected at most 0." in str(error.value)
-    assert "**too large**" in make_table(report)
+    assert "**too large**" in explain(report)
 
 
 def test_identical_answers_pass_and_as_many_better_as_worse_ones_do() -> None:
@@ -105,8 +113,17 @@ def test_a_loss_that_sampling_hides_in_one_pass_is_found_by_the_mean_of_several(
 
 
 def test_too_few_questions_to_find_any_difference_fail() -> None:
+    report = summarize([make_answers([[1.0] * 7], [[1.0] * 7])], 0.99)
     with pytest.raises(IncompleteError, match="task sums: found 7 questions, expected at least 8"):
-        judge(summarize([make_answers([[1.0] * 7], [[1.0] * 7])], 0.99))
+        judge(report)
+    assert "**Not conclusive** for sums: with fewer than 8 questions no difference can be." in explain(report)
+
+
+def test_a_task_without_a_number_for_each_question_fails() -> None:
+    report = {**summarize([make_answers([[1.0] * 9], [[1.0] * 9])], 0.99), "rows": []}
+    with pytest.raises(IncompleteError, match="found no metric with a number for each question"):
+        judge(report)
+    assert "**Not conclusive**: no metric" in explain(report)
 
 
 def test_sides_that_were_asked_other_questions_are_not_compared() -> None:

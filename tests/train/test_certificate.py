@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cited import OVERLAP, TRACKERS, Cited
+from cited import OVERLAP, TRACKERS, Cited, write_run
 from conftest import run_here
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from contracts.certificate import Certificate, read_certificate
+from common.errors import IncompleteError
+from common.files import hash_json, write_json
+from contracts.certificate import Certificate, find_digests, read_certificate
 from target.target import Target
 from train.card import make_card
 
@@ -52,6 +54,11 @@ def test_a_certificate_says_what_the_reports_and_the_data_say(cited: Cited) -> N
     assert (served.environment, served.speeds[0].concurrency) == ({"vllm": "0.32.0"}, 1)
     assert (served.equality[0].identical, served.equality[0].total) == (4, 4)
     assert (certificate.lossless[0].replies, certificate.lossless[0].ties) == (9, 1)
+    accuracy = json.loads((cited.accuracy / "accuracy.json").read_text())
+    (compared,) = certificate.accuracy
+    assert [row.model_dump(mode="json") for row in compared.rows] == accuracy["rows"]
+    assert [(row.answers, row.base, row.draft) for row in compared.rows] == [("greedy", 1, 0.9), ("sampled", 1, 0.9)]
+    assert (compared.min_questions, compared.replies[0].identical, compared.confidence) == (9, 9, 0.99)
     data = certificate.data
     assert data.synthesis is not None
     assert data.prompts is not None
@@ -74,8 +81,14 @@ def test_the_card_holds_every_figure_and_the_hubs_model_index(cited: Cited) -> N
     card = ModelCard(text)
     _, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
     rows = [row for part in (*certificate.predicted, *certificate.served) for row in part.rows]
-    assert sorted(result.metric_value for result in results) == sorted(row.acceptance_length for row in rows)
-    assert {result.dataset_type for result in results} == {"store", "again", "held_out"}
+    scores = [row.draft for part in certificate.accuracy for row in part.rows]
+    assert sorted(found.metric_value for found in results) == sorted(
+        [*(row.acceptance_length for row in rows), *scores]
+    )
+    assert {result.dataset_type for result in results} == {"store", "again", "held_out", "sums"}
+    greedy = next(result for result in results if result.metric_type == "acc")
+    assert greedy.metric_args["without_draft"] == 1.0
+    assert (greedy.metric_args["difference"], greedy.metric_args["is_beyond_chance"]) == (-0.1, False)
     assert card.data.datasets == ["org/set"]
     assert card.content.splitlines() == text.splitlines()  # the hub writes the same block again
     for said in (
@@ -87,7 +100,12 @@ def test_the_card_holds_every_figure_and_the_hubs_model_index(cited: Cited) -> N
         "| run at wandb | [r1](https://wandb.ai/r1) |",
         "| held_out | enabled | 0 | 3 | 2.000 [",
         "--speculative-draft-model-path '<this folder>' --speculative-algorithm DFLASH",
+        "| `bench acceptance` on held_out, all K | 4 | 4 |  |",
         "| `bench lossless`: prefix cache, chunked prefill, 8 at once, tool calls | 9 | 8 | 1 ties within 0.001 |",
+        "None of 2 differences is larger than chance explains (99% for the whole table).",
+        "| recipe-c4 | sums | acc,none | greedy | 10 | 1.0000 | 0.9000 | -0.1000 ± 0.1000 | 0.1000 |",
+        "| recipe-c4 | sums | greedy | 9 of 10 | 0 | 0 | 3.000 |",
+        "Sampled with temperature 1.0, ",
         *certificate.files["model.safetensors"].split(),
     ):
         assert said in text
@@ -129,8 +147,13 @@ def replace_in(name: str, old: str, new: str) -> Callable[[Path], None]:
          "certificate.json: section served was changed"),
         (replace_in("certificate.json", '"acceptance_length": 2.0', '"acceptance_length": 2.4'),
          "README.md, line 88: says 'value: 2.0', the certificate 'value: 2.4'"),
+        (replace_in("certificate.json", '"is_beyond_chance": false', '"is_beyond_chance": true'),
+         "certificate.json: section accuracy was changed"),
+        (replace_in("README.md", "| 0.9000 | -0.1000 ±", "| 1.0000 | +0.0000 ±"),
+         "the certificate '| recipe-c4 | sums | acc,none | greedy | 10 | 1.0000 | 0.9000 | -0.1000 ± 0.1000"),
+        (replace_in("README.md", "without_draft: 1.0", "without_draft: 0.9"), "the certificate 'without_draft: 1.0'"),
         (replace_in("certificate.json", '"done": 2', '"done": 3'), "certificate.json: section data was changed"),
-        (replace_in("certificate.json", '"format_version": 1', '"format_version":  1'), "its bytes are not"),
+        (replace_in("certificate.json", '"format_version": 2', '"format_version":  2'), "its bytes are not"),
         (replace_in("certificate.json", '"digest": "', '"digest": "0'), "certificate.json: its digests were changed"),
         (replace_in("certificate.json", '"samples": 10', '"samples": "ten"'), "certificate.json: found data.samples: "),
         (replace_in("README.md", "| 2.000 [", "| 2.400 ["), "the certificate '| held_out | enabled | 0 | 1 | 2.000 ["),
@@ -174,20 +197,58 @@ def test_data_that_was_changed_after_the_training_is_found_and_named(cited: Cite
     assert check(export, "--store", cited.store, "--prompts", cited.prompts).returncode == 0
 
 
-def test_a_forged_certificate_is_found_by_the_report_that_it_cites(cited: Cited, export: Path) -> None:
-    certificate, values = read_certificate(export)
-    values["served"][0]["rows"][0]["acceptance_length"] = 3.9
+def seal(folder: Path, values: dict[str, Any]) -> Certificate:
+    """Write the certificate of changed values, with its card and all digests computed anew."""
     forged = Certificate.model_validate({**values, "digests": {}, "digest": ""})
     card = make_card(forged)
     forged = forged.sealed(card)
-    forged.write(export)
-    (export / "README.md").write_text(card)
+    forged.write(folder)
+    (folder / "README.md").write_text(card)
+    return forged
+
+
+def test_a_forged_certificate_is_found_by_the_report_that_it_cites(cited: Cited, export: Path) -> None:
+    certificate, values = read_certificate(export)
+    values["served"][0]["rows"][0]["acceptance_length"] = 3.9
+    forged = seal(export, values)
     assert check(export).returncode == 0  # nobody can tell but by its digest
     assert forged.digest != certificate.digest
     result = check(export, "--served", cited.served)
     assert result.returncode == 1
-    assert "served: rows: found" in result.stdout
-    assert "3.9" in result.stdout
+    assert "check: served: rows.0.acceptance_length: found 1.0, certified 3.9\n" in result.stdout
+
+
+def test_a_forged_score_is_found_by_the_report_that_the_certificate_cites(cited: Cited, export: Path) -> None:
+    values = read_certificate(export)[1]
+    values["accuracy"][0]["rows"][0]["draft"] = 1.0
+    seal(export, values)
+    assert check(export).returncode == 0
+    result = check(export, "--served", cited.accuracy)
+    assert result.returncode == 1
+    assert "check: accuracy: rows.0.draft: found 0.9, certified 1.0\n" in result.stdout
+
+
+def test_a_difference_beyond_chance_ends_with_an_error_and_is_stated_on_the_card(cited: Cited) -> None:
+    with pytest.raises(IncompleteError, match="The draft changes the target's answers"):
+        cited.compare_answers("worse", questions=30, wrong=20)
+    cited.export("worse-export", "--served", cited.folder / "worse")
+    (compared,) = read_certificate(cited.folder / "worse-export")[0].accuracy
+    assert [row.is_beyond_chance for row in compared.rows] == [True, True]
+    card = (cited.folder / "worse-export/README.md").read_text()
+    assert "**The draft changes the target's answers:** 2 of 2 differences are larger than chance explains (99%" in card
+    assert "± 0.0875 | 0.4000 **too large** |" in card
+
+
+def test_a_certificate_of_the_format_without_accuracy_is_still_checked(export: Path) -> None:
+    values = read_certificate(export)[1]
+    del values["accuracy"]
+    values["format_version"] = 1
+    values["digests"] = find_digests(values)
+    values["digest"] = hash_json(values["digests"])
+    write_json(export / "certificate.json", values)
+    assert check(export).returncode == 0
+    replace_in("README.md", "| 2.000 [", "| 2.400 [")(export)
+    assert "README.md: sha256" in check(export).stdout
 
 
 def test_figures_of_another_draft_or_of_an_earlier_version_are_refused(cited: Cited, tmp_path: Path) -> None:
@@ -204,10 +265,37 @@ def test_figures_of_another_draft_or_of_an_earlier_version_are_refused(cited: Ci
     assert not [name for name in "abcd" if (cited.folder / name).exists()]
 
 
+@pytest.mark.parametrize("key", ["draft", "target"])
+def test_accuracy_of_another_draft_or_target_is_refused(cited: Cited, tmp_path: Path, key: str) -> None:
+    other = Path(shutil.copytree(cited.accuracy, tmp_path / "accuracy"))
+    state = json.loads((other / "run.json").read_text())
+    state["inputs"][key] = "f" * 64
+    (other / "run.json").write_text(json.dumps(state))
+    refused = cited.export("refused", "--served", other, check=False)
+    assert refused.returncode == 2
+    told = f"{other}: found figures of another {key} (ffffffffffff), expected this {key}'s ({cited.inputs[key][:12]})."
+    assert told in refused.stderr
+    assert not (cited.folder / "refused").exists()
+
+
+def test_a_folder_of_bench_that_no_card_cites_is_refused_by_name(cited: Cited, tmp_path: Path) -> None:
+    write_run(tmp_path / "sweep", "bench sweep", cited.inputs, {}, {})
+    refused = cited.export("refused", "--served", tmp_path / "sweep", check=False)
+    assert refused.returncode == 2
+    assert (
+        "found the output of `bench sweep`, expected that of `bench acceptance`, `bench lossless` or `bench accuracy`"
+        in (refused.stderr)
+    )
+    assert "A sweep measures one number of draft tokens, without intervals" in refused.stderr
+
+
 def test_an_export_without_reports_says_what_is_missing(cited: Cited) -> None:
     assert cited.fingerprint
     plain = (cited.folder / "plain/README.md").read_text()
-    for said in ("Not evaluated", "Not served", "Not checked", "No recommended number", "Licenses of the prompts"):
+    for said in (
+        "Not evaluated", "Not served", "Not checked", "No recommended number", "Licenses of the prompts",
+        "Accuracy with and without the draft was not compared",
+    ):  # fmt: skip
         assert said in plain
     assert "model-index" not in plain
     assert check(cited.folder / "plain").returncode == 0
