@@ -237,6 +237,9 @@ def test_a_difference_beyond_chance_ends_with_an_error_and_is_stated_on_the_card
     card = (cited.folder / "worse-export/README.md").read_text()
     assert "**The draft changes the target's answers:** 2 of 2 differences are larger than chance explains (99%" in card
     assert "± 0.0875 | 0.4000 **too large** |" in card
+    cited.export("worse-export", "--served", cited.lossless)  # adds a kind of figures, and keeps the others
+    again, _ = read_certificate(cited.folder / "worse-export")
+    assert (again.accuracy, len(again.lossless)) == ([compared], 1)
 
 
 def test_a_certificate_of_the_format_without_accuracy_is_still_checked(export: Path) -> None:
@@ -282,10 +285,8 @@ def test_a_folder_of_bench_that_no_card_cites_is_refused_by_name(cited: Cited, t
     write_run(tmp_path / "sweep", "bench sweep", cited.inputs, {}, {})
     refused = cited.export("refused", "--served", tmp_path / "sweep", check=False)
     assert refused.returncode == 2
-    assert (
-        "found the output of `bench sweep`, expected that of `bench acceptance`, `bench lossless` or `bench accuracy`"
-        in (refused.stderr)
-    )
+    cited_by_cards = "that of `bench acceptance`, `bench lossless` or `bench accuracy`"
+    assert f"found the output of `bench sweep`, expected {cited_by_cards}" in refused.stderr
     assert "A sweep measures one number of draft tokens, without intervals" in refused.stderr
 
 
