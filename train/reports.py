@@ -15,7 +15,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import hash_file, read_json
 from contracts.accuracy import Scores
-from contracts.certificate import Accuracy, Equality, Lossless, Overlap, Predicted, Served, make_row
+from contracts.certificate import Accuracy, Equality, Lossless, Overlap, Part, Predicted, Served, make_row
 from contracts.run import read_run
 from contracts.speeds import Speeds
 
@@ -75,7 +75,7 @@ def read_predicted(source: Source, weights: Sequence[str]) -> Predicted:
     )
 
 
-def read_measured(sources: Sequence[Source], draft: str, target: str) -> dict[str, list[Served | Lossless | Accuracy]]:
+def read_measured(sources: Sequence[Source], draft: str, target: str) -> dict[str, list[Part]]:
     """Return the certificate's sections served, lossless and accuracy from folders of `bench`, told apart by run.json.
 
     Raises UserError for a folder of another command, and as `_open`. `draft`, `target`: their fingerprints.
