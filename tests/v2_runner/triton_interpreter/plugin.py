@@ -1,4 +1,4 @@
-"""A vLLM plugin for tests that makes Triton's interpreter faster, and lets it run kernels with scalar masks."""
+"""A vLLM plugin for tests that makes Triton's interpreter faster, and lets it run more of vLLM's kernels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ def register() -> None:
     if os.environ.get("TRITON_INTERPRET"):
         interpret_without_copies()
         keep_masks_boolean()
+        interpret_log1p()
 
 
 def interpret_without_copies() -> None:
@@ -54,3 +55,17 @@ def keep_masks_boolean() -> None:
         return TensorHandle(block.data.astype(bool), block.dtype) if scalar.data.dtype == bool else block
 
     InterpreterBuilder.create_splat = create_splat
+
+
+def interpret_log1p() -> None:
+    """Let vLLM resample a token whose sampled draft was rejected: CUDA's library has no code for the interpreter."""
+    import numpy as np
+    import triton.language as tl
+    from triton.language.extra import libdevice
+    from triton.runtime.interpreter import TensorHandle
+
+    def log1p(x: Any) -> Any:
+        with np.errstate(divide="ignore"):  # log1p(-1): the token is never resampled
+            return tl.tensor(TensorHandle(np.log1p(x.handle.data), x.handle.dtype), x.type)
+
+    libdevice.log1p = log1p
