@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 19
 MIN_CHUNK_ROWS = 64
 CPU = torch.device("cpu")
 DEVICE_CHUNK_ROWS = 2048
