@@ -149,7 +149,10 @@ class AcceptanceRow(Part):
 
 
 class Predicted(Part):
-    """A report of `train eval`: its checksum, that of the store's ledger, and its rows."""
+    """A report of `train eval`: its checksum, that of the store's ledger, and its rows.
+
+    `trained_on`: how many of its samples the draft was trained on; None if that is not known.
+    """
 
     set: str
     report: str
@@ -157,6 +160,7 @@ class Predicted(Part):
     acceptance_length: float
     interval: tuple[float, float]
     confidence: dict[str, Any] | None
+    trained_on: int | None = None
     rows: list[AcceptanceRow]
 
 

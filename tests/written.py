@@ -54,10 +54,11 @@ def write_store(
     num_samples: int = 10,
     layer_ids: Sequence[int] = (1, 2),
     conversations: Path | None = None,
+    seed: int = 4,
 ) -> Path:
     """A finished store of random states, made with the store's own writer. A layer's states are the same in all.
 
-    Its manifest names `conversations`, whatever is in them.
+    Its manifest names `conversations`, whatever is in them. Another `seed` gives the same ids other tokens.
     """
     checksum = hash_conversations([conversations]) if conversations else "c" * 64
     opened = Run.open(
@@ -87,7 +88,7 @@ def write_store(
         )
     )
     ledger = LedgerWriter(store.ledger_path)
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator().manual_seed(seed)
     of_layer = {layer_id: torch.Generator().manual_seed(100 + layer_id) for layer_id in layer_ids}
     for number in range(num_samples):
         ids = torch.randint(0, 500, (60,), generator=generator).tolist()

@@ -108,6 +108,7 @@ def summarize(variants: list[Variant]) -> dict[str, Any]:
             "name": variant.name,
             "method": variant.recipe.training().draft.method,
             "num_draft_tokens": variant.report["num_draft_tokens"],
+            "trained_on": variant.report.get("trained_on"),
             "parameters": variant.training["summary"]["parameters"],
             "training_seconds": variant.training["seconds"],
             **total.summary(),

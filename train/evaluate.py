@@ -4,8 +4,8 @@ Reads:  a training run's chosen checkpoint, with the rope of its export, or a pu
         held-out conversations.
 Writes: OUTPUT (JSON): acceptance length with its bootstrap interval and per position; by thinking mode, category,
         length and temperature of the samples (`rows`: by mode and temperature together), and by the context before each
-        step; the reliability of the draft's confidences, if it has some. With `--proposals`, what the draft proposed at
-        each step (contracts/proposals.py).
+        step; the reliability of the draft's confidences, if it has some; how many of the samples the draft was trained
+        on. With `--proposals`, what the draft proposed at each step (contracts/proposals.py).
 
 The walk of one reply: the first token comes from the prefill and is the first anchor. Draft a block there, accept the
 prefix that agrees with the generated tokens, add the target's own next token, and continue from it. The last block ends
@@ -19,6 +19,7 @@ sampled, too, see train/sampled_drafts.py.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ from train.plan import Machine, refuse_unfit, suppose_masks, work_of
 from train.processes import Processes, start_processes
 from train.sampled_drafts import Expected, expect_steps
 from train.start import Start, load_start, open_start, own_config
+from train.trained_on import Trained, count_trained_on, find_trained, read_trained
 from train.walk import (
     Walk,
     expected_acceptances,
@@ -92,13 +94,14 @@ class Subject:
     """The draft that is evaluated: its config, what identifies its weights, the function that loads them.
 
     `load` also returns lines that say what became of each tensor of a folder. `start`: the folder that it was read
-    from, if it is not a run's checkpoint.
+    from, if it is not a run's checkpoint. `trained`: what is on record of its training.
     """
 
     config: DraftConfig
     inputs: dict[str, str]
     load: Callable[[TargetHead], tuple[Draft, list[str]]]
     start: Start | None = None
+    trained: Trained | None = None
 
 
 def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
@@ -123,13 +126,15 @@ def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
         "final_norm": target.final_norm,  # changes the expected acceptance
         **({"draft_config": config.model_dump(mode="json")} if subject.start else {}),
     }
+    sample_ids = store.sample_ids()[: asked.num_samples]
+    trained_on = count_trained_on(store, sample_ids, subject.trained)
     if asked.output.exists():
         report = read_json(asked.output, "an evaluation")
         # Reports of earlier versions have no rows.
         if report.get("inputs") == inputs and "rows" in report and _has_proposals(asked, report):
             print(f"eval: {asked.output} is finished, skipped (acceptance length {report['acceptance_length']:.3f})")
+            _warn(trained_on, len(sample_ids))
             return dict(report)
-    sample_ids = store.sample_ids()[: asked.num_samples]
     if not sample_ids:
         raise UserError(asked.store, found="no sample", expected="held-out samples", fix="Give a store that has some.")
     with start_processes() as processes, processes.autocast():
@@ -147,7 +152,7 @@ def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
         samples = Samples(store, sample_ids, manifest.layer_ids, keep_proposals=asked.proposals is not None)
         walked, shifted = _walk_all(draft, head, samples, processes)
     report = {**_report(walked, config.num_draft_tokens), **_compare(walked, shifted, config), "inputs": inputs}
-    report["set"] = asked.store.resolve().name
+    report |= {"set": asked.store.resolve().name, "trained_on": trained_on}
     if processes.is_first:
         if asked.proposals is not None:
             steps = {one.sample: one.proposals for one in walked if one.proposals is not None}
@@ -155,7 +160,18 @@ def evaluate(recipe: Recipe, asked: Evaluation) -> dict[str, Any]:
             print(f"eval: proposals of {report['steps']} steps -> {asked.proposals}")
         write_json(asked.output, report)
         _print(report, config, asked.output)
+        _warn(trained_on, len(sample_ids))
     return report
+
+
+def _warn(trained_on: int | None, num_samples: int) -> None:
+    """Say on stderr if the draft was trained on samples of the evaluation."""
+    if trained_on:
+        print(
+            f"eval: warning: the draft was trained on {trained_on} of the {num_samples} samples: the figures are too "
+            "good. Give a store of conversations that were kept out of the training.",
+            file=sys.stderr,
+        )
 
 
 def _has_proposals(asked: Evaluation, report: dict[str, Any]) -> bool:
@@ -198,7 +214,9 @@ def _open_draft(recipe: Recipe, target: Target, manifest: Manifest, asked: Evalu
         run = DraftRun(asked.run)
         config = served_config(read_config(run), recipe)
         _check_store(asked.store, manifest, config, target)
-        return Subject(config, {"draft": hash_file(run.chosen_weights())}, lambda _: (load_served(run, recipe), []))
+        weights = run.chosen_weights()
+        trained = read_trained(run, weights.parent.name)
+        return Subject(config, {"draft": hash_file(weights)}, lambda _: (load_served(run, recipe), []), trained=trained)
     assert asked.draft is not None
     start = open_start(asked.draft, recipe, target)
     source = {"target_fingerprint": target.fingerprint, "store": ""}
@@ -210,7 +228,7 @@ def _open_draft(recipe: Recipe, target: Target, manifest: Manifest, asked: Evalu
         lines = load_start(start, draft, head)
         return draft.eval(), lines
 
-    return Subject(config, start.inputs("draft"), load, start)
+    return Subject(config, start.inputs("draft"), load, start, find_trained(start))
 
 
 def acceptance_of(draft: Draft, head: TargetHead, samples: Iterable[StoredSample]) -> Acceptance:

@@ -99,6 +99,7 @@ def _describe(pilot: Pilot, data: Data) -> dict[str, Any]:
         "acceptance_length": round(pilot.acceptance_length, 4),
         "interval": [round(low, 4), round(high, 4)],
         "seconds": pilot.seconds,
+        "trained_on": pilot.trained_on,
     }
 
 

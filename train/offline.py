@@ -50,6 +50,7 @@ from train.plan import Machine, refuse_unfit, work_of
 from train.processes import Processes, start_processes
 from train.schedule import learning_rate
 from train.start import Start, list_changes, load_start, open_start, start_config
+from train.trained_on import FOLDER_KEY
 
 LOW = 0.2
 """Share of accepted first draft tokens below which a draft that was trained elsewhere is suspect."""
@@ -96,6 +97,8 @@ def train_offline(
                 return {}
             print(f"train: {output} is finished, skipped ({_describe(run.state['summary'])})")
             return dict(run.state["summary"])
+        if run is not None:
+            run.state[FOLDER_KEY] = str(store_folder.absolute())  # no input: a store may be moved before a resume
         if processes.is_first and (note := note_mask_token(recipe, target)):
             print(f"train: {note}")
         refuse_mask_token(samples, config.mask_token_id, processes)

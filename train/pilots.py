@@ -97,6 +97,7 @@ class Pilot:
     tokens: float
     seconds: float
     parts: list[Acceptance]
+    trained_on: int | None = None
 
     @property
     def acceptance_length(self) -> float:
@@ -184,6 +185,7 @@ def _evaluate(work: Work, run: Path, report: Path, data: Data) -> Pilot:
         tokens=int(state["summary"]["samples"]) * data.tokens_per_sample,
         seconds=float(state["seconds"]),
         parts=parts_of(found),
+        trained_on=found.get("trained_on"),
     )
 
 

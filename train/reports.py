@@ -71,6 +71,7 @@ def read_predicted(source: Source, weights: Sequence[str]) -> Predicted:
         acceptance_length=report["acceptance_length"],
         interval=report["interval"],
         confidence=report.get("confidence"),
+        trained_on=report.get("trained_on"),
         rows=[make_row(name, k, row) for row in report["rows"]],
     )
 

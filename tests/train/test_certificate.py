@@ -40,6 +40,7 @@ def test_a_certificate_says_what_the_reports_and_the_data_say(cited: Cited) -> N
     report = json.loads(cited.evaluation.read_text())
     first, again = certificate.predicted
     assert (first.set, again.set, first.acceptance_length) == ("store", "again", report["acceptance_length"])
+    assert (first.trained_on, report["trained_on"]) == (10, 10)
     assert [(row.thinking_mode, row.temperature, row.n) for row in first.rows] == [("", 0.0, 10)]
     assert list(first.rows[0].interval or ()) == report["interval"]
     (served,) = certificate.served
@@ -92,6 +93,7 @@ def test_the_card_holds_every_figure_and_the_hubs_model_index(cited: Cited) -> N
     assert card.data.datasets == ["org/set"]
     assert card.content.splitlines() == text.splitlines()  # the hub writes the same block again
     for said in (
+        "The draft was trained on 10 of the samples of store: on other conversations it accepts less.",
         "| held_out | 4 | 1 |",
         "| 3 | 1.500 [1.000, 2.000], n = 2 | 1.500 [1.000, 2.000], n = 2 |  |",
         "| chat | org/set | 20 | 18 | cc-by-4.0 |",

@@ -47,6 +47,8 @@ def test_variants_are_trained_alike_and_compared_by_sample(words: list[object], 
     page = (tmp_path / "out/report.html").read_text()
     assert "dspark" in page
     assert "Their trainings are not equal" in page
+    assert "again was trained on 10 of these samples" in page
+    assert {row["trained_on"] for row in result["variants"]} == {10}
     assert (tmp_path / "out/dspark/export/config.json").exists()
     assert run_here(*words).stdout.count("is finished, skipped") == 12  # training, evaluation and export of each
 

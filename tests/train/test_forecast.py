@@ -37,6 +37,7 @@ def test_pilots_are_the_recipe_with_a_share_of_samples_steps_and_warm_up(made: t
     assert [(pilot["samples"], pilot["steps"], pilot["tokens"]) for pilot in pilots] == [
         (4, 8, 160), (10, 20, 400), (20, 40, 800),
     ]  # fmt: skip
+    assert [pilot["trained_on"] for pilot in pilots] == [4, 10, 20]  # evaluated on what they were trained on
 
 
 def test_the_forecast_has_lengths_at_budgets_speed_ups_and_where_more_data_stops_paying(made: tuple[Path, str]) -> None:
