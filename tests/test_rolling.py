@@ -7,33 +7,25 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, command, read_lines, run, run_here
-from safetensors.torch import load_file
+from rolled import GIB, SETTINGS, capture, follow, names, run_master, same_weights, store_bytes, write_whole
 from slurm import is_installed, run_slurm
 from written import write_conversations
 
-from common.errors import UserError
-from contracts.mooncake import Mooncake, MooncakeShelf
 from contracts.rolling import RollingStore
 from contracts.run import is_complete
 from contracts.shelf import place_key
 from dump.capture import Staged, Staging
 from dump.hf import Transformers
-from serve.server import find_port
 
-SETTINGS = ["--set", "dump.backend=hf", "--set", "train.num_steps=24", "--set", "train.checkpoint_every=1000"]
 PLACES = 96
-GIB = 2**30
 
 
 @pytest.fixture(scope="module")
@@ -43,30 +35,13 @@ def conversations(target_folder: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def whole(recipe_path: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on a whole store; its folder."""
-    folder = tmp_path_factory.mktemp("whole")
-    args = ["--recipe", recipe_path, *SETTINGS]
-    run_here("dump", "run", *args, "--conversations", conversations, "--output", folder / "store")
-    run_here("train", "offline", *args, "--store", folder / "store", "--output", folder / "draft")
-    return folder
+    return write_whole(recipe_path, conversations, tmp_path_factory.mktemp("whole"))
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "draft/step-000024/weights.safetensors")
-
-
-def store_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-
-
-def capture(recipe: Path, conversations: Path, folder: Path, window: float, *more: object) -> list[str]:
-    places = ["--conversations", conversations, "--output", folder / "store", "--window", window]
-    return command("dump", "run", "--recipe", recipe, *SETTINGS, *places, *more)
-
-
-def follow(recipe: Path, folder: Path, *more: object) -> list[str]:
-    places = ["--store", folder / "store", "--output", folder / "draft", "--follow"]
-    return command("train", "offline", "--recipe", recipe, *SETTINGS, *places, *more)
+@pytest.fixture(scope="module")
+def master() -> Iterator[str]:
+    with run_master() as address:
+        yield address
 
 
 @contextmanager
@@ -117,11 +92,6 @@ def run_together(*commands: list[str], logs: Path, timeout_s: float = 240.0) -> 
     return said
 
 
-def same_weights(folder: Path, other: Path) -> bool:
-    ours, theirs = weights(folder), weights(other)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
 def test_a_window_gives_the_weights_of_the_whole_store_within_its_bytes(
     recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -148,11 +118,6 @@ def take_turns(
         if is_complete(folder / "draft"):
             return
     raise AssertionError("the training does not end")
-
-
-def names(words: list[str]) -> list[str]:
-    """The words of a command with its name in place of its path."""
-    return [Path(words[0]).name, *words[1:]]
 
 
 def test_capture_and_training_may_take_turns_and_go_back_to_an_earlier_checkpoint(
@@ -437,74 +402,3 @@ def test_capture_and_training_as_jobs_of_slurm(
         assert "1 done" in say(*status)
     shutil.move(tmp_path / "run/train", tmp_path / "draft")
     assert same_weights(tmp_path, tmp_path / "alone")
-
-
-@pytest.fixture(scope="module")
-def master() -> Iterator[str]:
-    """The address of a Mooncake master."""
-    pytest.importorskip("mooncake.store", exc_type=ImportError)
-    port, metrics = find_port("127.0.0.1", None), find_port("127.0.0.1", None)
-    program = str(Path(sys.executable).with_name("mooncake_master"))
-    words = [program, "--rpc_address=127.0.0.1", f"--rpc_port={port}", f"--metrics_port={metrics}"]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(1.0)
-    yield f"127.0.0.1:{port}"
-    process.kill()
-    process.wait()
-
-
-def test_an_object_of_other_content_than_was_put_is_refused(master: str) -> None:
-    shelf, other = MooncakeShelf(Mooncake(master, "one")), MooncakeShelf(Mooncake(master, "one"), largest_bytes=1 << 20)
-    shelf.put("a", b"content")
-    assert (other.get("a"), other.get("b"), other.find(["a", "b"])) == (b"content", None, {"a"})
-    shelf.put("a", b"other content")
-    assert other.get("a") == b"other content"
-    shelf._client.remove("one/a", True)
-    shelf._client.put("one/a", bytes(32) + b"torn", shelf._pinned())
-    with pytest.raises(UserError, match="not those that were put"):
-        other.get("a")
-
-
-def test_without_a_master_the_command_says_what_to_start(
-    recipe_path: Path, conversations: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("mooncake.store", exc_type=ImportError)
-    mooncake = ("--mooncake", f"127.0.0.1:{find_port('127.0.0.1', None)}")
-    result = run_here(*names(capture(recipe_path, conversations, tmp_path, 0.01, *mooncake)), check=False)
-    assert result.returncode == 2
-    assert "Start it: mooncake_master" in result.stderr
-
-
-@pytest.mark.long
-def test_memory_of_other_nodes_gives_the_same_weights_after_a_capture_server_was_killed(
-    recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path, master: str
-) -> None:
-    window = 0.3 * store_bytes(whole / "store")
-    where = ("--mooncake", master, "--mooncake-name", "weights")
-    store = RollingStore(tmp_path / "trainer/store")
-    captures = [
-        capture(recipe_path, conversations, tmp_path / f"node-{number}", window / GIB, "--shard", f"{number}/2", *where)
-        for number in range(2)
-    ]
-    with (tmp_path / "log").open("w") as log:
-        start = partial(subprocess.Popen, cwd=ROOT, stdout=log, stderr=log)
-        trainer = start(follow(recipe_path, tmp_path / "trainer", *where))
-        nodes = [start(words) for words in captures]
-        try:
-            deadline = time.monotonic() + 300
-            while not (tmp_path / "trainer/draft/metrics.jsonl").exists() or not read_lines(
-                tmp_path / "trainer/draft/metrics.jsonl"
-            ):
-                assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-                assert trainer.poll() is None, (tmp_path / "log").read_text()[-3000:]
-                time.sleep(0.02)
-            nodes[0].kill()  # its samples are gone with its memory
-            nodes[0].wait()
-            nodes[0] = start(captures[0])
-            assert [process.wait(300) for process in (trainer, *nodes)] == [0, 0, 0], (tmp_path / "log").read_text()
-        finally:
-            for process in (trainer, *nodes):
-                process.kill()
-                process.wait()
-    assert same_weights(tmp_path / "trainer", whole)
-    assert not list(store.folder.rglob("*.safetensors"))
