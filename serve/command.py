@@ -95,6 +95,7 @@ class ServeCommand:
         folders = [word for word in (*self.args, *_strings_in_json(self.args)) if Path(word).is_absolute()]
         folders = [_whole_repository(folder) for folder in folders]
         lines += [f"  -v {shlex.quote(f'{folder}:{folder}:ro')}" for folder in dict.fromkeys(folders)]
+        lines += [f"  -v {shlex.quote(f'{folder}:{folder}')}" for folder in _written_folders(self.args)]
         args = list(self.args)
         args[args.index("--host") + 1] = "0.0.0.0"  # noqa: S104 (inside the container; -p says who reaches it)
         return " \\\n".join([*lines, f"  {image} {shlex.quote(args[1])}", *_indent(args[2:], "    ")])
@@ -297,6 +298,15 @@ def _indent(args: Sequence[str], by: str = "  ") -> list[str]:
         else:
             lines[-1] += " " + shlex.quote(word)
     return lines
+
+
+def _written_folders(args: Sequence[str]) -> list[str]:
+    """Return the folder that the connector of extracted states writes to, if there is one."""
+    if "--kv-transfer-config" not in args:
+        return []
+    config = json.loads(args[args.index("--kv-transfer-config") + 1])
+    folder = config.get("kv_connector_extra_config", {}).get("shared_storage_path", "")
+    return [folder] if Path(folder).is_absolute() else []
 
 
 def _strings_in_json(args: Sequence[str]) -> list[str]:

@@ -180,6 +180,7 @@ def test_a_container_has_the_same_command_whatever_vllm_is_installed_here(
     assert not [key for key in CPU_ENV if key in found]
     assert ("CPUHiddenStatesConnector" in found, "HiddenStatesConnector" in found) == (False, extract)
     assert found == installed("vllm") == installed()
+    assert (f"-v {tmp_path}:{tmp_path} " in found) == extract  # the states are seen outside; not read-only
 
 
 def test_sglang_is_told_the_same_of_the_target_and_the_draft(dflash: Path) -> None:
