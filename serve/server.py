@@ -6,6 +6,7 @@ Writes: the server's output to a log file; its last lines are printed when the s
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import socket
@@ -28,6 +29,8 @@ from serve.vllm_main import PARENT_ENV
 STOP_TIMEOUT_S = 20.0
 POLL_INTERVAL_S = 0.25
 PROGRESS_INTERVAL_S = 15.0
+FREE_PORTS = range(20000, 32768)
+"""Ports to choose from. A server binds its port seconds later: the kernel gives the ports above to connections."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +54,22 @@ class Server:
 
 
 def find_port(host: str, port: int | None) -> int:
-    """Return `port`, or any free port for None. Raises UserError if `port` is in use."""
+    """Return `port`, or a random free one of `FREE_PORTS` for None. Raises UserError if `port` is in use."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port or 0))
-        except OSError as error:
-            raise UserError(
-                f"{host}:{port}",
-                found=error.strerror or "an unusable address",
-                expected="a free port",
-                fix="Stop the process that listens there, or set serve.port to another port (null: any free one).",
-            ) from None
-        return int(probe.getsockname()[1])
+    for candidate in [port] if port else random.SystemRandom().sample(FREE_PORTS, 20):
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, candidate))
+                return candidate
+            except OSError as error:
+                reason = error.strerror or "an unusable address"
+    raise UserError(
+        f"{host}:{port}",
+        found=reason,
+        expected="a free port",
+        fix="Stop the process that listens there, or set serve.port to another port (null: any free one).",
+    )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command, run
 
-from serve.server import find_error
+from serve.server import find_error, find_port
 
 
 def test_a_port_in_use_is_one_line_and_exit_code_2(recipe_path: Path) -> None:
@@ -72,3 +72,9 @@ def test_the_last_error_of_a_log_is_preferred_to_its_last_line(tmp_path: Path) -
     assert find_error(log) == "ValueError: no such model"
     log.write_text("")
     assert find_error(log) == "no output"
+
+
+def test_free_ports_differ_and_are_none_that_linux_gives_to_connections() -> None:
+    ports = [find_port("127.0.0.1", None) for _ in range(8)]
+    assert len(set(ports)) > 1
+    assert max(ports) < 32768  # net.ipv4.ip_local_port_range begins there
