@@ -27,6 +27,8 @@ from contracts.shelf import GoneError, place_key
 
 DONE, NO_MEMORY = 0, -200
 RETRY_S = 0.1
+READS = 5
+"""Of an object whose content does not fit its sha256, before that is an error."""
 PATIENCE_S = 120.0
 """How long a master may not answer."""
 CONNECT_S = 10.0
@@ -131,18 +133,20 @@ class MooncakeShelf:
 
         Raises UserError if it is not what was put.
         """
-        data: bytes = self._client.get(self._key(name))
-        if not data:
-            return None
-        content = data[DIGEST_BYTES:]
-        if hashlib.sha256(content).digest() != data[:DIGEST_BYTES]:
-            raise UserError(
-                f"Mooncake's object {self._key(name)}",
-                found=f"{len(content)} bytes that are not those that were put (sha256)",
-                expected="what the capture wrote",
-                fix="Look for a failing network or memory, and start the training again.",
-            )
-        return content
+        for _ in range(READS):
+            data: bytes = self._client.get(self._key(name))
+            if not data:
+                return None
+            content = data[DIGEST_BYTES:]
+            if hashlib.sha256(content).digest() == data[:DIGEST_BYTES]:
+                return content
+            time.sleep(RETRY_S)  # another client put it anew while it was read
+        raise UserError(
+            f"Mooncake's object {self._key(name)}",
+            found=f"{len(content)} bytes that are not those that were put (sha256)",
+            expected="what was put",
+            fix="Look for a failing network or memory, and start this command again.",
+        )
 
     def publish(self, folder: Path, names: Sequence[str]) -> None:
         """Put files of `folder`, in parts, for `fetch`."""

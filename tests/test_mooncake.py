@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, read_lines, run_here
@@ -55,6 +56,17 @@ def test_without_a_master_the_command_says_what_to_start(
     result = run_here(*names(capture(recipe_path, conversations, tmp_path, 0.01, *mooncake)), check=False)
     assert result.returncode == 2
     assert "Start it: mooncake_master" in result.stderr
+
+
+def test_an_object_that_is_put_anew_while_it_is_read_is_read_again(
+    master: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = MooncakeShelf(Mooncake(master, "torn"))
+    shelf.put("a", b"whole")
+    whole = shelf._client.get("torn/a")
+    answers = iter([bytes(32) + b"half new, half old", whole])
+    monkeypatch.setattr(MooncakeShelf, "_client", SimpleNamespace(get=lambda _: next(answers)))
+    assert shelf.get("a") == b"whole"
 
 
 @pytest.mark.long
