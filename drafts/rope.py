@@ -29,7 +29,7 @@ class Rope(nn.Module):
             exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
             inverse_frequencies, self.scale = config.rope_theta**-exponents, 1.0
         else:
-            from transformers import Qwen3Config  # 170 MiB: plain rope does without
+            from transformers import Qwen3Config  # takes 30 MiB: plain rope does without
             from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
             qwen = Qwen3Config(

@@ -58,7 +58,7 @@ class Runner:
 RUNNERS = {
     "v2": Runner(
         V2,
-        [*CPU_MENDS, "triton: arguments not copied", "triton: scalar masks"],
+        [*CPU_MENDS, "triton: arguments not copied", "triton: scalar masks", "triton: log1p"],
         env={
             "TRITON_INTERPRET": "1",
             "VLLM_USE_V2_MODEL_RUNNER": "1",

@@ -32,6 +32,7 @@ def register() -> None:
 
 
 def find_mends() -> list[str]:
+    from triton.language.extra import libdevice
     from triton.runtime import interpreter
     from vllm import _custom_ops
     from vllm.v1.sample import rejection_sampler
@@ -46,5 +47,6 @@ def find_mends() -> list[str]:
         "triton: arguments not copied": interpreter.GridExecutor._init_args_hst.__module__
         == "triton_interpreter.plugin",
         "triton: scalar masks": interpreter.InterpreterBuilder.create_splat.__module__ == "triton_interpreter.plugin",
+        "triton: log1p": libdevice.log1p.__module__ == "triton_interpreter.plugin",
     }
     return [name for name, is_active in known.items() if is_active]
