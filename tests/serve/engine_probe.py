@@ -94,6 +94,7 @@ def gpu_connector(target: str, folder: str) -> None:
 
     import torch
     from safetensors.torch import load_file
+    from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import load_hidden_states
     from vllm.v1.worker.cpu import shm
 
     from contracts.rank_states import PREFLIGHT, find_rank_files
@@ -109,13 +110,13 @@ def gpu_connector(target: str, folder: str) -> None:
         engine.add_request(name, {"prompt_token_ids": list(range(10, 60))}, SamplingParams(max_tokens=1))
         while engine.has_unfinished_requests():
             engine.step()
-    (marked,) = Path(folder).glob(f"{PREFLIGHT}-0*.safetensors")
+    marked, other = (next(Path(folder).glob(f"{name}*.lock")).with_suffix("") for name in (f"{PREFLIGHT}-0", "other"))
+    expected = load_hidden_states(str(marked))["hidden_states"]  # waits for the thread that writes the file
+    assert expected.shape == (50, 2, 64)
     ranks, (states,) = find_rank_files(marked)
     assert ranks == 1
-    expected = load_file(marked)["hidden_states"]
-    assert expected.shape == (50, 2, 64)
     assert torch.equal(load_file(states)["hidden_states"], expected)
-    (other,) = Path(folder).glob("other*.safetensors")
+    assert load_hidden_states(str(other))["hidden_states"].shape == (50, 2, 64)
     assert find_rank_files(other) == (0, [])
 
 
