@@ -184,8 +184,8 @@ def schedule(
     draft_tokens: Annotated[
         str | None,
         typer.Option(
-            help="1-7 or 3,7: numbers to measure, those between are predicted. A server is started for each, and one "
-            "that drafts nothing.",
+            help="1-7 or 3,7: numbers to measure. Those between are predicted, and measured too if they are among "
+            "the fastest. A server is started for each, and one that drafts nothing.",
             show_default="1 and the number that is served",
         ),
     ] = None,

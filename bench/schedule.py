@@ -15,6 +15,7 @@ With acceptance from elsewhere, and an engine that can, servers accept draft tok
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -44,7 +45,7 @@ from contracts.acceptance import read_rates
 from contracts.conversation import CONVERSATIONS_FILE, check_written_by, read_conversations
 from contracts.run import Run
 from contracts.schedule import SCHEDULE_KEY, Schedule, make_schedule, max_draft_tokens
-from contracts.speeds import warn_of_noise
+from contracts.speeds import Speeds, warn_of_noise
 from recipe.recipe import Recipe
 from serve.command import Serving, build_command, draft_inputs, speculation_of
 from serve.engine import is_cpu_engine
@@ -80,7 +81,7 @@ class Asked:
 
     @cached_property
     def numbers(self) -> list[int]:
-        """The K to measure, ascending, without 0. Raises UserError for one that the draft cannot serve."""
+        """The K to measure first, ascending, without 0. Raises UserError for one that the draft cannot serve."""
         own = int(speculation_of(self.recipe, self.target, self.draft)["num_speculative_tokens"])
         chosen = self.draft_tokens or [1, served_draft_tokens(self.recipe, own)]
         return check_draft_tokens(chosen, own, self.draft)
@@ -117,9 +118,8 @@ def measure_schedule(asked: Asked) -> dict[str, Any]:
     if run.complete:
         run.reopen()  # this call may measure other numbers of draft tokens, or check the schedule more often
     replay = Replay(recipe, asked.target, turns, run)
-    speeds = find_speeds(measure_steps(asked, replay))
-    steps = Steps.from_speeds(speeds, asked.rates)
-    schedule = choose_schedule(steps, asked.max_batch_size)
+    choice = measure_and_choose(asked, replay)
+    steps, schedule = choice.steps, choice.schedule
     is_checked = asked.repeats and max_draft_tokens(schedule)  # one that never drafts is not worth serving
     checked = check_under_load(asked, replay, schedule, best_fixed(steps)) if is_checked else []
     report = {
@@ -131,11 +131,11 @@ def measure_schedule(asked: Asked) -> dict[str, Any]:
             "source": str(asked.acceptance) if asked.acceptance else "served",
             "lengths": {str(k): round(length, 4) for k, length in sorted(steps.lengths.items())},
         },
-        "measured": [0, *asked.numbers],
+        "measured": [0, *choice.measured],
         "step_ms": {str(size): {str(k): ms for k, ms in steps.ms[size].items()} for size in steps.batch_sizes},
         "check": [at.model_dump(mode="json") for at in checked],
         "warnings": [
-            *(line.replace("with no draft", "with K = 0") for line in warn_of_noise(speeds)),
+            *(line.replace("with no draft", "with K = 0") for line in warn_of_noise(choice.speeds)),
             *warn_of_setup(asked, len(turns)),
             *warn_of_wide(checked),
         ],
@@ -199,14 +199,43 @@ def refuse_setup(asked: Asked, num_turns: int) -> None:
             )
 
 
-def measure_steps(asked: Asked, replay: Replay) -> dict[int, dict[str, Any]]:
-    """Serve the draft with each K for all batch sizes; return the servers' files by K, 0 among them.
+@dataclass(frozen=True)
+class Choice:
+    """A schedule and what it was chosen from. `measured`: the K > 0 of the servers, ascending."""
+
+    measured: list[int]
+    speeds: list[Speeds]
+    steps: Steps
+    schedule: Schedule
+
+
+def measure_and_choose(asked: Asked, replay: Replay) -> Choice:
+    """Measure steps with the asked K and choose a schedule; so again with those that it took from predictions.
+
+    Steps are not linear in K: products are computed in tiles of rows, and some K fill their tiles better than others.
+    So every K that is chosen, or that is predicted to be the fastest at a batch size, has to be measured.
+    """
+    measured = asked.numbers
+    while True:
+        speeds = find_speeds(measure_steps(asked, replay, measured))
+        steps = Steps.from_speeds(speeds, asked.rates)
+        schedule = choose_schedule(steps, asked.max_batch_size)
+        predicted = {*(k for *_, k in schedule), *best_fixed(steps)} - {0, *measured}
+        if not predicted:
+            return Choice(measured, speeds, steps, schedule)
+        named = ", ".join(map(str, sorted(predicted)))
+        print(f"bench: measures K = {named}, too: predicted to be among the fastest", file=sys.stderr, flush=True)
+        measured = sorted({*measured, *predicted})
+
+
+def measure_steps(asked: Asked, replay: Replay, numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Serve the draft with each K of `numbers` for all batch sizes; return the servers' files by K, 0 among them.
 
     Raises IncompleteError if a server drafted another number of tokens.
     """
     most = asked.numbers[-1]
     runs = {}
-    for k in (most, *asked.numbers[-2::-1], 0):
+    for k in (*reversed(numbers), 0):
         recipe = asked.with_schedule(make_schedule([k], asked.max_batch_size), most)
         turns = replay.turns
         if asked.rates is not None and not is_cpu_engine():  # its sampler says 'Synthetic acceptance not supported'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,16 +15,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, command, read_lines, run, run_here
 from rolled import GIB, SETTINGS, capture, follow, names, run_master, same_weights, store_bytes, write_whole
 from slurm import is_installed, run_slurm
 from written import write_conversations
 
+import train.follow
 from contracts.rolling import RollingStore
 from contracts.run import is_complete
 from contracts.shelf import place_key
 from dump.capture import Staged, Staging
 from dump.hf import Transformers
+from train.processes import Processes
 
 PLACES = 96
 
@@ -288,6 +292,26 @@ def test_a_sample_with_other_tokens_than_the_index_is_refused(
     result = run_here(*names(follow(recipe_path, tmp_path, "--until-empty")), check=False)
     assert result.returncode == 2
     assert "000000000000.safetensors: found other token ids than the index has for this place" in result.stderr
+
+
+def test_a_trainer_that_waits_says_which_capture_owes_the_sample_and_when_it_last_wrote(
+    recipe_path: Path,
+    conversations: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for shard in ("0/2", "1/2"):
+        args = ("--until-full", "--no-preflight", "--shard", shard)
+        run_here(*names(capture(recipe_path, conversations, tmp_path, 0.001, *args)))
+    monkeypatch.setattr(train.follow, "SAY_EVERY_S", 0.3)
+    follower, stopped = train.follow.Follower(RollingStore(tmp_path / "store"), batch_size=4), {"signal": False}
+    threading.Timer(0.5, stopped.update, [{"signal": True}]).start()
+    alone = Processes(rank=0, world=1, device=torch.device("cpu"))
+    assert follower.wait_for_step(23, alone, stopped, until_empty=False) == "stop"
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "s for the sample at place 92 (step 24), which `dump run --window --shard 0/2` captures" in said
+    assert re.search(r"it last wrote \S+/shards/00000-of-00002/capture.json \d+ s ago", said)
 
 
 def test_sigterm_saves_and_stops_a_trainer_that_waits(recipe_path: Path, conversations: Path, tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ class Samples:
         """Yield samples to evaluate on, decoded. Of a rolling store they are held out; failed captures are left out."""
         for sample_id in sample_ids:
             if isinstance(self.store, RollingStore) and self.follower is not None:
-                self.follower.wait_for(sample_id)
+                self.follower.wait_for_held_out(sample_id)
                 if self.store.shelf.has_failed(sample_id):
                     continue
             yield self.read(sample_id).decoded()

@@ -7,6 +7,7 @@ meanwhile. When checkpoints are written does not change the weights.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from common.errors import IncompleteError, UserError
 from contracts.mooncake import PART_BYTES, Mooncake, MooncakeShelf
 from contracts.rolling import Position, RollingStore, is_rolling, open_rolling
 from contracts.sample_file import SampleForm
+from contracts.shards import folders_by_count, shard_folder
 from contracts.shelf import place_key
 from drafts.order import WindowPlan, plan_window
 from recipe.recipe import Recipe
@@ -121,29 +123,38 @@ class Follower:
         while not self._store.has(key):
             self.pause()
 
+    def wait_for_held_out(self, sample_id: str) -> None:
+        """Wait as `wait_for` does; say once a minute what is awaited."""
+        patience = Patience(self._store)
+        while not self._store.has(sample_id):
+            patience.say(f"held-out sample {sample_id}", self.plan.chosen.held_out.index(sample_id))
+            self.pause()
+
     def pause(self) -> None:
         """Wait a moment. Raises Stopped when the training ends."""
         if self._stop.wait(POLL_S):
             raise Stopped
 
-    def is_ready(self, step: int, rank: int, world: int) -> bool:
-        """Return whether all samples that a process reads in a step are there."""
+    def find_lacking(self, step: int, rank: int, world: int) -> list[int]:
+        """Return the places that a process reads in a step whose samples are not there."""
         first, per_batch = step * self._per_step, range(rank, self._batch_size, world)
         starts = range(first, first + self._per_step, self._batch_size)
-        return self._store.has(*(place_key(start + offset) for start in starts for offset in per_batch))
+        places = {place_key(start + offset): start + offset for start in starts for offset in per_batch}
+        found = self._store.shelf.find(list(places))
+        return [place for key, place in places.items() if key not in found]
 
     def wait_for_step(
         self, step: int, processes: Processes, stopped: dict[str, bool], *, until_empty: bool
     ) -> Literal["ready", "stop", "empty"]:
         """Wait until the samples of a step are there on all processes, or one is told to stop.
 
-        With `until_empty`, do not wait. All processes return the same.
+        With `until_empty`, do not wait. All processes return the same. Says once a minute what is awaited.
         """
-        begun = time.monotonic()
+        begun, patience = time.monotonic(), Patience(self._store)
         self._next = step * self._per_step
         while True:
-            lacks = not self.is_ready(step, processes.rank, processes.world)
-            votes = processes.sum(torch.tensor([int(lacks), int(stopped["signal"])])).tolist()
+            lacks = self.find_lacking(step, processes.rank, processes.world)
+            votes = processes.sum(torch.tensor([bool(lacks), stopped["signal"]], dtype=torch.int64)).tolist()
             self._waited_s += time.monotonic() - begun if lacks else 0.0
             begun = time.monotonic()
             self._write(at_most_every_s=WRITE_EVERY_S)
@@ -151,6 +162,8 @@ class Follower:
                 return "ready"
             if votes[1] or until_empty:
                 return "stop" if votes[1] else "empty"
+            if lacks:
+                patience.say(f"the sample at place {lacks[0]} (step {step + 1})", lacks[0])
             time.sleep(POLL_S)
 
     def must_save(self, step: int, last_saved: int) -> bool:
@@ -181,3 +194,35 @@ class Follower:
                     seconds=round(time.monotonic() - self._started, 2),
                 )
             )
+
+
+class Patience:
+    """Says once a minute what a trainer waits for: a capture that has ended with an error cannot tell it."""
+
+    def __init__(self, store: RollingStore) -> None:
+        self._store = store
+        self._begun = self._said = time.monotonic()
+
+    def say(self, what: str, number: int) -> None:
+        """`number`: of the sample, in the order that the capture processes share."""
+        now = time.monotonic()
+        if now - self._said < SAY_EVERY_S:
+            return
+        self._said = now
+        waited = f"train: has waited {now - self._begun:.0f} s for {what}"
+        print(f"{waited}, {self._describe_capture(number)}", file=sys.stderr, flush=True)
+
+    def _describe_capture(self, number: int) -> str:
+        """Return which capture process is to write a sample, and when it last said where it is."""
+        counts = list(folders_by_count(self._store.folder))  # the last one is at work; none where nodes share no disk
+        if not counts:
+            return "which `dump run --window` captures: look whether it still runs"
+        count = counts[-1]
+        folder = shard_folder(self._store.folder, number % count, count)
+        option = f" --shard {number % count}/{count}" if count > 1 else ""
+        who = f"which `dump run --window{option}` captures"
+        try:
+            age_s = time.time() - (folder / "capture.json").stat().st_mtime
+        except FileNotFoundError:
+            return f"{who}: it has captured nothing yet"
+        return f"{who}: it last wrote {folder}/capture.json {age_s:.0f} s ago, which it does every few seconds"

@@ -239,6 +239,26 @@ def test_the_command_writes_a_schedule_that_serve_command_takes(work: dict[str, 
 
 
 @pytest.mark.usefixtures("no_server")
+def test_what_was_predicted_is_measured_before_it_is_chosen(
+    work: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Predicted at concurrency 4, ms of a token with K = 0, 1, 2, 3: 200, 250 / 1.667 = 150, 305 / 2.18 = 139.9, 360 / 2.5
+    = 144. Measured, K = 2 is slower than K = 3, so it is not chosen.
+    """
+    monkeypatch.setitem(ACCEPTED, 2, [2, 2, 1, 0, 0])
+    found = {0: {1: 2.2, 4: 1.1}, 1: {1: 1.386, 4: 0.825}, 2: {1: 1.3, 4: 0.9}, 3: {1: 1.1, 4: 0.792}}
+    (tmp_path / "steps").mkdir()
+    for k, seconds in found.items():
+        (tmp_path / f"steps/k{k}.json").write_text(json.dumps(make_run(k, seconds)))
+    result = run_schedule(work, tmp_path, "--no-check")
+    assert result.returncode == 0, result.stderr
+    assert "bench: measures K = 2, too" in result.stderr
+    report = json.loads((tmp_path / "schedule.json").read_text())
+    assert report["measured"] == [0, 1, 2, 3]
+    assert report["num_speculative_tokens_per_batch_size"] == [[1, 16, 3]]
+
+
+@pytest.mark.usefixtures("no_server")
 def test_the_command_fails_where_no_draft_is_faster(work: dict[str, Path], tmp_path: Path) -> None:
     write_steps(tmp_path)
     write_check(tmp_path, no_draft_s=1.0)
@@ -310,7 +330,7 @@ def test_with_given_rates_servers_accept_by_them_and_replies_keep_their_length(
     replay: Any = Replay(recipe, asked.target, [Turn("a-0-1", "", "", [1], [5, 6, 7])], None)  # type: ignore[arg-type]
     for is_cpu in (False, True):
         monkeypatch.setattr(bench.schedule, "is_cpu_engine", lambda is_cpu=is_cpu: is_cpu)
-        measure_steps(asked, replay)
+        measure_steps(asked, replay, asked.numbers)
         assert list(served) == ["k3", "k1", "k0"]
         for k in (0, 1, 3):
             found = served[f"k{k}"]
