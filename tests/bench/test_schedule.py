@@ -242,8 +242,8 @@ def test_the_command_writes_a_schedule_that_serve_command_takes(work: dict[str, 
 def test_what_was_predicted_is_measured_before_it_is_chosen(
     work: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Predicted at concurrency 4, ms of a token with K = 0, 1, 2, 3: 200, 250 / 1.667 = 150, 305 / 2.18 = 139.9, 360 / 2.5
-    = 144. Measured, K = 2 is slower than K = 3, so it is not chosen.
+    """Predicted at concurrency 4, ms of a token with K = 0, 1, 2, 3: 200, 250 / 1.667 = 150, 305 / 2.18 = 139.9, and
+    360 / 2.5 = 144. Measured, K = 2 is slower than K = 3, so it is not chosen.
     """
     monkeypatch.setitem(ACCEPTED, 2, [2, 2, 1, 0, 0])
     found = {0: {1: 2.2, 4: 1.1}, 1: {1: 1.386, 4: 0.825}, 2: {1: 1.3, 4: 0.9}, 3: {1: 1.1, 4: 0.792}}
