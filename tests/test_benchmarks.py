@@ -17,9 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_here
 from safetensors.torch import load_file, save_file
+from written import write_conversations
 
+from contracts.ledger import Ledger
+from contracts.store import Store
 from recipe.load import load_recipe
 
 
@@ -46,6 +49,35 @@ def run_benchmark(name: str, *args: str, **environment: str) -> str:
 )
 def test_a_benchmark_that_needs_nothing_else_runs(name: str, args: tuple[str, ...], told: str) -> None:
     assert told in run_benchmark(name, *args)
+
+
+def test_the_forms_of_a_store_have_the_tensors_that_dumps_in_these_forms_write(
+    recipe_path: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    forms = load("state_forms")
+    conversations = write_conversations(target_folder, tmp_path / "conversations", 3)
+
+    def dump(form: str) -> tuple[list[str], Store]:
+        sets, store = ["dump.backend=hf", *forms.settings_of(form)], Store(tmp_path / form)
+        words = [word for value in sets for word in ("--set", value)]
+        places = ("--conversations", conversations, "--output", store.folder)
+        run_here("dump", "run", "--recipe", recipe_path, *words, *places)
+        return sets, store
+
+    _, whole = dump("fp32")
+    for form in ("fp8", "int4-drop-seen", "bf16-top4"):
+        sets, dumped = dump(form)
+        written = Store(tmp_path / f"written-{form}")
+        forms.write_form(load_recipe(recipe_path, sets), whole, written.folder)
+        assert written.read_manifest() == dumped.read_manifest()
+        assert len(dumped.sample_ids()) == 3
+        for id_, entry in Ledger(dumped.ledger_path).entries.items():
+            assert Ledger(written.ledger_path).entries[id_]["size"] == entry["size"]
+            found, expected = (load_file(store.sample_path(id_)) for store in (written, dumped))
+            assert found.keys() == expected.keys()
+            assert all(
+                torch.equal(found[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in expected
+            )
 
 
 @pytest.mark.long
