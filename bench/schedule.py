@@ -212,8 +212,8 @@ class Choice:
 def measure_and_choose(asked: Asked, replay: Replay) -> Choice:
     """Measure steps with the asked K and choose a schedule; so again with those that it took from predictions.
 
-    Steps are not linear in K: products are computed in tiles of rows, and some K fill their tiles better than others.
-    So every K that is chosen, or that is predicted to be the fastest at a batch size, has to be measured.
+    Steps need not be linear in K, since products are computed in tiles of rows. So every K that is chosen, or that is
+    predicted to be the fastest at a batch size, has to be measured.
     """
     measured = asked.numbers
     while True:

@@ -57,6 +57,7 @@ def is_installed() -> bool:
 @contextmanager
 def run_slurm(folder: Path) -> Iterator[dict[str, str]]:
     """Start the daemons; the environment in which sbatch and the like speak to them. Stops them and all jobs."""
+    folder.mkdir(exist_ok=True)
     folder.chmod(0o755)
     munge = folder / "munge"
     munge.mkdir(mode=0o755)

@@ -395,9 +395,8 @@ def test_turns_on_one_node_as_a_submitted_task(
 
 
 @pytest.mark.long
-@pytest.mark.rare
 @pytest.mark.skipif(not is_installed(), reason="needs root and Debian's slurm-wlm and munge")
-@pytest.mark.parametrize("shelf", ["files", "mooncake"])
+@pytest.mark.parametrize("shelf", ["files", pytest.param("mooncake", marks=pytest.mark.rare)])
 def test_capture_and_training_as_jobs_of_slurm(
     recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path, shelf: str, request: pytest.FixtureRequest
 ) -> None:
