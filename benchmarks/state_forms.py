@@ -66,8 +66,10 @@ def settings_of(form: str) -> list[str]:
 
 def write_form(recipe: Recipe, source: Store, folder: Path) -> None:
     """Write a store's samples in the recipe's form; the rest of the store is a copy."""
-    kept, store = Kept.of(recipe, Target.here(recipe.target)), Store(folder)
-    manifest = source.read_manifest().model_copy(
+    kept, store, whole = Kept.of(recipe, Target.here(recipe.target)), Store(folder), source.read_manifest()
+    if whole.form.is_reduced or whole.final_state != "pre-norm" or whole.dtype not in ("float32", "bfloat16"):
+        raise SystemExit(f"{source.folder}: found states of a reduced form, expected all of them in fp32 or bf16")
+    manifest = whole.model_copy(
         update={
             "dtype": recipe.dump.dtype,
             "final_state": kept.final_state,
@@ -88,7 +90,7 @@ def write_form(recipe: Recipe, source: Store, folder: Path) -> None:
     shutil.copy(source.folder / "run.json", folder)  # last: the store is complete
 
 
-def run_form(args: argparse.Namespace, form: str) -> tuple[float, list[Acceptance]]:
+def run_form(args: argparse.Namespace, form: str) -> tuple[float, dict[str, Acceptance]]:
     """Return a form's bytes per token, and the acceptance of each held-out sample with the draft trained from it."""
     sets = [*args.set, *settings_of(form), f"train.draft.objective={args.objective}"]
     words = ["--recipe", str(args.recipe), *(word for value in sets for word in ("--set", value))]
@@ -105,11 +107,13 @@ def run_form(args: argparse.Namespace, form: str) -> tuple[float, list[Acceptanc
     return size, acceptance_by_sample(json.loads(output.read_text()))
 
 
-def acceptance_by_sample(report: dict[str, Any]) -> list[Acceptance]:
+def acceptance_by_sample(report: dict[str, Any]) -> dict[str, Acceptance]:
     """Return the acceptance of each sample of an evaluation, in the order of their ids."""
-    walks = sorted(report["walks"], key=lambda walk: str(walk["sample"]))
-    counts = [Counter(count for part in walk["accepted"] for count in part) for walk in walks]
-    return [Acceptance(tuple(count[i] for i in range(report["num_draft_tokens"] + 1))) for count in counts]
+    found = {}
+    for walk in sorted(report["walks"], key=lambda walk: str(walk["sample"])):
+        counts = Counter(count for part in walk["accepted"] for count in part)
+        found[str(walk["sample"])] = Acceptance(tuple(counts[i] for i in range(report["num_draft_tokens"] + 1)))
+    return found
 
 
 def call(name: str, *words: object) -> None:
@@ -122,14 +126,19 @@ def main() -> None:
     args = read_args()
     args.work = args.work.absolute()
     rows: list[dict[str, Any]] = []
-    base: tuple[float, list[Acceptance]] | None = None
+    base: tuple[float, dict[str, Acceptance]] | None = None
     print("| form | bytes a token | relative | acceptance length | difference, paired |\n|---|---:|---:|---|---|")
     for form in args.forms:
-        size, parts = run_form(args, form)
-        base = base or (size, parts)
+        size, by_sample = run_form(args, form)
+        base = base or (size, by_sample)
+        if by_sample.keys() != base[1].keys():
+            raise SystemExit(
+                f"{form}: found predictions of other samples than those of {args.forms[0]}: use another --work"
+            )
+        parts, before = list(by_sample.values()), list(base[1].values())
         length, interval = Acceptance.pool(parts).acceptance_length, Acceptance.interval(parts)
-        gain = length - Acceptance.pool(base[1]).acceptance_length
-        edges = Acceptance.gain_interval(parts, base[1])
+        gain = length - Acceptance.pool(before).acceptance_length
+        edges = Acceptance.gain_interval(parts, before)
         row = {
             "form": form,
             "bytes": size,
