@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,6 +79,8 @@ def test_the_forms_of_a_store_have_the_tensors_that_dumps_in_these_forms_write(
             assert all(
                 torch.equal(found[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in expected
             )
+        told = one_line(partial(forms.write_form, load_recipe(recipe_path, sets), dumped, tmp_path / "again"))
+        assert "found states of a reduced form, expected all of them in fp32 or bf16" in told
 
 
 @pytest.mark.long
