@@ -52,23 +52,43 @@ Step = Callable[[], float]
 
 
 def build(ctx: dict[str, Any], method: ModuleType = train_step_dflash) -> Step:
-    """Return our step on `ctx["batch"]`, from `ctx["state"]`."""
-    return make_step(ctx["dims"], *method.build_ours(ctx), fused=True)
+    """Return our step on `ctx["batch"]`, from `ctx["state"]`, as our trainer runs it."""
+    from train.optimizer import AdamW
+
+    model, compute_loss = method.build_ours(ctx)
+    optimizer = AdamW(list_trained(model), lr=ctx["dims"].lr, weight_decay=0.01, fused=True)
+
+    def compute() -> torch.Tensor:
+        optimizer.zero_grad()
+        return compute_loss()
+
+    return make_step(model, optimizer, compute)
 
 
 def build_peer(ctx: dict[str, Any], model: Any, method: ModuleType) -> Step:
     """Return speculators' step, as its trainer runs it."""
-    return make_step(ctx["dims"], model, method.build_peer(ctx, model), fused=False)
+    compute_loss = method.build_peer(ctx, model)
+    optimizer = torch.optim.AdamW(list_trained(model), lr=ctx["dims"].lr, weight_decay=0.01)
 
-
-def make_step(dims: argparse.Namespace, model: Any, compute_loss: Callable[[], torch.Tensor], *, fused: bool) -> Step:
-    """Return a step that minimizes a loss of the model with AdamW."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=dims.lr, weight_decay=0.01, fused=fused or None)
-
-    def step(update: bool = True) -> float:
+    def compute() -> torch.Tensor:
         loss = compute_loss()
         optimizer.zero_grad()
+        return loss
+
+    return make_step(model, optimizer, compute)
+
+
+def list_trained(model: Any) -> list[torch.nn.Parameter]:
+    """Return the parameters that training changes."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def make_step(model: Any, optimizer: torch.optim.Optimizer, compute: Callable[[], torch.Tensor]) -> Step:
+    """Return a step that minimizes a loss of the model. `compute` also resets the gradients."""
+    parameters = list_trained(model)
+
+    def step(update: bool = True) -> float:
+        loss = compute()
         loss.backward()
         if update:
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -169,7 +189,9 @@ def find_peak(dims: argparse.Namespace, method: ModuleType) -> tuple[float, floa
     What its construction took at its peak does not count.
     """
     if dims.side == "ours":
-        step = build(make_own_context(dims, method), method)
+        context = make_own_context(dims, method)
+        step = build(context, method)
+        context["state"].clear()  # the model has its own copy
     else:
         context, model = make_context(dims, method)
         del context["state"]

@@ -12,16 +12,19 @@ Shapes: A blocks of B queries, T context tokens, KV key-value heads with R query
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from drafts.attention_rule import WHOLE, AttentionRule
-from drafts.flex import FlexLayout, attend_flex, plan_flex
 from drafts.threads import share_out
+
+if TYPE_CHECKING:
+    from drafts.flex import FlexLayout
 
 QUERIES_A_GROUP = 128
 ALIGNMENT = 16
@@ -84,6 +87,8 @@ def lay_out(
     if device.type == "cpu":
         groups = plan_groups(lengths, anchors, block_size, queries[0], rule.window)
         return Layout(anchor_rows, groups, None, rule)
+    from drafts.flex import plan_flex  # FlexAttention takes 80 MiB that CPUs do without
+
     first_rows = torch.cat([torch.full((len(p),), offset) for offset, p in zip(offsets, anchors, strict=False)])
     flex = plan_flex(first_rows, anchor_rows, offsets[-1], block_size, queries, rule=rule)
     return Layout(anchor_rows, [], flex, rule)
@@ -103,7 +108,7 @@ def plan_groups(
     groups, first = [], 0
     size = max(1, QUERIES_A_GROUP // num_queries)
     for offset, positions in zip([0, *accumulate(lengths)], anchors, strict=False):
-        for members in positions.split(size):
+        for members in positions.split(size) if len(positions) else ():
             low, high = int(members[0]), int(members[-1])
             start = 0 if window is None else max(0, low + block_size - num_queries - window + 1)
             high += -(high - start + block_size) % ALIGNMENT
@@ -137,14 +142,22 @@ def attend(query: torch.Tensor, pairs: KeyValues, layout: Layout) -> torch.Tenso
     Shapes: query (A, B', KV*R, D) -> (A, B', KV*R, D); B' <= B queries a block.
     """
     if layout.flex is not None:
+        from drafts.flex import attend_flex
+
         return attend_flex(query, pairs, layout.flex)
-    return _attend_on_cpu(query, *pairs, layout)
+    on_cpu = _uncompiled() if torch.compiler.is_compiling() else _attend_on_cpu
+    return on_cpu(query, *pairs, layout)
 
 
-@torch.compiler.disable
 def _attend_on_cpu(*arguments: Any) -> torch.Tensor:
     output: torch.Tensor = _BlockAttention.apply(*arguments)
     return output
+
+
+@cache
+def _uncompiled() -> Callable[..., torch.Tensor]:
+    # Not as a decorator: it loads torch's compiler, 100 MiB and most of a second, also where nothing is compiled.
+    return torch.compiler.disable(_attend_on_cpu)
 
 
 class _BlockAttention(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from drafts import moving
+from drafts.threads import on_one_core
 
 
 class RMSNorm(nn.Module):
@@ -41,22 +42,25 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        wide = x.float()
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(weight.shape[0]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(x.dtype)
+        with on_one_core(x):
+            wide = x.float()
+            norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+            scale = norm.square_().div_(weight.shape[0]).add_(eps).rsqrt_()
+            ctx.save_for_backward(x, weight, scale)
+            return (wide * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        normed = x.float() * scale
-        gradient = gradients[0].float()
-        product = gradient * normed
-        grad_weight = product.flatten(0, -2).sum(0)
-        # mean(g*w*x*r) as a matrix-vector product saves a pass through memory.
-        mean = (product @ weight.float()).div_(weight.shape[0]).unsqueeze(-1)
-        grad_x = torch.addcmul(gradient * weight, normed, mean, value=-1).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+        with on_one_core(x):
+            normed = x.float() * scale
+            gradient = gradients[0].float()
+            product = gradient * normed
+            grad_weight = product.flatten(0, -2).sum(0)
+            # mean(g*w*x*r) as a matrix-vector product saves a pass through memory.
+            mean = (product @ weight.float()).div_(weight.shape[0]).unsqueeze(-1)
+            grad_x = torch.addcmul(gradient * weight, normed, mean, value=-1).mul_(scale)
+            return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 class GatedMLP(nn.Module):

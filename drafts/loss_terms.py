@@ -161,7 +161,8 @@ class Objective:
         rows = Rows(log_d, t, labels, self.top_k, self.lk_eta)
         (name, weight), *others = self.weights.items()
         losses, gradient = TERMS[name](rows)
-        losses, gradient = losses * weight, gradient * weight
+        if weight != 1.0:  # not in place: another term may need the same tensor
+            losses, gradient = losses * weight, gradient * weight
         for name, weight in others:
             more, slope = TERMS[name](rows)
             losses.add_(more, alpha=weight)

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from drafts.chunks import chunks
 from drafts.loss_terms import Objective
+from drafts.method import TOKENS
 from drafts.slot_weights import Weights
 from drafts.teacher import Teacher, TopProbabilities
 from target.head import logits_of
@@ -93,7 +94,7 @@ class LossOptions(NamedTuple):
     """What a fused loss computes. `teacher`: of all terms but `tokens`.
 
     `bounds`: the rows at which a chunk may end (default: any), for weights that need whole blocks. `wants_accepted`:
-    the acceptance probabilities are needed, too; all objectives but single cross-entropies give them anyway.
+    the acceptance probabilities are needed, too, of `teacher`; all objectives but single cross-entropies give them.
     `num_candidates`: how many of each row's most likely tokens are needed, too.
     """
 
@@ -107,13 +108,17 @@ class LossOptions(NamedTuple):
     def fast_term(self) -> str | None:
         """The cross-entropy that is computed in place, if the objective is one alone.
 
-        `distill` is not, of a target's most likely tokens.
+        It is not, if a target's most likely tokens are used.
         """
         term = self.objective.single_term
-        return term if term in ("tokens", "distill") and not self.wants_accepted else None
+        return term if term in (TOKENS, "distill") else None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the target's distribution is used."""
+        return self.teacher is not None and (self.fast_term != TOKENS or self.wants_accepted)
 
 
-@torch.compiler.disable  # loops over chunks of matrix products: nothing to fuse
 def fused_loss(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -147,12 +152,28 @@ class _Factor:
         self.grad_states = torch.empty_like(self.states) if needed[0] else None
         self.grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
 
-    def add_gradient(self, rows: slice, gradient: torch.Tensor) -> None:
-        """Add the gradient of a chunk's logits (n, V)."""
+    def add_logits(self, rows: slice, logits: torch.Tensor | None) -> torch.Tensor:
+        """Return a chunk's logits (n, V) in fp32, added to those of another product, if there is one."""
+        if logits is None:
+            return logits_of(self.states[rows], self.weight)
+        if self.weight.dtype == torch.float32:
+            return logits.addmm_(self.states[rows], self.weight.t())
+        return logits.add_(logits_of(self.states[rows], self.weight))
+
+    def add_gradient(self, rows: slice, gradient: torch.Tensor, row_weights: torch.Tensor) -> None:
+        """Add the gradient of a chunk's logits (n, V), each row times its weight (n, 1).
+
+        The weights go into the narrow factors: a pass over the logits takes longer.
+        """
         if self.grad_states is not None:
             torch.mm(gradient, self.weight, out=self.grad_states[rows])
+            self.grad_states[rows] *= row_weights
         if self.grad_weight is not None:
-            self.grad_weight += gradient.t() @ self.states[rows]
+            weighted = (self.states[rows] * row_weights).to(gradient.dtype)
+            if gradient.dtype == torch.float32:
+                self.grad_weight.addmm_(gradient.t(), weighted)
+            else:
+                self.grad_weight += gradient.t() @ weighted
 
     def gradients(self) -> list[torch.Tensor | None]:
         """Return the gradients of states and weight, in their dtypes."""
@@ -183,35 +204,32 @@ class _FusedLoss(torch.autograd.Function):
         # Other terms than cross-entropy hold about twice as many tensors of the logits' size.
         parts = 1 if options.fast_term else 2
         for rows in chunks(len(hidden), lm_head.shape[0], options.bounds, hidden.device, parts):
-            logits = logits_of(factors[0].states[rows], factors[0].weight)
-            for factor in factors[1:]:
-                logits += logits_of(factor.states[rows], factor.weight)
+            logits = None
+            for factor in factors:
+                logits = factor.add_logits(rows, logits)
+            assert logits is not None
             log_d = functional.log_softmax(logits, dim=-1)
             del logits
             own = log_d.gather(1, labels[rows, None])[:, 0]
             hits[rows] = own >= log_d.amax(-1)  # far cheaper than argmax
             if options.num_candidates:
                 candidates[rows] = log_d.topk(options.num_candidates, dim=-1).indices
-            t = None if options.teacher is None or options.fast_term == "tokens" else options.teacher(rows)
-            gradient = None
+            t = options.teacher(rows) if options.teacher is not None and options.needs_teacher else None
             if options.fast_term and not isinstance(t, TopProbabilities):
-                losses[rows] = -own if t is None else -(t * log_d).sum(-1)
+                losses[rows] = -own if options.fast_term == TOKENS or t is None else -(t * log_d).sum(-1)
+                found, gradient = _cross_entropy_gradient(log_d, t, labels[rows], options)
             else:
                 losses[rows], found, gradient = options.objective.compute(log_d, t, labels[rows])
-                if found is not None:
-                    accepted[rows] = found
+            if found is not None:
+                accepted[rows] = found
             known = losses[rows] if len(options.objective.weights) == 1 else -own
             weight = weights(rows, known) if callable(weights) else weights[rows]
             total += (losses[rows] * weight).sum()
             if not any(needed[:4]):
                 continue
-            if gradient is None:
-                assert not isinstance(t, TopProbabilities)
-                gradient = _cross_entropy_gradient(log_d, t, labels[rows])
-            gradient *= weight[:, None]
             gradient = gradient.to(dtype)
             for factor in factors:
-                factor.add_gradient(rows, gradient)
+                factor.add_gradient(rows, gradient, weight[:, None])
         ctx.save_for_backward(*(gradient for factor in factors for gradient in factor.gradients()))
         ctx.mark_non_differentiable(hits, losses, accepted, candidates)
         return total, hits, losses, accepted, candidates
@@ -224,12 +242,15 @@ class _FusedLoss(torch.autograd.Function):
         return (*saved, *[None] * (5 - len(saved)))
 
 
-def _cross_entropy_gradient(log_d: torch.Tensor, t: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
-    """Return d - t, with t one-hot at the label without a teacher; `log_d` is overwritten."""
-    gradient = log_d.exp_()
-    if t is None:
-        return gradient.scatter_add_(1, labels[:, None], gradient.new_full((len(labels), 1), -1.0))
-    return gradient.sub_(t)
+def _cross_entropy_gradient(
+    log_d: torch.Tensor, t: torch.Tensor | None, labels: torch.Tensor, options: LossOptions
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return the acceptance probabilities, if they are wanted, and d minus the labels or t; `log_d` is overwritten."""
+    d = log_d.exp_()
+    accepted = torch.minimum(d, t).sum(-1) if t is not None and options.wants_accepted else None
+    if options.fast_term == TOKENS or t is None:
+        return accepted, d.scatter_add_(1, labels[:, None], d.new_full((len(labels), 1), -1.0))
+    return accepted, d.sub_(t)
 
 
 def compute_dtype(weight: torch.Tensor) -> torch.dtype:

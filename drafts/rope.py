@@ -10,6 +10,7 @@ from torch import nn
 from drafts import moving
 from drafts.method import TransformerConfig
 from drafts.rope_parameters import rope_parameters
+from drafts.threads import on_one_core
 
 CPU = torch.device("cpu")
 Tables = tuple[torch.Tensor, torch.Tensor]
@@ -29,16 +30,19 @@ class Rope(nn.Module):
             exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
             inverse_frequencies, self.scale = config.rope_theta**-exponents, 1.0
         else:
-            from transformers import Qwen3Config  # takes 30 MiB: plain rope does without
+            # 30 MiB that plain rope does without. The config of a model, such as Qwen3's, would take 290.
+            from transformers.configuration_utils import PretrainedConfig
             from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-            qwen = Qwen3Config(
+            shape = PretrainedConfig(
+                hidden_size=config.hidden_size,
+                num_attention_heads=config.num_attention_heads,
                 head_dim=config.head_dim,
                 max_position_embeddings=config.max_position_embeddings,
                 rope_parameters=parameters,
             )
             with CPU:  # transformers fails under another default device
-                inverse_frequencies, self.scale = ROPE_INIT_FUNCTIONS[kind](qwen, CPU)
+                inverse_frequencies, self.scale = ROPE_INIT_FUNCTIONS[kind](shape, CPU)
         self.register_buffer("inverse_frequencies", inverse_frequencies, persistent=False)
 
     def at(self, positions: torch.Tensor) -> Tables:
@@ -74,8 +78,9 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
     half = x.shape[-1] // 2
-    result = x * cos.to(x.dtype)
-    sin = sin[..., :half].to(x.dtype)
-    result[..., :half].addcmul_(x[..., half:], sin, value=-sign)
-    result[..., half:].addcmul_(x[..., :half], sin, value=sign)
+    with on_one_core(x):
+        result = x * cos.to(x.dtype)
+        sin = sin[..., :half].to(x.dtype)
+        result[..., :half].addcmul_(x[..., half:], sin, value=-sign)
+        result[..., half:].addcmul_(x[..., :half], sin, value=sign)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,28 @@ from torch.optim import Optimizer
 from recipe.train import TrainSection
 
 BETAS = (0.9, 0.95)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, but for the option `differentiable`: a step then does without torch's compiler.
+
+    The compiler takes 100 MiB and most of a second to load, and trainings on CPUs compile nothing.
+    """
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))  # type: ignore[assignment]
+
+
+def _spare_compiler() -> None:
+    """Mark methods of all optimizers as torch does at their first call, when it loads its compiler for that.
+
+    It leaves a function alone that has the mark (torch/_compile.py). None of them is called in compiled code.
+    """
+    for method in (Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict):
+        function: Any = inspect.unwrap(method)
+        function.__dict__.setdefault("__dynamo_disable", function)
+
+
+_spare_compiler()
 
 
 def make_optimizers(model: nn.Module, section: TrainSection, heads: Sequence[nn.Module] = ()) -> list[Optimizer]:
@@ -27,7 +50,19 @@ def make_optimizers(model: nn.Module, section: TrainSection, heads: Sequence[nn.
     matrices = [p for p in parameters if p.dim() == 2 and id(p) not in of_heads] if is_muon else []
     chosen = {id(p) for p in matrices}
     others = [p for p in parameters if id(p) not in chosen]
-    optimizers: list[Optimizer] = [torch.optim.AdamW(others, betas=BETAS, fused=True, **shared)]
+    optimizers: list[Optimizer] = [AdamW(others, betas=BETAS, fused=True, **shared)]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared))
     return optimizers
+
+
+def read_plain_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what torch.distributed.checkpoint's functions do for one process, without loading torch's compiler."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    state = {names[id(p)]: dict(value) for optimizer in optimizers for p, value in optimizer.state.items()}
+    groups = [
+        {**group, "params": [names[id(p)] for p in group["params"]]}
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
+    return model.state_dict(), {"state": state, "param_groups": groups}

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from common.progress import track
 from drafts.draft import Draft
 from recipe.train import TrainSection
+from train.optimizer import read_plain_state
 
 Item = TypeVar("Item")
 TIMEOUT = timedelta(minutes=60)
@@ -132,7 +133,12 @@ class Processes:
     def read_state(
         self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the states by names of parameters, sharded under FSDP2; every process must call it."""
+        """Return the states by names of parameters, sharded under FSDP2; every process must call it.
+
+        Optimizers that have made no step get an empty state first.
+        """
+        if self.world == 1 and all(optimizer.state for optimizer in optimizers):
+            return read_plain_state(model, optimizers)
         return get_model_state_dict(model), get_optimizer_state_dict(model, list(optimizers))
 
     def write_state(

@@ -49,15 +49,32 @@ Streams = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Reach:
+    """Rollouts of about the same length, which attention computes as `width` cells each.
+
+    Shapes: cells (m,), the places of their masks in a x width, of a rollouts.
+    """
+
+    width: int
+    cells: torch.Tensor
+    layout: Layout
+
+    def lay_out(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the masks' `x (m, heads, D)` as (a, width, heads, D); no mask sees the cells after a rollout's end."""
+        cells = x.new_zeros((len(self.layout.anchor_rows) * self.width, *x.shape[1:]))
+        return cells.index_copy(0, self.cells, x).unflatten(0, (-1, self.width))
+
+
+@dataclass(frozen=True)
 class Rollouts(Plan):
     """The places of a batch and the masks after them; planned on the CPU.
 
     Shapes: rows (N,) of depth 0, p-1, in the pack; labels and valid (N, K), whether a slot is supervised; slots (U,),
     flat indices of the valid ones, of which `ends[a]` are of places up to a; source (U,), their states among those of
-    depth 0 and of the masks, N + M; whole (N,), whether all slots that have a label are valid; cells (M,), each mask's
-    place in A x (K-1); mask_positions (M,) and known_positions (T,), in the documents. Layouts: `known` of all known
-    positions, `places` of depth 0 alone, which is all that the last layer needs; `masks` of the rollouts. `teacher`:
-    the states that the slots learn from, if they do.
+    depth 0 and of the masks, N + M; whole (N,), whether all slots that have a label are valid; mask_positions (M,) and
+    known_positions (T,), in the documents. Layouts: `known` of all known positions, `places` of depth 0 alone, which is
+    all that the last layer needs. `reaches`: the rollouts by length; masks are in the order of these. `teacher`: the
+    states that the slots learn from, if they do.
     """
 
     rows: torch.Tensor
@@ -67,12 +84,11 @@ class Rollouts(Plan):
     ends: list[int]
     source: torch.Tensor
     whole: torch.Tensor
-    cells: torch.Tensor
     mask_positions: torch.Tensor
     known_positions: torch.Tensor
     known: Layout | None
     places: Layout
-    masks: Layout
+    reaches: list[Reach]
     teacher: TeacherRows | None = None
 
     @property
@@ -87,8 +103,7 @@ class Sight:
     known_rope: Tables
     mask_rope: Tables
     known: Layout
-    masks: Layout
-    cells: torch.Tensor
+    reaches: list[Reach]
     rows: torch.Tensor | None
 
 
@@ -99,7 +114,6 @@ class Attention(nn.Module):
         super().__init__()
         size = config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.num_masks = config.num_draft_tokens - 1
         self.q_proj = nn.Linear(width, self.heads * size, bias=False)
         self.k_proj = nn.Linear(width, self.kv_heads * size, bias=False)
         self.v_proj = nn.Linear(width, self.kv_heads * size, bias=False)
@@ -120,14 +134,19 @@ class Attention(nn.Module):
         pairs = KeyValues(key, value, own_key[:, None], own_value[:, None])
         seen = attend(query[:, None], pairs, sight.known).flatten(1)
 
-        query = self._lay_out(rotate(self._of_masks(self.q_proj(masks), self.heads, sight), sight.mask_rope), sight)
-        own_key = self._lay_out(
-            rotate(self._of_masks(self.k_proj(masks), self.kv_heads, sight), sight.mask_rope), sight
+        query, own_key = (
+            rotate(self._of_masks(project(masks), heads, sight), sight.mask_rope)
+            for project, heads in ((self.q_proj, self.heads), (self.k_proj, self.kv_heads))
         )
-        own_value = self._lay_out(self._of_masks(self.v_proj(masks), self.kv_heads, sight), sight)
-        rolled = attend(query, KeyValues(key, value, own_key, own_value), sight.masks)
-        rolled = rolled.flatten(0, 1).index_select(0, sight.cells).flatten(1)
-        return self.o_proj(seen), self.o_proj(rolled)
+        own_value = self._of_masks(self.v_proj(masks), self.kv_heads, sight)
+        counts, rolled = [len(reach.cells) for reach in sight.reaches], []
+        for reach, *of_masks in zip(
+            sight.reaches, *(x.split(counts) for x in (query, own_key, own_value)), strict=True
+        ):
+            asking, *own = map(reach.lay_out, of_masks)
+            found = attend(asking, KeyValues(key, value, *own), reach.layout)
+            rolled.append(found.flatten(0, 1).index_select(0, reach.cells).flatten(1))
+        return self.o_proj(seen), self.o_proj(torch.cat(rolled))
 
     @staticmethod
     def _split(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -135,12 +154,7 @@ class Attention(nn.Module):
 
     def _of_masks(self, x: torch.Tensor, heads: int, sight: Sight) -> torch.Tensor:
         """Return `x (M or 1, heads*D)` as (M, heads, D)."""
-        return self._split(x, heads).expand(len(sight.cells), -1, -1)
-
-    def _lay_out(self, x: torch.Tensor, sight: Sight) -> torch.Tensor:
-        """Return the masks' `x (M, heads, D)` as (A, K-1, heads, D); no mask sees the cells after a rollout's end."""
-        cells = x.new_zeros((len(sight.masks.anchor_rows) * self.num_masks, *x.shape[1:]))
-        return cells.index_copy(0, sight.cells, x).unflatten(0, (-1, self.num_masks))
+        return self._split(x, heads).expand(len(sight.mask_rope[0]), -1, -1)
 
 
 class Layer(nn.Module):
@@ -239,11 +253,9 @@ class PEagle(VocabularyDraft):
             num_masks = torch.cat(_end_with_labels(depths, (valid.sum(1) - 1).split([len(part) for part in places])))
             reached = valid & (torch.arange(num_tokens) <= num_masks[:, None])
             valid, whole = reached, (reached == valid).all(1)
-        slots, masked = valid.view(-1).nonzero()[:, 0], torch.arange(num_tokens - 1) < num_masks[:, None]
+        slots = valid.view(-1).nonzero()[:, 0]
         source = torch.arange(len(wanted))[:, None].repeat(1, num_tokens)
-        source[:, 1:][masked] = len(wanted) + torch.arange(int(masked.sum()))
-        positions, starts = torch.cat(list(places)), (num_masks > 0).split([len(part) for part in places])
-        rollouts = [part[start] for part, start in zip(places, starts, strict=True)]
+        positions, reaches = _plan_reaches(lengths, places, num_masks, source, device)
         everywhere = [torch.arange(length) for length in lengths]
         learns_from_states = self.section is not None and self.section.needs_final_states
         return Rollouts(
@@ -254,12 +266,11 @@ class PEagle(VocabularyDraft):
             ends=valid.sum(1).cumsum(0).tolist(),
             source=source.view(-1)[slots] if depths is not None else source.view(-1),
             whole=whole,
-            cells=masked[num_masks > 0].view(-1).nonzero()[:, 0],
-            mask_positions=(positions[:, None] + torch.arange(num_tokens - 1))[masked],
+            mask_positions=positions,
             known_positions=torch.cat(everywhere),
             known=lay_out(lengths, everywhere, 1, device) if len(self.layers) > 1 else None,
             places=layout,
-            masks=lay_out(lengths, rollouts, num_tokens - 1, device, rule=AttentionRule(causal=True)),
+            reaches=reaches,
             teacher=TeacherRows.of_slots(wanted[valid] - 1) if learns_from_states else None,
         )
 
@@ -270,7 +281,7 @@ class PEagle(VocabularyDraft):
 
         Shapes: token_ids (T,), aux_hidden_states (T, n*H), embedding (V, H) -> (U, H).
         """
-        for layout in (rollouts.known, rollouts.places, rollouts.masks):
+        for layout in (rollouts.known, rollouts.places, *[reach.layout for reach in rollouts.reaches]):
             if layout is not None:
                 layout.make_masks()
         mask_token = embedding[self.config.mask_token_id or 0][None]
@@ -284,7 +295,7 @@ class PEagle(VocabularyDraft):
             is_last = number == len(self.layers) - 1
             layout, rows = (rollouts.places, rollouts.rows) if is_last else (rollouts.known, None)
             assert layout is not None
-            sight = Sight(*ropes, layout, rollouts.masks, rollouts.cells, rows)
+            sight = Sight(*ropes, layout, rollouts.reaches, rows)
             arguments = known, masks, sight, None if number else embedded
             known, masks = checkpoint(layer, *arguments, use_reentrant=False) if save_memory else layer(*arguments)
         normed: torch.Tensor = self.norm(torch.cat([known, masks]).index_select(0, rollouts.source))
@@ -348,6 +359,38 @@ def draw_depths(num_places: int, section: PEagleSection, generator: torch.Genera
         share = max(section.depth_share**depth, section.min_depth_share)
         depths[order[: math.ceil(share * number)]] = depth
     return depths
+
+
+def _plan_reaches(
+    lengths: Sequence[int],
+    places: Sequence[torch.Tensor],
+    num_masks: torch.Tensor,
+    source: torch.Tensor,
+    device: torch.device,
+) -> tuple[torch.Tensor, list[Reach]]:
+    """Group the rollouts of `num_masks (N,)` masks by length, so that half of a group's cells or more are masks.
+
+    Returns the positions (M,) of the masks in their documents, in the order of the groups, and the groups; writes into
+    `source (N, K)` where the masks' states will be: after those of all places.
+    """
+    positions, reaches = list[torch.Tensor](), list[Reach]()
+    all_places, width, next_row = torch.cat(list(places)), source.shape[1] - 1, len(source)
+    while width:
+        chosen = (num_masks > width // 2) & (num_masks <= width)
+        masked = torch.arange(width) < num_masks[chosen, None]
+        rows, columns = masked.nonzero(as_tuple=True)
+        if len(rows):
+            numbers = chosen.nonzero()[rows, 0]
+            source[numbers, columns + 1] = next_row + torch.arange(len(rows))
+            positions.append(all_places[numbers] + columns)
+            parts = zip(places, chosen.split([len(part) for part in places]), strict=True)
+            layout = lay_out(
+                lengths, [part[is_in] for part, is_in in parts], width, device, rule=AttentionRule(causal=True)
+            )
+            reaches.append(Reach(width, masked.view(-1).nonzero()[:, 0], layout))
+            next_row += len(rows)
+        width //= 2
+    return torch.cat(positions), reaches
 
 
 def _end_with_labels(depths: Sequence[torch.Tensor], labelled: Sequence[torch.Tensor]) -> list[torch.Tensor]:
