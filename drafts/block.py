@@ -83,6 +83,12 @@ class Places:
     layout: Layout
 
 
+def spread(rows: torch.Tensor, width: int) -> torch.Tensor:
+    """Return blocks of an anchor and masks. Shapes: rows (A+1, ...), of the anchors and of all masks -> (A, B, ...)."""
+    masks = rows[-1:, None].expand(len(rows) - 1, width - 1, *rows.shape[1:])
+    return torch.cat([rows[:-1, None], masks], dim=1)
+
+
 class Attention(nn.Module):
     """Block queries over context keys and the block's own."""
 
@@ -98,12 +104,19 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(size, eps=config.rms_norm_eps)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor, places: Places, skip: int) -> torch.Tensor:
-        """Return the outputs from slot `skip` on; x (A, B, H), context (T, H) -> (A, B - skip, H)."""
-        query_rope = tuple(table[:, skip:] for table in places.query_rope)
-        query = rotate(self.q_norm(self._split(self.q_proj(x[:, skip:]), self.heads)), query_rope)  # type: ignore[arg-type]
-        block_key = rotate(self.k_norm(self._split(self.k_proj(x), self.kv_heads)), places.query_rope)
-        context_key = rotate(self.k_norm(self._split(self.k_proj(context), self.kv_heads)), places.context_rope)
+        """Return the outputs from slot `skip` on; x (A, B, H) or rows to `spread`, context (T, H) -> (A, B-skip, H)."""
+        are_rows = x.dim() == 2
+        query = self.q_norm(self._split(self.q_proj(x if are_rows else x[:, skip:]), self.heads))
+        block_key = self.k_norm(self._split(self.k_proj(x), self.kv_heads))
         block_value, context_value = (self._split(self.v_proj(y), self.kv_heads) for y in (x, context))
+        if are_rows:
+            width = places.query_rope[0].shape[1]
+            query, block_key, block_value = (spread(y, width) for y in (query, block_key, block_value))
+            query = query[:, skip:]
+        query_rope = tuple(table[:, skip:] for table in places.query_rope)
+        query = rotate(query, query_rope)  # type: ignore[arg-type]
+        block_key = rotate(block_key, places.query_rope)
+        context_key = rotate(self.k_norm(self._split(self.k_proj(context), self.kv_heads)), places.context_rope)
         pairs = KeyValues(context_key, context_value, block_key, block_value)
         output = attend(query, pairs, places.layout)
         projected: torch.Tensor = self.o_proj(output.flatten(2))
@@ -126,7 +139,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor, places: Places, skip: int) -> torch.Tensor:
-        x = x[:, skip:] + self.self_attn(self.input_layernorm(x), context, places, skip)
+        """Return the next layer's input; x (A, B, H), or before the first layer rows to `spread` (A+1, H)."""
+        attended = self.self_attn(self.input_layernorm(x), context, places, skip)
+        x = spread(x, places.query_rope[0].shape[1]) if x.dim() == 2 else x
+        x = x[:, skip:] + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -281,9 +297,10 @@ class BlockDraft(Draft):
         places = {rule: Places(query_rope, context_rope, layout) for rule, layout in blocks.layouts.items()}
         for layout in blocks.layouts.values():
             layout.make_masks()
-        slots = torch.full((len(anchor_rows), width), self.config.mask_token_id or 0, device=token_ids.device)
-        slots[:, 0] = token_ids[anchor_rows]
-        x = functional.embedding(slots, embedding)
+        inputs = functional.pad(token_ids[anchor_rows], (0, 1), value=self.config.mask_token_id or 0)
+        x = functional.embedding(inputs, embedding)  # the masks are all alike, so the first layer projects one of them
+        if self.config.convolution is not None:
+            x = spread(x, width)
         save_memory = self.training and self.gradient_checkpointing
         for number, layer in enumerate(self.layers):
             # In the fill-in layout, the last layer's output at the anchor is not used.
