@@ -22,6 +22,7 @@ from conftest import ROOT, run_here
 from safetensors.torch import load_file, save_file
 from written import write_conversations
 
+from contracts.acceptance import Acceptance
 from contracts.ledger import Ledger
 from contracts.store import Store
 from recipe.load import load_recipe
@@ -81,6 +82,19 @@ def test_the_forms_of_a_store_have_the_tensors_that_dumps_in_these_forms_write(
             )
         told = one_line(partial(forms.write_form, load_recipe(recipe_path, sets), dumped, tmp_path / "again"))
         assert "found states of a reduced form, expected all of them in fp32 or bf16" in told
+
+
+def test_forms_that_were_predicted_on_other_samples_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forms = load("state_forms")
+    part = Acceptance((2, 3, 5))
+    monkeypatch.setattr(forms, "run_form", lambda _, form: (1.0, {"a": part, ("b" if form == "bf16" else "c"): part}))
+    places = ("--recipe", "r", "--store", "s", "--held-out", "h", "--work", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["state_forms.py", *places, "--forms", "bf16", "fp8"])
+    assert "fp8: found predictions of other samples than those of bf16: use another --work" in one_line(forms.main)
+    assert "| bf16 | 1 | 1.000 |" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.long

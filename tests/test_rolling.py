@@ -301,8 +301,9 @@ def test_a_trainer_that_waits_says_which_capture_owes_the_sample_and_when_it_las
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    held_out = ("--set", "train.held_out_fraction=0.15")
     for shard in ("0/2", "1/2"):
-        args = ("--until-full", "--no-preflight", "--shard", shard)
+        args = ("--until-full", "--no-preflight", "--shard", shard, *held_out)
         run_here(*names(capture(recipe_path, conversations, tmp_path, 0.001, *args)))
     monkeypatch.setattr(train.follow, "SAY_EVERY_S", 0.3)
     follower, stopped = train.follow.Follower(RollingStore(tmp_path / "store"), batch_size=4), {"signal": False}
@@ -312,6 +313,14 @@ def test_a_trainer_that_waits_says_which_capture_owes_the_sample_and_when_it_las
     (said,) = capsys.readouterr().err.splitlines()
     assert "s for the sample at place 92 (step 24), which `dump run --window --shard 0/2` captures" in said
     assert re.search(r"it last wrote \S+/shards/00000-of-00002/capture.json \d+ s ago", said)
+
+    sample_id = follower.plan.chosen.held_out[1]  # that of the second capture process
+    RollingStore(tmp_path / "store").sample_path(sample_id).unlink()
+    threading.Timer(0.5, follower.stop).start()
+    with pytest.raises(train.follow.Stopped):
+        follower.wait_for_held_out(sample_id)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"s for held-out sample {sample_id}, which `dump run --window --shard 1/2` captures" in said
 
 
 def test_sigterm_saves_and_stops_a_trainer_that_waits(recipe_path: Path, conversations: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ class AdamW(torch.optim.AdamW):
     The compiler takes 100 MiB and most of a second to load, and trainings on CPUs compile nothing.
     """
 
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))  # type: ignore[assignment]
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 def _spare_compiler() -> None:

@@ -92,6 +92,7 @@ def test_a_training_on_a_cpu_does_not_load_torchs_compiler(
     arguments = ["offline", "--recipe", recipe_path, "--store", store, "--output", tmp_path / "draft"]
     for option in options:
         arguments += ["--set", option]
-    program = "import sys; from train.cli import app; app(standalone_mode=False); sys.exit('torch._dynamo' in sys.modules)"
+    program = "import sys; from train.cli import app; app(standalone_mode=False); "
+    program += "sys.exit('torch._dynamo' in sys.modules)"
     subprocess.run([sys.executable, "-c", program, *map(str, arguments)], cwd=ROOT, check=True)
     assert (tmp_path / "draft" / "step-000004").is_dir()
