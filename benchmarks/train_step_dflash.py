@@ -154,7 +154,8 @@ def list_products(dims: argparse.Namespace) -> list[tuple[int, int, int, int]]:
     shapes = [(dims.seq, dims.n_aux * hidden, hidden, 2)]  # fc has no gradient of its input
     for layer in range(dims.draft_layers):
         asked = slots if layer == dims.draft_layers - 1 else queries
-        shapes += [(queries, hidden, kv_size, 6), (dims.seq, hidden, kv_size, 6), (asked, hidden, q_size, 3)]
+        inputs, asking = (dims.anchors + 1, dims.anchors + 1) if layer == 0 else (queries, asked)  # one mask for all
+        shapes += [(inputs, hidden, kv_size, 6), (dims.seq, hidden, kv_size, 6), (asking, hidden, q_size, 3)]
         shapes += [(asked, q_size, hidden, 3), (asked, hidden, dims.inter, 9)]
         prefix = (dims.seq + dims.prompt) // 2 + dims.block
         shapes += [(asked, dims.head_dim, prefix, 5 * dims.heads)]

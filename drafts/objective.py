@@ -143,7 +143,10 @@ class _Task(NamedTuple):
 
 
 class _Factor:
-    """One product of the logits: `states @ weight.T`, and the gradients of both."""
+    """One product of the logits: `states @ weight.T`, and the gradients of both.
+
+    `addmm` with `out`: torch's counter of FLOPs, which `train plan` uses, does not know `addmm_`.
+    """
 
     def __init__(self, states: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, needed: Sequence[bool]) -> None:
         # Both sides are cast once, not in every chunk; a frozen head has its dtype already.
@@ -157,7 +160,7 @@ class _Factor:
         if logits is None:
             return logits_of(self.states[rows], self.weight)
         if self.weight.dtype == torch.float32:
-            return logits.addmm_(self.states[rows], self.weight.t())
+            return torch.addmm(logits, self.states[rows], self.weight.t(), out=logits)
         return logits.add_(logits_of(self.states[rows], self.weight))
 
     def add_gradient(self, rows: slice, gradient: torch.Tensor, row_weights: torch.Tensor) -> None:
@@ -171,7 +174,7 @@ class _Factor:
         if self.grad_weight is not None:
             weighted = (self.states[rows] * row_weights).to(gradient.dtype)
             if gradient.dtype == torch.float32:
-                self.grad_weight.addmm_(gradient.t(), weighted)
+                torch.addmm(self.grad_weight, gradient.t(), weighted, out=self.grad_weight)
             else:
                 self.grad_weight += gradient.t() @ weighted
 

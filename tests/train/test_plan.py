@@ -95,9 +95,9 @@ def test_gradient_checkpointing_takes_less_memory_and_more_operations() -> None:
 
 def test_operations_of_a_step_are_those_of_its_products_and_of_attention() -> None:
     work = work_of_m3("dflash", 4096, num_layers=1, num_anchors=64, slot_weights="decay")
-    rows, slots, tokens, hidden, queries, pairs = 64 * 8, 64 * 7, 4096, 6144, 8192, 1024
-    layer = 2 * rows * hidden * pairs + 2 * tokens * hidden * pairs  # keys and values of blocks and context
-    layer += 2 * slots * hidden * queries + 3 * slots * hidden * 12288  # queries and outputs, MLP
+    inputs, slots, tokens, hidden, queries, pairs = 64 + 1, 64 * 7, 4096, 6144, 8192, 1024  # anchors and one mask
+    layer = 2 * inputs * hidden * pairs + 2 * tokens * hidden * pairs  # keys and values of blocks and context
+    layer += (inputs + slots) * hidden * queries + 3 * slots * hidden * 12288  # queries and outputs, MLP
     products = 2 * (3 * layer + 2 * tokens * 5 * hidden * hidden)  # `fc` has no gradient of its input
     products += 2 * 2 * slots * hidden * 200_064  # logits, and the gradient of the states
     without_attention = count_flops(work) - products
