@@ -32,6 +32,8 @@ IN_VLLM = [name for name, family in FAMILIES.items() if not family.refused]
 REFUSED = [name for name, family in FAMILIES.items() if family.refused]
 QUICK = ("gemma4", "gpt_oss")
 """Families whose tests with vLLM are not long ones: scaled embeddings, a cap, sinks, windows, experts."""
+RARE = ("glm4", "glm4_moe")
+"""Families whose norms and experts other families have, too."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,14 @@ def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
     return made
 
 
+def how_often(family: str) -> list[pytest.MarkDecorator]:
+    """Return the marks of a family's tests with vLLM."""
+    return [pytest.mark.rare] if family in RARE else [] if family in QUICK else [pytest.mark.long]
+
+
 every = pytest.mark.parametrize("made", FAMILIES, indirect=True)
 in_vllm = pytest.mark.parametrize(
-    "made", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in IN_VLLM], indirect=True
+    "made", [pytest.param(name, marks=how_often(name)) for name in IN_VLLM], indirect=True
 )
 refused = pytest.mark.parametrize("made", REFUSED, indirect=True)
 

@@ -149,7 +149,8 @@ def test_the_draft_is_accepted_as_predicted_and_changes_no_greedy_reply(
         assert "preflight: the draft reads the same states on 2 tensor-parallel ranks" in printed
 
 
-@pytest.mark.parametrize("trained", ["dflash", "eagle3"], indirect=True)  # the others: tests/bench/test_parity_v2.py
+# EAGLE3 on V1: tests/bench/test_parity.py; the other methods: tests/bench/test_parity_v2.py.
+@pytest.mark.parametrize("trained", ["dflash", pytest.param("eagle3", marks=pytest.mark.rare)], indirect=True)
 def test_trainer_and_engine_agree_on_every_tensor_on_the_way_to_the_draft_logits(
     pipeline: Path, runner: Runner, trained: Trained, tmp_path: Path
 ) -> None:
@@ -172,7 +173,7 @@ def test_the_connector_of_gpus_writes_the_states_of_each_rank_for_a_preflight_on
     assert result.stdout.endswith("fine\n"), result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("stage", ["dump", "bench"])
+@pytest.mark.parametrize("stage", ["dump", pytest.param("bench", marks=pytest.mark.rare)])
 def test_partial_sums_of_two_ranks_are_named_where_no_preflight_saw_them(
     pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:

@@ -116,7 +116,7 @@ def run_lossless(trained_target: Path, work: Path, draft: str) -> Path:
 
 @pytest.mark.vllm
 @pytest.mark.long
-@pytest.mark.parametrize("draft", ["dflash", "eagle3"])
+@pytest.mark.parametrize("draft", ["dflash", pytest.param("eagle3", marks=pytest.mark.rare)])
 def test_greedy_replies_are_the_targets_with_cached_prefixes_chunks_tools_and_concurrency(
     trained_target: Path, work: Path, draft: str
 ) -> None:
