@@ -173,7 +173,7 @@ def test_the_connector_of_gpus_writes_the_states_of_each_rank_for_a_preflight_on
     assert result.stdout.endswith("fine\n"), result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("stage", ["dump", pytest.param("bench", marks=pytest.mark.rare)])
+@pytest.mark.parametrize("stage", ["dump", "bench"])
 def test_partial_sums_of_two_ranks_are_named_where_no_preflight_saw_them(
     pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:

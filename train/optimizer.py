@@ -16,9 +16,9 @@ BETAS = (0.9, 0.95)
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, but for the option `differentiable`: a step then does without torch's compiler.
+    """torch's AdamW, but for the option `differentiable`: a step then does not load torch's compiler.
 
-    The compiler takes 100 MiB and most of a second to load, and trainings on CPUs compile nothing.
+    The compiler takes 100 MiB and most of a second to load, and a training on a CPU compiles nothing by default.
     """
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))

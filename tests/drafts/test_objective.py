@@ -116,7 +116,9 @@ def test_every_term_has_a_direct_computation() -> None:
     assert set(TERMS) == set(DIRECT) == set(get_args(ObjectiveName))
 
 
-@pytest.mark.parametrize("terms", [*({name: 1.0} for name in DIRECT), {"tokens": 0.1, "tv": 1.8}], ids=str)
+@pytest.mark.parametrize(
+    "terms", [*({name: 1.0} for name in DIRECT), {"tokens": 0.1, "tv": 1.8}, {"distill": 1.0, "tv": 0.5}], ids=str
+)
 def test_values_and_gradients_are_those_of_the_direct_computation(terms: dict[ObjectiveName, float]) -> None:
     torch.manual_seed(0)
     hidden, lm_head, labels, weights = make_rows()

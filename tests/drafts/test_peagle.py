@@ -167,6 +167,17 @@ def test_documents_of_a_pack_do_not_see_one_another(num_layers: int) -> None:
         assert getattr(found, name).tolist() == sum(getattr(part, name) for part in alone).tolist()
 
 
+def test_half_of_the_cells_that_attention_computes_are_masks_and_each_mask_has_one() -> None:
+    rollouts = make_draft(2, depth_share=0.5).plan(make_batch([30, 40]))
+    assert [reach.width for reach in rollouts.reaches] == [3, 1]
+    for reach in rollouts.reaches:
+        assert len(reach.cells) >= 0.5 * len(reach.layout.anchor_rows) * reach.width
+        assert len(reach.cells.unique()) == len(reach.cells)
+    assert sum(len(reach.cells) for reach in rollouts.reaches) == len(rollouts.mask_positions)
+    masks = rollouts.source[rollouts.source >= len(rollouts.rows)]
+    assert sorted(masks.tolist()) == list(range(len(rollouts.rows), len(rollouts.rows) + len(rollouts.mask_positions)))
+
+
 def test_each_depth_keeps_its_share_of_the_places_that_reached_the_depth_before() -> None:
     section = PEagleSection.model_validate({**DIMS, "num_speculative_tokens": 8, "num_anchors": 900})
     depths = draw_depths(1000, section, torch.Generator().manual_seed(1))
