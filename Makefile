@@ -34,7 +34,7 @@ test: $(VENV)/installed
 
 # Tests of one engine each, two files at a time; then the others in turn: some of them keep all cores busy on purpose.
 IN_PAIRS := tests/test_families.py tests/test_runners.py tests/test_pipeline.py tests/bench tests/dump \
-  tests/distributed tests/synth tests/test_rolling.py tests/test_mooncake.py
+  tests/distributed tests/synth tests/test_rolling.py tests/test_mooncake.py tests/test_benchmarks.py tests/recipes
 
 test-long: $(VENV)/installed
 	$(BIN)/python -m pytest $(IN_PAIRS) -m 'long and not rare' -n 2 --timeout 1500 --durations 0

@@ -40,6 +40,7 @@ METHODS: dict[str, list[str]] = {
 V2_ONLY = {"dflash2", "dspark", "lilicorr"}
 ALL = [pytest.param(name, marks=pytest.mark.rare) if name in ("dflash2", "lilicorr") else name for name in METHODS]
 """tests/bench/test_parity_v2.py compares every tensor of the rare ones."""
+SHORT = ("--set", "bench.concurrency=[4]", "--set", "bench.num_prompts={4: 6}")
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def test_the_draft_is_accepted_as_predicted_and_changes_no_greedy_reply(
     pipeline: Path, runner: Runner, trained: Trained, tmp_path: Path
 ) -> None:
     own = json.loads((trained.export / "draftline.json").read_text())["num_speculative_tokens"]
-    few = ("--set", "bench.concurrency=[4]", "--set", "bench.num_prompts={4: 6}", "--draft-tokens", own)
+    few = (*SHORT, "--draft-tokens", own)
     places = ("--conversations", pipeline / "synth/held_out", "--draft", trained.export, "--output", tmp_path / "bench")
     # It compares vLLM's counters with the sums over the requests.
     printed = run("bench", "acceptance", *trained.args, *runner.args, *few, *places).stdout
@@ -182,7 +183,7 @@ def test_partial_sums_of_two_ranks_are_named_where_no_preflight_saw_them(
     monkeypatch.setenv("SEEDED_DEFECT", "partial sums")
     if stage == "bench":
         places = ("--conversations", pipeline / "synth/held_out", "--draft", pipeline / "export")
-        refused = run("bench", "acceptance", *args, *places, "--output", tmp_path / "bench", check=False)
+        refused = run("bench", "acceptance", *args, *SHORT, *places, "--output", tmp_path / "bench", check=False)
         assert refused.returncode == 2
         assert "the draft's input on tensor-parallel rank 1: found states" in refused.stderr
         assert not list((tmp_path / "bench").glob("draft-k*.json"))

@@ -86,6 +86,7 @@ def test_the_functions_are_all_that_torch_takes_from_mkl() -> None:
 
 @needs_mkl
 @pytest.mark.long
+@pytest.mark.rare  # the tests above fail if it is left out somewhere
 @pytest.mark.timeout(1200)
 def test_no_process_of_thousands_computes_wrong_cosines() -> None:
     words = [sys.executable, "benchmarks/first_calls.py", "--waves", "100"]
