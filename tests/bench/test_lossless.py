@@ -75,7 +75,7 @@ def work(trained_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("production")
     prompts = folder / "prompts.jsonl"
     lines = (trained_target / "prompts/train.jsonl").read_text().splitlines(keepends=True)
-    prompts.write_text("".join(lines[:40]))
+    prompts.write_text("".join(lines[:24]))
     args = ["--recipe", RECIPE, *recipe_args(trained_target)]
     run("synth", "generate", *args, "--prompts", prompts, "--output", folder / "synth")
     run("dump", "run", *args, "--conversations", folder / "synth", "--output", folder / "store")
