@@ -32,13 +32,8 @@ demo-real: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --durations 15
 
-# Tests of one engine each, two files at a time; then the others in turn: some of them keep all cores busy on purpose.
-IN_PAIRS := tests/test_families.py tests/test_runners.py tests/test_pipeline.py tests/bench tests/dump \
-  tests/distributed tests/synth tests/test_rolling.py tests/test_mooncake.py tests/test_benchmarks.py tests/recipes
-
 test-long: $(VENV)/installed
-	$(BIN)/python -m pytest $(IN_PAIRS) -m 'long and not rare' -n 2 --timeout 1500 --durations 0
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(IN_PAIRS)) -m 'long and not rare' --timeout 1500 --durations 0
+	$(BIN)/python -m pytest -m 'long and not rare' -n 2 --timeout 1500 --durations 0
 
 test-rare: $(VENV)/installed
 	$(BIN)/python -m pytest -m rare -n 2 --timeout 1500 --durations 0

@@ -55,6 +55,7 @@ def test_greedy_output_with_the_draft_is_the_output_without_it(report: dict[str,
     assert report["served"]["greedy_identical"] == report["served"]["greedy_total"] > 0
 
 
+@pytest.mark.long
 def test_synthesis_with_the_draft_writes_the_same_conversations(pipeline: Path, tmp_path: Path) -> None:
     args = ["--recipe", RECIPE, *overrides(pipeline), "--prompts", pipeline / "prompts/held_out.jsonl"]
     args += ["--thinking-modes", "enabled,disabled,adaptive", "--output", tmp_path / "synth"]
@@ -115,6 +116,7 @@ def test_the_plot_is_there(pipeline: Path) -> None:
     assert (pipeline / "acceptance_by_position.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_a_second_run_skips_everything_and_says_so(pipeline: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in pipeline.rglob("*.safetensors")}
     printed = run_script(pipeline)

@@ -124,6 +124,7 @@ def take_turns(
     raise AssertionError("the training does not end")
 
 
+@pytest.mark.long
 def test_capture_and_training_may_take_turns_and_go_back_to_an_earlier_checkpoint(
     recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -208,6 +209,7 @@ def test_a_sample_that_cannot_be_captured_is_replaced_by_one_of_its_batch_and_co
     assert not same_weights(tmp_path, whole)
 
 
+@pytest.mark.long
 def test_failed_samples_of_a_window_and_held_out_ones_are_captured_again(
     recipe_path: Path, conversations: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,10 @@ OWN: dict[str, dict[str, object]] = {
     "eagle3": {"ttt_length": 3},
     "peagle": {"num_layers": 3},
 }
-GRAPHS = [("dflash", 2), ("windows", 3), ("eagle3", 3), ("peagle", 3)]
+GRAPHS = [
+    ("dflash", 2), pytest.param("windows", 3, marks=pytest.mark.long), ("eagle3", 3),
+    pytest.param("peagle", 3, marks=pytest.mark.long),
+]  # fmt: skip
 """Graphs of a method: one for each step; or one for the last layer, the first one if it differs, and the others."""
 BLOCK = 8
 CASES = [
@@ -203,7 +206,7 @@ def test_batches_of_other_lengths_compile_nothing_anew(
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize(("method", "graphs"), [case for case in GRAPHS if case[0] != "windows"])
+@pytest.mark.parametrize(("method", "graphs"), [GRAPHS[0], *GRAPHS[2:]])  # windows are DFlash's layers
 def test_with_gradients_too_the_layers_around_attention_compile_once(
     method: str, graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -194,6 +194,7 @@ def backend(recipe_path: Path, tmp_path: Path) -> Iterator[CaptureBackend]:
 
 
 @pytest.mark.vllm
+@pytest.mark.long
 def test_all_engines_share_the_samples_within_the_staging_limit_and_each_can_be_given_its_own(
     backend: CaptureBackend, conversations: Path, tmp_path: Path
 ) -> None:

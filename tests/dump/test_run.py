@@ -97,7 +97,7 @@ def test_states_of_a_cached_prefix_are_whole_when_caching_is_asked_for(
 @pytest.mark.parametrize(
     ("backend", "count", "kills"),
     [
-        ("hf", 40, 4),
+        pytest.param("hf", 40, 4, marks=pytest.mark.long),
         pytest.param("vllm", 80, 6, marks=[pytest.mark.vllm, pytest.mark.long]),
         pytest.param("vllm", 500, 30, marks=[pytest.mark.vllm, pytest.mark.rare]),
     ],

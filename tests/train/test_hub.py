@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,7 @@ def test_without_a_login_or_without_network_one_line_says_so(
         assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
         assert told in result.stderr
     use_hub(monkeypatch, "http://127.0.0.1:9", tmp_path / "other")
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # of the hub's client, before it tries again
     for draft in ("org/draft@main", f"org/draft@{'1' * 40}"):
         with pytest.raises(
             UserError, match=r"no network, or the hub does not answer.*hf download org/draft --revision"

@@ -38,7 +38,7 @@ BOTH_LAYOUTS = ("dflash", "dspark", "dspark fill-in", "eagle3", "eagle3 reduced"
     [
         *product(BOTH_LAYOUTS, ["native"]),
         ("dflash2", "native"),
-        ("lilicorr convolution", "native"),
+        pytest.param("lilicorr convolution", "native", marks=pytest.mark.long),
         pytest.param("lilicorr", "native", marks=pytest.mark.rare),
         *(pytest.param(kind, "speculators", marks=pytest.mark.rare if kind in RARE else []) for kind in BOTH_LAYOUTS),
     ],
