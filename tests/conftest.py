@@ -31,6 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+LONGEST = ("test_runners.py", "test_families.py", "test_pipeline.py", "test_offline.py")
+"""Files of five to twenty minutes with their long tests."""
+
 # The checkout, too: a process that finds tests/drafts/ but no checkout on its path takes it for our package `drafts`.
 RECIPES = [str(ROOT / "recipes" / name) for name in ("Tiny-DFlash", "SmolLM2-135M")]
 sys.path[:0] = [str(Path(__file__).parent), *RECIPES, str(ROOT)]
@@ -76,12 +79,12 @@ bench:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start engines come first: they take longest, and a run should end with short ones.
+    """The longest files come first, then others that start engines: a run should end with short ones.
 
     A report names what a test proves of a vLLM release (release_table.py).
     """
     slow = {item.path for item in items if item.get_closest_marker("vllm")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))
     for item in items:
         item.user_properties += [("proves", part) for mark in item.iter_markers("proves") for part in mark.args]
 
