@@ -32,7 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 LONGEST = ("test_runners.py", "test_families.py", "test_pipeline.py", "test_offline.py")
-"""Files of five to twenty minutes with their long tests."""
+"""Files of four to twenty minutes with their long tests."""
 
 # The checkout, too: a process that finds tests/drafts/ but no checkout on its path takes it for our package `drafts`.
 RECIPES = [str(ROOT / "recipes" / name) for name in ("Tiny-DFlash", "SmolLM2-135M")]

@@ -44,7 +44,7 @@ def ask_vllm(questions: Sequence[Question]) -> list[str]:
 def _start() -> subprocess.Popen[str]:
     """Start the process. It ends with this one, which closes its standard input."""
     return subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 

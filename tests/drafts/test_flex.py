@@ -36,10 +36,7 @@ OWN: dict[str, dict[str, object]] = {
     "eagle3": {"ttt_length": 3},
     "peagle": {"num_layers": 3},
 }
-GRAPHS = [
-    ("dflash", 2), pytest.param("windows", 3, marks=pytest.mark.long), ("eagle3", 3),
-    pytest.param("peagle", 3, marks=pytest.mark.long),
-]  # fmt: skip
+GRAPHS = [("dflash", 2), ("eagle3", 3), pytest.param("peagle", 3, marks=pytest.mark.long)]
 """Graphs of a method: one for each step; or one for the last layer, the first one if it differs, and the others."""
 BLOCK = 8
 CASES = [
@@ -186,7 +183,7 @@ def test_a_plan_of_many_chains_takes_no_quadratic_memory() -> None:
     assert sum(tensor.nbytes for tensor in flex.tiles[1]) < 1 << 20
 
 
-@pytest.mark.parametrize(("method", "graphs"), GRAPHS)
+@pytest.mark.parametrize(("method", "graphs"), [*GRAPHS, pytest.param("windows", 3, marks=pytest.mark.long)])
 def test_batches_of_other_lengths_compile_nothing_anew(
     method: str, graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +203,7 @@ def test_batches_of_other_lengths_compile_nothing_anew(
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize(("method", "graphs"), [GRAPHS[0], *GRAPHS[2:]])  # windows are DFlash's layers
+@pytest.mark.parametrize(("method", "graphs"), GRAPHS)
 def test_with_gradients_too_the_layers_around_attention_compile_once(
     method: str, graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

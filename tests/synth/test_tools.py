@@ -151,7 +151,7 @@ def test_verify_compares_tool_calls_with_their_tokens(
     assert "turn 0 (text)" in result.stderr
 
 
-@pytest.mark.parametrize("supervise_end", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("supervise_end", [False, True])
 def test_a_turn_of_only_an_end_token_is_verified_whether_it_is_in_the_loss_or_not(
     args: tuple[Any, ...], written: tuple[Path, str], target: Path, parsing_server: str, tmp_path: Path,
     supervise_end: bool,
