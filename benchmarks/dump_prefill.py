@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,18 +162,19 @@ def serve_rounds(side: str, target_folder: Path, profile: bool) -> None:
     recipe = load_recipe(RECIPE, changes)
     target = Target.read(target_folder)
     work = Path(tempfile.mkdtemp(prefix="dump-benchmark-"))
+    stack = ExitStack()
     if side == "dump":
         from dump.backends import make_backend
         from dump.fill import Filler
-        from dump.writer import StoreJob, make_pool
+        from dump.writer import StoreJob, open_writers
 
         memory = Path("/dev/shm")  # noqa: S108 (the choice of `dump run`)
         staging = Staging(Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else work)), 8 << 30)
         layer_ids = captured_layers(recipe.target, target)
         backend = make_backend(recipe, target, layer_ids, staging)
         job = StoreJob(Store(work / "store"), recipe.dump.dtype, len(layer_ids), target.hidden_size)
-        pool = make_pool(recipe.dump.writers)
-        make_filler = partial(Filler, backend, staging, pool, job)
+        writers = stack.enter_context(open_writers(recipe.dump.writers))
+        make_filler = partial(Filler, backend, staging, writers, job)
     else:
         os.environ.update({"VLLM_LOGGING_LEVEL": "ERROR", **engine_env(recipe.serve.env)})
         from vllm import LLM, SamplingParams
@@ -196,8 +198,8 @@ def serve_rounds(side: str, target_folder: Path, profile: bool) -> None:
             result = seconds, len(prefilled), sum(prefilled)
         print(f"result {json.dumps(result)}", flush=True)
     shutil.rmtree(work, ignore_errors=True)
+    stack.close()
     if side == "dump":
-        pool.shutdown()
         shutil.rmtree(staging.folder, ignore_errors=True)
 
 

@@ -19,7 +19,7 @@ from dump.kept import Kept
 from dump.ledger import DumpLedger
 from dump.samples import Capturable
 from dump.staging import open_staging
-from dump.writer import StoreJob, make_pool, store_sample
+from dump.writer import StoreJob, open_writers, store_sample
 from recipe.recipe import Recipe
 from target.layers import captured_layers
 from target.target import Target
@@ -38,22 +38,19 @@ def open_filler(recipe: Recipe, target: Target, store: Store, ledger: DumpLedger
     job = StoreJob(store, recipe.dump.dtype, len(layer_ids), target.hidden_size, Kept.of(recipe, target))
     with (
         open_staging(recipe.dump, store.folder) as staging,
-        make_pool(recipe.dump.writers) as pool,
         closing(make_backend(recipe, target, layer_ids, staging)) as backend,
+        open_writers(recipe.dump.writers) as writers,
     ):
-        try:
-            yield Filler(backend, staging, pool, job, ledger)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        yield Filler(backend, staging, writers, job, ledger)
 
 
 class Filler:
-    """One pass over the rows: the backend captures, the pool's processes store, the ledger gets an entry per row."""
+    """One pass over the rows: the backend captures, the writers store, the ledger gets an entry per row."""
 
     def __init__(
-        self, backend: CaptureBackend, staging: Staging, pool: ProcessPoolExecutor, job: StoreJob, ledger: DumpLedger
+        self, backend: CaptureBackend, staging: Staging, writers: ProcessPoolExecutor, job: StoreJob, ledger: DumpLedger
     ) -> None:
-        self.backend, self.staging, self._pool, self._job, self._ledger = backend, staging, pool, job, ledger
+        self.backend, self.staging, self._writers, self._job, self._ledger = backend, staging, writers, job, ledger
         self._in_backend: dict[str, Capturable] = {}
         self._storing: set[Future[dict[str, Any]]] = set()
         self._problems: list[BaseException] = []
@@ -84,9 +81,6 @@ class Filler:
                     wait(list(self._storing), timeout=0.2)
             except BrokenExecutor as error:  # a writer died, and the pool takes no more work
                 self._problems.append(error)
-            finally:
-                for future in list(self._storing):
-                    future.cancel()
         if self._problems:
             raise self._explain(self._problems[0]) from None
 
@@ -97,7 +91,7 @@ class Filler:
 
     def _store(self, staged: Staged) -> None:
         row = self._in_backend.pop(staged.sample_id)
-        future = self._pool.submit(store_sample, self._job, row, staged)
+        future = self._writers.submit(store_sample, self._job, row, staged)
         self._storing.add(future)
         future.add_done_callback(partial(self._account, row))
 

@@ -11,7 +11,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +29,7 @@ from dump.samples import Capturable
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 LOWEST_PRIORITY = 19
+STOP_TIMEOUT_S = 15.0
 _buffer = Buffer()  # of this writer process, reused for every sample
 
 
@@ -40,9 +44,22 @@ class StoreJob:
     kept: Kept = field(default_factory=Kept)
 
 
-def make_pool(num_writers: int) -> ProcessPoolExecutor:
-    """Start writer processes that end with this one, even if killed. Forked ones would copy the engine."""
-    return ProcessPoolExecutor(num_writers, multiprocessing.get_context("spawn"), initializer=_set_up)
+@contextmanager
+def open_writers(num_writers: int) -> Iterator[ProcessPoolExecutor]:
+    """Start writer processes that end with this one, even if killed. Forked ones would copy the engine.
+
+    At the end they store what they have begun. After STOP_TIMEOUT_S they are killed: on a busy machine, processes of
+    such low priority take minutes to end. The next run captures again what was not stored.
+    """
+    pool = ProcessPoolExecutor(num_writers, multiprocessing.get_context("spawn"), initializer=_set_up)
+    try:
+        yield pool
+    finally:
+        processes = list(pool._processes.values())  # Python 3.14 has kill_workers()
+        killer = threading.Timer(STOP_TIMEOUT_S, lambda: [process.kill() for process in processes])
+        killer.start()
+        pool.shutdown(cancel_futures=True)
+        killer.cancel()
 
 
 def _set_up() -> None:

@@ -147,7 +147,7 @@ def test_a_killed_engine_ends_the_run_and_the_next_one_completes_the_store_of_on
     assert [environment(process)["CUDA_VISIBLE_DEVICES"] for process in processes] == ["5", "3"]
     wait_until(lambda: len(read_lines(ledger)) >= 5, killed)
     os.kill(processes[1], signal.SIGKILL)
-    _, stderr = killed.communicate(timeout=60)
+    _, stderr = killed.communicate(timeout=300)
     assert killed.returncode == 1
     assert "error: engine 1 (GPUs 3): found a process that ended with exit code -9 (was it out of memory?)" in stderr
     assert "Traceback" not in stderr

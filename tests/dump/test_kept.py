@@ -62,7 +62,7 @@ def dump_here(*args: object, in_threads: bool) -> None:
     """`dump run`. A writer process imports torch first: threads take a fraction of the time."""
     with pytest.MonkeyPatch.context() as patch:
         if in_threads:
-            patch.setattr("dump.fill.make_pool", ThreadPoolExecutor)
+            patch.setattr("dump.fill.open_writers", ThreadPoolExecutor)
         run_here("dump", "run", *args)
 
 

@@ -191,6 +191,7 @@ def test_a_stop_while_samples_wait_for_their_writers_fails_none_of_them(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("dump.fill.make_backend", Interrupted)
+        patch.setattr("dump.writer.STOP_TIMEOUT_S", 300.0)
         with pytest.raises(KeyboardInterrupt):
             dump(load_recipe(recipe_path, ["dump.backend=hf", "dump.preflight=false"]), rows, tmp_path)
     assert 0 < Ledger(tmp_path / "ledger.jsonl").counts()["done"] < COUNT

@@ -43,7 +43,7 @@ def test_no_server_outlives_a_stage_that_was_killed(recipe_path: Path, tmp_path:
     args = command("serve", "start", "--recipe", recipe_path, "--log", tmp_path / "serve.log")
     stage = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     server = None
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while server is None and time.monotonic() < deadline:
         time.sleep(0.2)
         children = Path(f"/proc/{stage.pid}/task/{stage.pid}/children").read_text().split()
@@ -53,7 +53,7 @@ def test_no_server_outlives_a_stage_that_was_killed(recipe_path: Path, tmp_path:
     time.sleep(1.5)  # past its first lines, where it asks to die with its parent
     os.kill(stage.pid, signal.SIGKILL)
     stage.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while _is_alive(server) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not _is_alive(server)
