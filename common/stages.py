@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from common.errors import IncompleteError, UserError
 
@@ -36,3 +38,9 @@ def ask_stage(name: str, *words: object) -> str:
             f"{name} {words[0]}", found=told[-1].removeprefix("error: "), expected="its output", fix="Correct that."
         )
     return answer.stdout
+
+
+def become_stage(name: str, *words: str) -> NoReturn:
+    """Run a console command of this environment in place of this process, which gives it signals and exit code."""
+    path = str(Path(sys.executable).with_name(name))
+    os.execv(path, [path, *words])  # noqa: S606

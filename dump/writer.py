@@ -12,10 +12,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -56,10 +57,15 @@ def open_writers(num_writers: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
     finally:
         processes = list(pool._processes.values())  # Python 3.14 has kill_workers()
-        killer = threading.Timer(STOP_TIMEOUT_S, lambda: [process.kill() for process in processes])
+        killer = threading.Timer(STOP_TIMEOUT_S, _kill, [processes])
         killer.start()
         pool.shutdown(cancel_futures=True)
         killer.cancel()
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _set_up() -> None:

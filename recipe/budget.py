@@ -78,7 +78,7 @@ def _singles(case: Case, ask_train: AskTrain) -> Iterator[tuple[str, Page, str]]
         words = f"dump run --window {WINDOW_SHARE * whole * 1e9 / 2**30:.0f} with train offline --follow"
         yield words, make_page(rolling), "a capture for each epoch, beside the training"
     for words, recipe in _smaller_drafts(case.recipe):
-        yield words, make_page(replace(case, recipe=recipe, train=ask_train(recipe))), "accepts less: `train forecast`"
+        yield words, make_page(replace(case, recipe=recipe, train=ask_train(recipe))), "accepts less: `recipe forecast`"
 
 
 def _with_store(case: Case, **changes: str) -> Case:
@@ -122,4 +122,4 @@ def _fewer_tokens(case: Case, budget: Budget, before: str) -> Change | None:
         f"{before}{smaller.conversations} conversations, {low:.1%} (plan.conversations, train.num_steps: "
         f"{smaller.recipe.training().num_steps})"
     )
-    return Change(words, page, True, "`train forecast` tells what they give")
+    return Change(words, page, True, "`recipe forecast` tells what they give")

@@ -179,5 +179,18 @@ def plan(
     answer(load_checked(recipe, set_), asked, as_json=json_)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="[OPTIONS OF TRAIN FORECAST]",
+    epilog="Example: recipe forecast -r recipes/Tiny-DFlash/recipe.yaml --store runs/store "
+    "--held-out runs/store-held-out --output runs/forecast",
+)
+def forecast(context: typer.Context) -> None:
+    """Forecast what the whole training gives, from pilots: `train forecast` with the same options (see its --help)."""
+    from common.stages import become_stage
+
+    become_stage("train", "forecast", *context.args)  # it trains, which the recipe cannot import
+
+
 def main() -> None:
     run_app(app)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import run_here
+from conftest import run, run_here
 from written import write_store
 
 from target.target import Target
@@ -66,6 +66,18 @@ def test_finished_pilots_are_skipped_and_runs_give_the_same_forecast(
     run_here(*words, *runs, "--output", tmp_path / "out")
     assert json.loads((tmp_path / "out/forecast.json").read_text())["forecast"] == expected["forecast"]
     assert not (tmp_path / "out/pilot-20").exists()
+
+
+def test_recipe_forecast_is_train_forecast_with_its_options_and_exit_code(
+    words: list[object], made: tuple[Path, str]
+) -> None:
+    asked = ("recipe", *words[1:], "--fractions", "0.2,0.5,1", "--output", made[0])
+    result = run(*asked)
+    assert result.stdout.count("is finished, skipped") == 6
+    assert f"forecast: -> {made[0] / 'forecast.json'}" in result.stdout
+    refused = run(*asked, "--fractions", "0.2,1", check=False)
+    assert refused.returncode == 2
+    assert "error: --fractions: found 2 pilots" in refused.stderr
 
 
 def test_a_part_of_the_data_can_be_stored_and_the_rest_only_planned(
