@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, build_target, read_lines, run
+from conftest import ROOT, build_target, read_lines, run_here
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -70,8 +70,8 @@ def test_every_turn_decodes_to_its_text_and_has_the_servers_rendering_as_context
 ) -> None:
     output = tmp_path / mode
     args = ("-r", recipe_path, "--set", f"target.path={target}", *SAMPLED, "--endpoint", url)
-    run("synth", "generate", *args, "--prompts", prompts, "--output", output, "--thinking-modes", mode)
-    printed = run("synth", "verify", output, *args).stdout
+    run_here("synth", "generate", *args, "--prompts", prompts, "--output", output, "--thinking-modes", mode)
+    printed = run_here("synth", "verify", output, *args).stdout
     counts = json.loads((output / "verified.json").read_text())
     # A random target generates rows at times that no token has; such conversations are filtered.
     filtered = [line["reason"] for line in read_lines(output / "ledger.jsonl") if line["status"] == "filtered"]
@@ -89,12 +89,12 @@ def test_verify_names_a_turn_whose_text_or_context_is_not_its_tokens(
     few = tmp_path / "few.jsonl"
     few.write_text("".join(prompts.read_text().splitlines(keepends=True)[:4]))
     args = ("-r", recipe_path, "--set", f"target.path={target}", *SAMPLED, "--endpoint", url)
-    run("synth", "generate", *args, "--prompts", few, "--output", output, "--thinking-modes", "enabled")
+    run_here("synth", "generate", *args, "--prompts", few, "--output", output, "--thinking-modes", "enabled")
     records = read_lines(output / "conversations.jsonl")
     records[0]["thinking_mode"] = "disabled"  # the tokens were made in another mode
     records[1]["messages"][1]["content"] += " "
     (output / "conversations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    result = run("synth", "verify", output, *args, check=False)
+    result = run_here("synth", "verify", output, *args, check=False)
     assert result.returncode == 1
     assert f"{records[0]['id']} turn 0 (context)" in result.stderr
     assert f"{records[1]['id']} turn 0 (text)" in result.stderr
@@ -110,7 +110,7 @@ def test_greedy_tokens_are_those_that_the_recorded_penalties_give(
     values = {"temperature": 0, "max_tokens": 64, **penalties}
     more = [word for key, value in values.items() for word in ("--set", f"synth.{key}={value}")]
     args = ("-r", recipe_path, "--set", f"target.path={target}", "--set", "target.max_model_len=4096", *more)
-    run("synth", "generate", *args, "--endpoint", url, "--prompts", few, "--output", tmp_path / "out")
+    run_here("synth", "generate", *args, "--endpoint", url, "--prompts", few, "--output", tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     changed = 0
     for record in read_conversations(tmp_path / "out"):

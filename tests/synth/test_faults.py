@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import scripted
-from conftest import command, read_lines, run
+from conftest import command, read_lines, run_here
 
 from common.errors import IncompleteError
 from recipe.synth import SynthSection
@@ -77,7 +77,7 @@ def test_a_request_that_json_cannot_hold_fails_its_row_alone(recipe_path: Path, 
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with scripted.serve() as server:
         args = ("-r", recipe_path, "--prompts", prompts, "--output", tmp_path / "out", "--endpoint", server.url)
-        run("synth", "generate", *args, "--set", "synth.max_failed_fraction=1")
+        run_here("synth", "generate", *args, "--set", "synth.max_failed_fraction=1")
     statuses = {line["index"]: line["status"] for line in read_lines(tmp_path / "out/ledger.jsonl")}
     assert statuses == {0: "failed", 1: "done"}
 
@@ -150,11 +150,11 @@ def test_a_wrong_key_is_told_at_once_and_the_key_itself_never(
     with scripted.serve(key="right-key") as server:
         args = ("-r", recipe_path, "--prompts", prompts, "--output", tmp_path / "out", "--endpoint", server.url)
         monkeypatch.setenv("OPENAI_API_KEY", "wrong-key")
-        result = run("synth", "generate", *args, check=False)
+        result = run_here("synth", "generate", *args, check=False)
         assert result.returncode == 2
         assert "HTTP 401" in result.stderr
         monkeypatch.setenv("OPENAI_API_KEY", "right-key")
-        run("synth", "generate", *args)
+        run_here("synth", "generate", *args)
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
     assert b"right-key" not in written
     assert b"wrong-key" not in written
@@ -166,7 +166,7 @@ def test_a_server_without_a_tool_parser_is_asked_to_leave_the_reply_whole(recipe
     prompts.write_text(json.dumps({"turns": ["no parser", "and"], "tools": tools}) + "\n")
     with scripted.serve() as server:
         args = ("-r", recipe_path, "--prompts", prompts, "--output", tmp_path / "out", "--endpoint", server.url)
-        printed = run("synth", "generate", *args).stdout
+        printed = run_here("synth", "generate", *args).stdout
         assert [body.get("tool_choice") for body in server.requests] == [None, "none", None]
         assert all(body["tools"] == tools for body in server.requests)
     assert "the format of the target's tool calls is not known" in printed
@@ -178,7 +178,7 @@ def test_failures_in_a_row_stop_the_run_early(recipe_path: Path, tmp_path: Path)
     more = ("--set", "synth.max_failures_in_row=10", "--set", "synth.max_failed_fraction=1")
     with scripted.serve() as server:
         args = ("-r", recipe_path, "--prompts", prompts, "--output", tmp_path / "out", "--endpoint", server.url, *more)
-        result = run("synth", "generate", *args, check=False)
+        result = run_here("synth", "generate", *args, check=False)
         assert result.returncode == 1
         assert "10 failures in a row" in result.stderr
         assert "--retry-failed" in result.stderr
@@ -190,7 +190,7 @@ def test_too_large_a_fraction_of_failures_stops_the_run_early(recipe_path: Path,
     more = ("--set", "synth.max_failures_in_row=10", "--set", "synth.max_failed_fraction=0.1")
     with scripted.serve() as server:
         args = ("-r", recipe_path, "--prompts", prompts, "--output", tmp_path / "out", "--endpoint", server.url, *more)
-        result = run("synth", "generate", *args, check=False)
+        result = run_here("synth", "generate", *args, check=False)
         assert result.returncode == 1
         assert "of 400 rows failed" in result.stderr
         assert len(server.requests) < 200
@@ -240,7 +240,7 @@ def test_a_run_raises_its_concurrency_while_nothing_waits_and_keeps_it_while_muc
             server.gauges = gauges
             few = write_prompts(tmp_path / "few.jsonl", [f"slow {i}" for i in range(6)]) if name == "busy" else prompts
             args = ("-r", recipe_path, "--prompts", few, "--output", tmp_path / name, "--endpoint", server.url, *more)
-            run("synth", "generate", *args)
+            run_here("synth", "generate", *args)
             assert server.most_in_flight in expected
             line = read_lines(tmp_path / name / "metrics.jsonl")[-1]
             assert line["running"] == 2

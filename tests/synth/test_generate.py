@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import scripted
-from conftest import command, kill_when, read_lines, run
+from conftest import command, kill_when, read_lines, run_here
 from tokenizers import Tokenizer
 
 from contracts.conversation import read_conversations
@@ -34,7 +34,7 @@ def write_prompts(path: Path, questions: list[str | list[str]]) -> Path:
 
 def generate(recipe: Path, prompts: Path, output: Path, endpoint: str, *more: str, check: bool = True) -> Any:
     args = ("--recipe", recipe, "--prompts", prompts, "--output", output, "--endpoint", endpoint, *more)
-    return run("synth", "generate", *args, check=check)
+    return run_here("synth", "generate", *args, check=check)
 
 
 def grown_by(path: Path, num_bytes: int) -> Callable[[], bool]:

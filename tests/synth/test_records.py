@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import scripted
-from conftest import read_lines, run, run_here
+from conftest import read_lines, run_here
 from generated import generate, settings, write
 from page_data import text_of, unpack
 
@@ -57,7 +57,7 @@ def test_a_mode_without_a_value_is_refused(recipe_path: Path, tmp_path: Path) ->
     prompts = write(tmp_path / "p.jsonl", [{"prompt": "q"}])
     more = settings("target.thinking_mode_values={enabled: true}")
     args = ("-r", recipe_path, "--prompts", prompts, "--output", tmp_path / "out", *more)
-    result = run("synth", "generate", *args, check=False)
+    result = run_here("synth", "generate", *args, check=False)
     assert result.returncode == 2
     assert "found disabled, expected one of enabled" in result.stderr
 
@@ -168,7 +168,7 @@ def test_a_reply_that_the_server_broke_off_is_tried_again_then_failed_and_redone
 def test_no_server_is_started_for_an_input_of_which_no_row_can_be_used(recipe_path: Path, tmp_path: Path) -> None:
     prompts = write(tmp_path / "prompts.jsonl", [{"text": "a"}, {"text": "b"}])
     args = ("-r", recipe_path, "--prompts", prompts, "--output", tmp_path / "out")
-    result = run("synth", "generate", *args, check=False)
+    result = run_here("synth", "generate", *args, check=False)
     assert result.returncode == 2
     assert "all 2 rows filtered" in result.stderr
     assert "its keys are text" in result.stderr
@@ -319,7 +319,7 @@ def test_stats_count_and_plot_what_was_written(recipe_path: Path, tmp_path: Path
         {"prompt": "loop"},
     ]
     generate(recipe_path, tmp_path, rows, server)
-    printed = run("synth", "stats", tmp_path / "out").stdout
+    printed = run_here("synth", "stats", tmp_path / "out").stdout
     assert "9 rows: 7 done, 1 truncated, 1 filtered, 0 failed" in printed
     assert "1 loop" in printed
     columns = {
@@ -337,19 +337,19 @@ def test_inspect_shows_the_supervised_tokens_in_the_terminal_and_as_html(
     rows = [{"id": "mine", "turns": ["no ids <b>", "and"]}, {"prompt": "fail 400"}]
     prompts = write(tmp_path / "prompts.jsonl", rows)
     args = ("-r", recipe_path, "--prompts", prompts, "--output", tmp_path / "out", "--endpoint", server.url)
-    run("synth", "generate", *args, *settings("synth.max_failed_fraction=1"))
+    run_here("synth", "generate", *args, *settings("synth.max_failed_fraction=1"))
     (record,) = read_conversations(tmp_path / "out")
     for name in ("mine", record.id, record.id[:6]):
-        printed = run("synth", "inspect", tmp_path / "out", name).stdout
+        printed = run_here("synth", "inspect", tmp_path / "out", name).stdout
         assert "]~b]user\nno ids <b>[e~[" in printed
         assert "«reply to no ids <b>[e~[»" in printed
         assert "token ids: rendered, not the server's" in printed
-    run("synth", "inspect", tmp_path / "out", "mine", "--html", tmp_path / "page.html")
+    run_here("synth", "inspect", tmp_path / "out", "mine", "--html", tmp_path / "page.html")
     index, (row,) = unpack(tmp_path / "page.html")
     assert "«reply to no ids <b>[e~[»" in text_of(index, row)
     (failed,) = [line["id"] for line in read_lines(tmp_path / "out/ledger.jsonl") if line["status"] == "failed"]
     for name, found in (("zzz", "0 conversations"), (failed, "a row that is failed (HTTP 400")):
-        result = run("synth", "inspect", tmp_path / "out", name, check=False)
+        result = run_here("synth", "inspect", tmp_path / "out", name, check=False)
         assert result.returncode == 2
         assert found in result.stderr
 
@@ -360,8 +360,8 @@ def test_browse_shows_every_row_of_the_input_those_without_a_conversation_too(
     rows = [{"prompt": "fail 400"}, {"id": "mine", "prompt": "loop"}, {"id": "long", "prompt": "endless"}, {"x": 1}]
     args = ("-r", recipe_path, "--prompts", write(tmp_path / "prompts.jsonl", rows), "--output", tmp_path / "out")
     sets = settings("synth.max_failed_fraction=1", "synth.max_tokens=200", "target.max_model_len=512")
-    run("synth", "generate", *args, "--endpoint", server.url, *sets)
-    printed = run("synth", "browse", tmp_path / "out", "--output", tmp_path / "page.html").stdout
+    run_here("synth", "generate", *args, "--endpoint", server.url, *sets)
+    printed = run_here("synth", "browse", tmp_path / "out", "--output", tmp_path / "page.html").stdout
     assert "4 of 4 rows" in printed
     index, found = unpack(tmp_path / "page.html")
     facets = {facet["name"]: [facet["values"][code] if code >= 0 else None for code in facet["codes"]]
@@ -375,7 +375,7 @@ def test_browse_shows_every_row_of_the_input_those_without_a_conversation_too(
     assert index["rows"]["label"][1:3] == ["mine", "long"]
     assert "HTTP 400" in found[0][0]["reason"]
     assert [len(parts) for _, parts in found] == [0, 1, 1, 0]
-    printed = run("synth", "browse", tmp_path / "out", "-o", tmp_path / "two.html", "--limit", "2").stdout
+    printed = run_here("synth", "browse", tmp_path / "out", "-o", tmp_path / "two.html", "--limit", "2").stdout
     assert "2 of 4 rows" in printed
     assert unpack(tmp_path / "two.html")[0]["rows"]["label"] == [index["rows"]["label"][n] for n in (0, 2)]
 
@@ -385,6 +385,6 @@ def test_calls_that_a_server_without_token_ids_took_out_of_the_text_are_refused(
 ) -> None:
     row = {"turns": ["call look, no ids"], "tools": [{"type": "function", "function": {"name": "look"}}]}
     args = ("-r", recipe_path, "--prompts", write(tmp_path / "p.jsonl", [row]), "--output", tmp_path / "out")
-    result = run("synth", "generate", *args, "--endpoint", server.url, check=False)
+    result = run_here("synth", "generate", *args, "--endpoint", server.url, check=False)
     assert result.returncode == 2
     assert "found tool calls, and no token ids" in result.stderr

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_target, run
+from conftest import build_target, run, run_here
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
@@ -130,7 +130,7 @@ def test_a_server_that_we_start_gets_the_tools_and_its_replies_calls_are_parsed_
 def test_a_server_with_a_parser_of_its_own_gives_the_same_tokens(
     args: tuple[Any, ...], prompts: Path, target: Path, parsing_server: str, tmp_path: Path
 ) -> None:
-    run("synth", "generate", *args, "--prompts", prompts, "--output", tmp_path, "--endpoint", parsing_server)
+    run_here("synth", "generate", *args, "--prompts", prompts, "--output", tmp_path, "--endpoint", parsing_server)
     (record,) = read_conversations(tmp_path)
     check(record, target)
 
@@ -140,13 +140,13 @@ def test_verify_compares_tool_calls_with_their_tokens(
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(written[0], copy)
-    run("synth", "verify", copy, *args, "--endpoint", parsing_server)
+    run_here("synth", "verify", copy, *args, "--endpoint", parsing_server)
     counts = json.loads((copy / "verified.json").read_text())
     assert counts == {"conversations": 1, "turns": 2, "text_equal": 2, "context_equal": 2}
     record = json.loads((copy / "conversations.jsonl").read_text())
     record["messages"][1]["tool_calls"][0]["function"]["name"] = "leap"
     (copy / "conversations.jsonl").write_text(json.dumps(record) + "\n")
-    result = run("synth", "verify", copy, *args, "--endpoint", parsing_server, check=False)
+    result = run_here("synth", "verify", copy, *args, "--endpoint", parsing_server, check=False)
     assert result.returncode == 1
     assert "turn 0 (text)" in result.stderr
 
@@ -158,7 +158,7 @@ def test_a_turn_of_only_an_end_token_is_verified_whether_it_is_in_the_loss_or_no
 ) -> None:  # fmt: skip
     def verify() -> Any:
         (tmp_path / "conversations.jsonl").write_text(record.model_dump_json(exclude={"conversations"}) + "\n")
-        return run("synth", "verify", tmp_path, *args, "--endpoint", parsing_server, check=False)
+        return run_here("synth", "verify", tmp_path, *args, "--endpoint", parsing_server, check=False)
 
     (record,) = read_conversations(written[0])
     (sample,) = record.samples
