@@ -1,6 +1,6 @@
 # make demo       the whole pipeline on this machine, no GPU needed (about 12 minutes on 2 cores, then cached)
 # make demo-real  the same for a real pretrained model of 135M parameters
-# make test       the tests that this machine can run (about 23 minutes on 2 cores)
+# make test       the tests that this machine can run (about 19 minutes on 2 cores)
 # make test-long  the tests that take many minutes each, marked `long`
 # make test-rare  tests that show on more cases what other tests show on some; before a release
 # make test-vllm VERSION=0.31.0
