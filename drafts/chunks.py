@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 CHUNK_ELEMENTS = 1 << 19
-MIN_CHUNK_ROWS = 64
+MIN_CHUNK_ROWS = 128
 CPU = torch.device("cpu")
 DEVICE_CHUNK_ROWS = 2048
 """Rows of a chunk on GPUs: enough to fill them. At 200,000 tokens a chunk's logits take 1.6 GB in fp32."""
