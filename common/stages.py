@@ -41,6 +41,6 @@ def ask_stage(name: str, *words: object) -> str:
 
 
 def become_stage(name: str, *words: str) -> NoReturn:
-    """Run a console command of this environment in place of this process, which gives it signals and exit code."""
+    """Replace this process by a console command of this environment, which then gets signals and sets the exit code."""
     path = str(Path(sys.executable).with_name(name))
     os.execv(path, [path, *words])  # noqa: S606

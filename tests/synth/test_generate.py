@@ -105,7 +105,7 @@ def test_ctrl_c_and_sigterm_drain_what_is_in_flight_and_say_how_to_go_on(
         time.sleep(0.01)
     time.sleep(1.0)
     process.send_signal(signal_number)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopping; 8 conversations have 20 s to end" in errors
     assert errors.rstrip().endswith("run the same command again to go on")
@@ -126,7 +126,7 @@ def test_what_does_not_end_in_time_is_cut_off_and_written_by_the_next_run(
         time.sleep(0.01)
     time.sleep(1.0)
     process.terminate()
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert read_lines(tmp_path / "out" / FILE) == []
     generate(recipe_path, prompts, tmp_path / "out", scripted_server)

@@ -78,7 +78,7 @@ def test_sigterm_saves_first_and_the_run_goes_on_from_there(
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     (step,) = DraftRun(tmp_path / "draft").steps()
     assert f"stopped by SIGTERM after step {step}, which is saved" in errors
